@@ -1,0 +1,3 @@
+"""Prefill-as-a-Service for SGLang: cross-datacenter prefill over TCP."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,241 @@
+"""Configuration as frozen structs. Every default of the project stands in this file, units in the key names.
+
+One TOML file per datacenter (`SiteConfig`) and one for the router (`RouterConfig`). Rules that span fields are in
+`checks.py`, reading and overriding in `load.py`. The `description` of a field is its `--help` text and its JSON Schema
+description.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+
+SiteRole = Literal["prfaas", "pd"]
+ServerRole = Literal["prefill", "decode"]
+
+
+class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base: frozen, keyword-only, unknown keys refused with their path."""
+
+
+# --- one datacenter -------------------------------------------------------------------------------------------------
+
+
+class ServerConfig(_Config):
+    """One SGLang server of a site."""
+
+    name: Annotated[Name, Meta(description="Name of the server, unique in its site.")]
+    role: Annotated[ServerRole, Meta(description="What it does: prefill or decode.")]
+    port: Annotated[Port, Meta(description="HTTP port of the SGLang server.")]
+    host: Annotated[str, Meta(description="Address the SGLang server listens on.")] = "127.0.0.1"
+    bootstrap_port: Annotated[
+        int, Meta(ge=0, le=65535, description="Prefill only: port where decode ranks look up this server's ranks.")
+    ] = 0
+    mover_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="Prefill only: first port of the KVCache mover; rank r listens on mover_port + r. 0: any free.",
+        ),
+    ] = 0
+    args: Annotated[list[str], Meta(description="SGLang arguments of this server, after those of [site].")] = field(
+        default_factory=list
+    )
+    env: Annotated[dict[str, str], Meta(description="Environment variables of this server, over those of [site].")] = (
+        field(default_factory=dict)
+    )
+
+
+class TransportConfig(_Config):
+    """The KVCache mover of a site's servers."""
+
+    bind_host: Annotated[str, Meta(description="Address the mover listens on. :: listens on IPv6 and IPv4.")] = (
+        "127.0.0.1"
+    )
+    advertise_host: Annotated[
+        str, Meta(description="Address other sites reach the mover at. Empty: the server's own host.")
+    ] = ""
+    connections: Annotated[
+        int, Meta(ge=1, le=64, description="TCP connections between one prefill rank and one decode rank.")
+    ] = 4
+    chunk_bytes: Annotated[
+        int, Meta(ge=4096, le=64 << 20, description="Largest payload of one chunk on the wire, in bytes.")
+    ] = 1 << 20
+    max_inflight_bytes: Annotated[
+        int, Meta(ge=1 << 20, description="Bytes queued to one peer before sending waits (high-water mark).")
+    ] = 256 << 20
+    handshake_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds to reach a prefill server and agree on the layout.")
+    ] = 30.0
+    transfer_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds without progress after which a request's transfer fails.")
+    ] = 120.0
+    waiting_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds a prefill or decode leg waits for its other leg before it fails.")
+    ] = 300.0
+    heartbeat_interval_s: Annotated[
+        float, Meta(gt=0, description="Seconds between heartbeats on an idle control connection.")
+    ] = 2.0
+    heartbeat_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds of silence after which a peer counts as gone.")
+    ] = 15.0
+    congestion_control: Annotated[
+        str, Meta(description="TCP congestion control of data connections (cubic, bbr, ...). Empty: the system's.")
+    ] = ""
+    socket_buffer_bytes: Annotated[
+        int, Meta(ge=0, description="Socket send and receive buffer in bytes. 0: the kernel's autotuning.")
+    ] = 0
+
+
+class LinkConfig(_Config):
+    """A link from this site to another."""
+
+    to_site: Annotated[Name, Meta(description="Name of the site at the other end.")]
+    capacity_gbps: Annotated[float, Meta(gt=0, description="Capacity in Gbit/s.")]
+    rtt_ms: Annotated[float, Meta(ge=0, description="Round-trip time in milliseconds.")] = 0.0
+
+
+class AgentConfig(_Config):
+    """The agent: watches the site's servers and is its HTTP gateway for routers."""
+
+    host: Annotated[str, Meta(description="Address the agent listens on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="HTTP port of the agent. 0: no agent endpoint.")] = 0
+
+
+class SiteLimits(_Config):
+    """Limits on a site's processes."""
+
+    startup_timeout_s: Annotated[float, Meta(gt=0, description="Seconds a server may take until it is ready.")] = 1800.0
+    stop_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds a server may take to end after SIGTERM before SIGKILL.")
+    ] = 30.0
+    health_interval_s: Annotated[float, Meta(gt=0, description="Seconds between two health checks of a server.")] = 2.0
+    health_timeout_s: Annotated[float, Meta(gt=0, description="Seconds a health check may take.")] = 10.0
+    max_restarts: Annotated[
+        int, Meta(ge=0, description="Restarts of one server within restart_window_s before the site gives it up.")
+    ] = 5
+    restart_window_s: Annotated[float, Meta(gt=0, description="Window of max_restarts, in seconds.")] = 600.0
+    restart_backoff_s: Annotated[
+        float, Meta(ge=0, description="Seconds before the first restart; doubles with every further one.")
+    ] = 1.0
+
+
+class SiteSection(_Config):
+    """What all servers of a datacenter share."""
+
+    name: Annotated[Name, Meta(description="Name of the site, unique in the deployment.")]
+    role: Annotated[
+        SiteRole, Meta(description="prfaas: prefill only, for other sites. pd: serves requests end to end.")
+    ]
+    model: Annotated[str, Meta(min_length=1, description="Model path, as for SGLang's --model-path.")]
+    served_model_name: Annotated[str, Meta(description="Name clients use. Empty: the model path.")] = ""
+    transfer_backend: Annotated[
+        str, Meta(description="SGLang's --disaggregation-transfer-backend of every server.")
+    ] = "prfaas"
+    args: Annotated[list[str], Meta(description="SGLang arguments of every server.")] = field(default_factory=list)
+    env: Annotated[dict[str, str], Meta(description="Environment variables of every server.")] = field(
+        default_factory=dict
+    )
+    log_dir: Annotated[
+        str, Meta(description="Directory of the servers' logs. Empty: .prfaas/logs/<site> below the current directory.")
+    ] = ""
+
+
+class SiteConfig(_Config):
+    """One datacenter: `[site]`, `[[servers]]`, `[transport]`, `[[links]]`, `[agent]`, `[limits]`."""
+
+    site: SiteSection
+    servers: Annotated[list[ServerConfig], Meta(min_length=1, description="The SGLang servers.")]
+    transport: TransportConfig = TransportConfig()
+    links: Annotated[list[LinkConfig], Meta(description="Links to other sites.")] = field(default_factory=list)
+    agent: AgentConfig = AgentConfig()
+    limits: SiteLimits = SiteLimits()
+
+
+# --- the router -----------------------------------------------------------------------------------------------------
+
+
+class TargetConfig(_Config):
+    """One SGLang server as the router reaches it."""
+
+    name: Annotated[Name, Meta(description="Name of the server, unique in its site.")]
+    role: Annotated[ServerRole, Meta(description="What it does: prefill or decode.")]
+    url: Annotated[
+        str, Meta(pattern=r"^https?://", description="Base URL of the server, or of its agent's gateway path.")
+    ]
+    bootstrap_host: Annotated[
+        str, Meta(description="Prefill only: where decode reaches its bootstrap. Empty: the host of url.")
+    ] = ""
+    bootstrap_port: Annotated[int, Meta(ge=0, le=65535, description="Prefill only: its bootstrap port.")] = 0
+
+
+class RouterSite(_Config):
+    """One site as the router sees it: either `agent_url` (the agent lists its servers) or `servers`."""
+
+    name: Annotated[Name, Meta(description="Name of the site.")]
+    role: Annotated[SiteRole, Meta(description="prfaas or pd.")]
+    agent_url: Annotated[
+        str, Meta(description="Base URL of the site's agent, which lists and relays to its servers. Empty: no agent.")
+    ] = ""
+    servers: Annotated[list[TargetConfig], Meta(description="The site's servers, where there is no agent.")] = field(
+        default_factory=list
+    )
+
+
+class RouterSection(_Config):
+    """The router's own address and model."""
+
+    model: Annotated[str, Meta(min_length=1, description="Model path: its tokenizer and chat template count tokens.")]
+    host: Annotated[str, Meta(description="Address the router listens on.")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="HTTP port of the router.")] = 8000
+    served_model_name: Annotated[str, Meta(description="Model name clients use. Empty: the model path.")] = ""
+
+
+class PolicyConfig(_Config):
+    """How requests are routed (PrfaaS section 3.4.3)."""
+
+    threshold_tokens: Annotated[
+        int, Meta(ge=0, description="t: requests with more uncached tokens than this go to a PrfaaS site.")
+    ] = 19_400
+    exact_count_band: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="Share of the threshold around it within which tokens are counted exactly instead of estimated.",
+        ),
+    ] = 0.5
+
+
+class RouterLimits(_Config):
+    """Limits of the router."""
+
+    max_body_bytes: Annotated[int, Meta(gt=0, description="Largest request body in bytes.")] = 64 << 20
+    max_header_bytes: Annotated[int, Meta(gt=0, description="Largest request head in bytes.")] = 64 << 10
+    max_connections: Annotated[int, Meta(gt=0, description="Client connections served at once.")] = 10_000
+    connect_timeout_s: Annotated[float, Meta(gt=0, description="Seconds to connect to a server.")] = 5.0
+    first_byte_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds until the first byte of an answer (covers queue, prefill, transfer).")
+    ] = 600.0
+    idle_timeout_s: Annotated[float, Meta(gt=0, description="Seconds between two bytes of an answer.")] = 300.0
+    keepalive_timeout_s: Annotated[float, Meta(gt=0, description="Seconds an idle client connection is kept.")] = 75.0
+    max_retries: Annotated[
+        int, Meta(ge=0, description="Other servers tried when one fails before the first token.")
+    ] = 2
+    health_interval_s: Annotated[float, Meta(gt=0, description="Seconds between two health checks of a server.")] = 2.0
+    health_timeout_s: Annotated[float, Meta(gt=0, description="Seconds a health check may take.")] = 5.0
+    unhealthy_after: Annotated[int, Meta(ge=1, description="Failed checks in a row before a server is left out.")] = 2
+
+
+class RouterConfig(_Config):
+    """The router: `[router]`, `[policy]`, `[limits]`, `[[sites]]`."""
+
+    router: RouterSection
+    sites: Annotated[list[RouterSite], Meta(min_length=1, description="The sites to route to.")]
+    policy: PolicyConfig = PolicyConfig()
+    limits: RouterLimits = RouterLimits()

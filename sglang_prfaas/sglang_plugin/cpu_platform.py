@@ -1,0 +1,5 @@
+"""Entry point `sglang.srt.platforms`."""
+
+
+def activate() -> str | None:
+    return None

@@ -54,9 +54,9 @@ class ServerConfig(_Config):
 class TransportConfig(_Config):
     """The KVCache mover of a site's servers."""
 
-    bind_host: Annotated[str, Meta(description="Address the mover listens on. :: listens on IPv6 and IPv4.")] = (
-        "127.0.0.1"
-    )
+    bind_host: Annotated[
+        str, Meta(description="Address the mover listens on. Empty: SGLang's --host. :: listens on IPv6 and IPv4.")
+    ] = ""
     advertise_host: Annotated[
         str, Meta(description="Address other sites reach the mover at. Empty: the server's own host.")
     ] = ""

@@ -1,0 +1,56 @@
+"""Environment variables of the plugin: how a launcher hands a server its part of the configuration.
+
+Every key of `TransportConfig` has one: `PRFAAS_` and the key in capitals, `PRFAAS_CONNECTIONS=8` for `connections`.
+With none set, the defaults of the schema hold, so that `python -m sglang.launch_server` works with no launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.errors import ConfigError
+
+PREFIX = "PRFAAS_"
+
+SITE = "PRFAAS_SITE"
+"""Name of the site a server belongs to; goes into logs and the transfer log."""
+
+SERVER = "PRFAAS_SERVER"
+"""Name of the server in its site."""
+
+MOVER_PORT = "PRFAAS_MOVER_PORT"
+"""Prefill only: first port of the mover, rank r listens on it plus r. 0 or unset: any free port."""
+
+TRANSFER_LOG = "PRFAAS_TRANSFER_LOG"
+"""File that gets one JSON line for every finished transfer. Unset: none."""
+
+
+def transport_to_env(transport: TransportConfig) -> dict[str, str]:
+    """The environment that makes `transport_from_env` return `transport`."""
+    return {PREFIX + key.upper(): str(value) for key, value in msgspec.structs.asdict(transport).items()}
+
+
+def transport_from_env(environ: Mapping[str, str]) -> TransportConfig:
+    """Read the transport settings. Raises ConfigError with the variable's name for a bad value."""
+    raw = {
+        field.name: environ[PREFIX + field.name.upper()]
+        for field in msgspec.structs.fields(TransportConfig)
+        if PREFIX + field.name.upper() in environ
+    }
+    try:
+        return msgspec.convert(raw, TransportConfig, strict=False)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$.")
+        name = PREFIX + path.rstrip("`").upper() if path else PREFIX + "*"
+        raise ConfigError(f"{name}: {problem}, got {environ.get(name, '?')!r}") from None
+
+
+def port_from_env(environ: Mapping[str, str], name: str = MOVER_PORT) -> int:
+    """A port from the environment, 0 where unset. Raises ConfigError for anything else than 0 to 65535."""
+    text = environ.get(name, "0")
+    if not text.isdecimal() or int(text) > 65535:
+        raise ConfigError(f"{name}: expected a port from 0 to 65535, got {text!r}")
+    return int(text)

@@ -1,4 +1,4 @@
-"""Configuration: schema, cross-field checks, loading and overriding."""
+"""Configuration: schema, reading, flags, checks."""
 
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig, TransportConfig
 

@@ -25,7 +25,7 @@ class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 # --- one datacenter -------------------------------------------------------------------------------------------------
 
 
-class ServerConfig(_Config):
+class ServerConfig(_Config, frozen=True):
     """One SGLang server of a site."""
 
     name: Annotated[Name, Meta(description="Name of the server, unique in its site.")]
@@ -33,7 +33,12 @@ class ServerConfig(_Config):
     port: Annotated[Port, Meta(description="HTTP port of the SGLang server.")]
     host: Annotated[str, Meta(description="Address the SGLang server listens on.")] = "127.0.0.1"
     bootstrap_port: Annotated[
-        int, Meta(ge=0, le=65535, description="Prefill only: port where decode ranks look up this server's ranks.")
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="Port where decode ranks look up its ranks. For prefill, and for role switching.",
+        ),
     ] = 0
     mover_port: Annotated[
         int,
@@ -51,7 +56,7 @@ class ServerConfig(_Config):
     )
 
 
-class TransportConfig(_Config):
+class TransportConfig(_Config, frozen=True):
     """The KVCache mover of a site's servers."""
 
     bind_host: Annotated[
@@ -92,7 +97,7 @@ class TransportConfig(_Config):
     ] = 0
 
 
-class LinkConfig(_Config):
+class LinkConfig(_Config, frozen=True):
     """A link from this site to another."""
 
     to_site: Annotated[Name, Meta(description="Name of the site at the other end.")]
@@ -100,22 +105,36 @@ class LinkConfig(_Config):
     rtt_ms: Annotated[float, Meta(ge=0, description="Round-trip time in milliseconds.")] = 0.0
 
 
-class AgentConfig(_Config):
+class AgentConfig(_Config, frozen=True):
     """The agent: watches the site's servers and is its HTTP gateway for routers."""
 
     host: Annotated[str, Meta(description="Address the agent listens on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="HTTP port of the agent. 0: no agent endpoint.")] = 0
 
 
-class SiteLimits(_Config):
+class SiteLimits(_Config, frozen=True):
     """Limits on a site's processes."""
 
     startup_timeout_s: Annotated[float, Meta(gt=0, description="Seconds a server may take until it is ready.")] = 1800.0
     stop_timeout_s: Annotated[
         float, Meta(gt=0, description="Seconds a server may take to end after SIGTERM before SIGKILL.")
     ] = 30.0
-    health_interval_s: Annotated[float, Meta(gt=0, description="Seconds between two health checks of a server.")] = 2.0
-    health_timeout_s: Annotated[float, Meta(gt=0, description="Seconds a health check may take.")] = 10.0
+    health_interval_s: Annotated[float, Meta(gt=0, description="Seconds between two health checks of a server.")] = 5.0
+    health_timeout_s: Annotated[float, Meta(gt=0, description="Seconds a health check may take.")] = 25.0
+    health_path: Annotated[
+        str,
+        Meta(
+            pattern=r"^/",
+            description="Path of the health check. SGLang's /health generates one token, its /ping only reads a flag.",
+        ),
+    ] = "/health"
+    unhealthy_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Seconds of failing health checks after which a live server is restarted. 0: never.",
+        ),
+    ] = 300.0
     max_restarts: Annotated[
         int, Meta(ge=0, description="Restarts of one server within restart_window_s before the site gives it up.")
     ] = 5
@@ -125,7 +144,7 @@ class SiteLimits(_Config):
     ] = 1.0
 
 
-class SiteSection(_Config):
+class SiteSection(_Config, frozen=True):
     """What all servers of a datacenter share."""
 
     name: Annotated[Name, Meta(description="Name of the site, unique in the deployment.")]
@@ -146,7 +165,7 @@ class SiteSection(_Config):
     ] = ""
 
 
-class SiteConfig(_Config):
+class SiteConfig(_Config, frozen=True):
     """One datacenter: `[site]`, `[[servers]]`, `[transport]`, `[[links]]`, `[agent]`, `[limits]`."""
 
     site: SiteSection
@@ -160,7 +179,7 @@ class SiteConfig(_Config):
 # --- the router -----------------------------------------------------------------------------------------------------
 
 
-class TargetConfig(_Config):
+class TargetConfig(_Config, frozen=True):
     """One SGLang server as the router reaches it."""
 
     name: Annotated[Name, Meta(description="Name of the server, unique in its site.")]
@@ -174,7 +193,7 @@ class TargetConfig(_Config):
     bootstrap_port: Annotated[int, Meta(ge=0, le=65535, description="Prefill only: its bootstrap port.")] = 0
 
 
-class RouterSite(_Config):
+class RouterSite(_Config, frozen=True):
     """One site as the router sees it: either `agent_url` (the agent lists its servers) or `servers`."""
 
     name: Annotated[Name, Meta(description="Name of the site.")]
@@ -187,7 +206,7 @@ class RouterSite(_Config):
     )
 
 
-class RouterSection(_Config):
+class RouterSection(_Config, frozen=True):
     """The router's own address and model."""
 
     model: Annotated[str, Meta(min_length=1, description="Model path: its tokenizer and chat template count tokens.")]
@@ -196,7 +215,7 @@ class RouterSection(_Config):
     served_model_name: Annotated[str, Meta(description="Model name clients use. Empty: the model path.")] = ""
 
 
-class PolicyConfig(_Config):
+class PolicyConfig(_Config, frozen=True):
     """How requests are routed (PrfaaS section 3.4.3)."""
 
     threshold_tokens: Annotated[
@@ -207,12 +226,12 @@ class PolicyConfig(_Config):
         Meta(
             ge=0,
             le=1,
-            description="Share of the threshold around it within which tokens are counted exactly instead of estimated.",
+            description="Share of the threshold, around it, within which tokens are counted exactly.",
         ),
     ] = 0.5
 
 
-class RouterLimits(_Config):
+class RouterLimits(_Config, frozen=True):
     """Limits of the router."""
 
     max_body_bytes: Annotated[int, Meta(gt=0, description="Largest request body in bytes.")] = 64 << 20
@@ -232,7 +251,7 @@ class RouterLimits(_Config):
     unhealthy_after: Annotated[int, Meta(ge=1, description="Failed checks in a row before a server is left out.")] = 2
 
 
-class RouterConfig(_Config):
+class RouterConfig(_Config, frozen=True):
     """The router: `[router]`, `[policy]`, `[limits]`, `[[sites]]`."""
 
     router: RouterSection

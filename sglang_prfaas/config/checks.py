@@ -1,0 +1,214 @@
+"""Rules that span fields: what a single type cannot say. Each finding says what to write instead."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from msgspec import Struct
+
+from sglang_prfaas import env
+from sglang_prfaas.config import ports, sglang_args
+from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerConfig, SiteConfig, TransportConfig
+
+Exists = Callable[[str], bool]
+
+
+class Finding(Struct, frozen=True):
+    """One result of a check.
+
+    source: the file, empty where there is none. path: dotted path of the key. fatal: False for a warning.
+    """
+
+    source: str
+    path: str
+    text: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.path}: {self.text}" if self.source else f"{self.path}: {self.text}"
+
+
+def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path.exists) -> list[Finding]:
+    """Check one site. exists: whether a path exists, for the model."""
+    return [
+        Finding(source, path, text, fatal)
+        for path, text, fatal in (
+            *_names(config),
+            *_roles(config),
+            *_server_ports(config),
+            *_links(config),
+            *_arguments(config),
+            *_environment(config),
+            *_model("site.model", config.site.model, exists),
+            *_port_clashes(config),
+        )
+    ]
+
+
+def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.path.exists) -> list[Finding]:
+    """Check one router. exists: whether a path exists, for the model."""
+    found = [*_router_sites(config), *_model("router.model", config.router.model, exists)]
+    return [Finding(source, path, text, fatal) for path, text, fatal in found]
+
+
+_Raw = tuple[str, str, bool]
+
+
+def _names(config: SiteConfig) -> Iterator[_Raw]:
+    for name, count in Counter(server.name for server in config.servers).items():
+        if count > 1:
+            yield "servers", f"{count} servers are named {name!r}; give each a name of its own", True
+    for name, count in Counter(link.to_site for link in config.links).items():
+        if count > 1:
+            yield "links", f"{count} links lead to site {name!r}; keep one [[links]] per site", True
+
+
+def _roles(config: SiteConfig) -> Iterator[_Raw]:
+    roles = {server.role for server in config.servers}
+    if config.site.role == "prfaas":
+        for server in config.servers:
+            if server.role == "decode":
+                yield (
+                    f"servers.{server.name}.role",
+                    'a prfaas site has no decode servers; write role = "prefill", or move the server to a pd site',
+                    True,
+                )
+        return
+    if "decode" not in roles:
+        yield (
+            "servers",
+            'a pd site needs a decode server; add [[servers]] with role = "decode", '
+            'or write site.role = "prfaas" for a site that only prefills',
+            True,
+        )
+    if "prefill" not in roles:
+        if config.links:
+            text = "no prefill server: every prompt, short or long, is prefilled in another site and crosses the link"
+            yield "servers", text, False
+        else:
+            yield (
+                "servers",
+                'nothing prefills for this pd site; add [[servers]] with role = "prefill", '
+                "or a [[links]] to the prfaas site that is to prefill every prompt",
+                True,
+            )
+
+
+def _server_ports(config: SiteConfig) -> Iterator[_Raw]:
+    for server in config.servers:
+        args = [*config.site.args, *server.args]
+        path = f"servers.{server.name}"
+        switches = sglang_args.switches_roles(args)
+        if server.role == "prefill" and not server.bootstrap_port:
+            yield f"{path}.bootstrap_port", "a prefill server needs one; write for example bootstrap_port = 8998", True
+        if server.role == "decode" and switches and not server.bootstrap_port:
+            text = "--enable-pd-role-switch starts a bootstrap here too; write for example bootstrap_port = 8999"
+            yield f"{path}.bootstrap_port", text, True
+        for key in ("bootstrap_port", "mover_port"):
+            if server.role == "decode" and not switches and getattr(server, key):
+                text = "not used by a decode server without --enable-pd-role-switch; remove it"
+                yield f"{path}.{key}", text, False
+        last = server.mover_port + sglang_args.rank_count(args) - 1
+        if server.mover_port and last > 65535:
+            text = f"the last rank would listen on {last}; write at most {server.mover_port - (last - 65535)}"
+            yield f"{path}.mover_port", text, True
+
+
+def _links(config: SiteConfig) -> Iterator[_Raw]:
+    for link in config.links:
+        if link.to_site == config.site.name:
+            yield f"links.{link.to_site}.to_site", "this is the site itself; write the name of the other site", True
+
+
+def _arguments(config: SiteConfig) -> Iterator[_Raw]:
+    yield from _owned("site.args", config.site.args, None)
+    for server in config.servers:
+        yield from _owned(f"servers.{server.name}.args", server.args, server)
+
+
+def _owned(path: str, args: Sequence[str], server: ServerConfig | None) -> Iterator[_Raw]:
+    for option, key in sglang_args.OWNED.items():
+        if sglang_args.has(args, option):
+            target = key.replace("*", server.name) if server is not None else key.replace("*", "<name>")
+            yield path, f"{option} is set by the key {target}; write it there and remove it here", True
+    for arg in args:
+        if not arg.startswith("-") and any(char.isspace() for char in arg) and arg.lstrip("'\"").startswith("--"):
+            yield path, f"{arg!r} holds several words; write each word as a string of its own", True
+    for arg in args:
+        if arg.startswith("--") and any(char.isspace() for char in arg.partition("=")[0]):
+            option, _, rest = arg.partition(" ")
+            yield path, f'{arg!r} holds several words; write "{option}", "{rest.strip()}"', True
+
+
+def _environment(config: SiteConfig) -> Iterator[_Raw]:
+    owned = {name: f"transport.{name[len(env.PREFIX) :].lower()}" for name in env.transport_to_env(TransportConfig())}
+    owned |= {env.SITE: "site.name", env.SERVER: "servers.*.name", env.MOVER_PORT: "servers.*.mover_port"}
+    tables = [("site.env", config.site.env)]
+    tables += [(f"servers.{server.name}.env", server.env) for server in config.servers]
+    for path, table in tables:
+        for name in table:
+            if name in owned:
+                yield f"{path}.{name}", f"is set by the key {owned[name]}; write it there and remove it here", True
+
+
+def _model(path: str, model: str, exists: Exists) -> Iterator[_Raw]:
+    if model.startswith("~"):
+        yield path, f"{model!r} starts with '~', which is not expanded; write the whole path", True
+    elif (os.path.isabs(model) or model.startswith(("./", "../")) or model.count("/") > 1) and not exists(model):
+        text = (
+            f"no such directory: {model!r}; write the path of the model, or owner/name of one on the Hugging Face hub"
+        )
+        yield path, text, True
+
+
+def _port_clashes(config: SiteConfig) -> Iterator[_Raw]:
+    for first, second in ports.clashes(ports.site_claims(config)):
+        yield second.key, _clash_text(first, second), True
+
+
+def _clash_text(first: ports.PortClaim, second: ports.PortClaim) -> str:
+    where = f" ({first.source})" if first.source and first.source != second.source else ""
+    return f"{second.what} wants {second.ports}, which {first.what}{where} has ({first.key}); choose another port"
+
+
+def _router_sites(config: RouterConfig) -> Iterator[_Raw]:
+    for name, count in Counter(site.name for site in config.sites).items():
+        if count > 1:
+            yield "sites", f"{count} sites are named {name!r}; give each a name of its own", True
+    roles = [site.role for site in config.sites]
+    if "pd" not in roles:
+        yield "sites", 'no site decodes; add [[sites]] with role = "pd"', True
+    if "prfaas" not in roles:
+        yield "sites", 'no site with role = "prfaas": every prompt is prefilled locally, whatever the threshold', False
+    for site in config.sites:
+        yield from _router_site(site)
+
+
+def _router_site(site: RouterSite) -> Iterator[_Raw]:
+    path = f"sites.{site.name}"
+    if site.agent_url and site.servers:
+        yield path, "has agent_url and servers; keep agent_url (the agent lists the servers), or else the servers", True
+    if not site.agent_url and not site.servers:
+        text = 'has neither agent_url nor servers; write agent_url = "http://HOST:PORT", or add [[sites.servers]]'
+        yield path, text, True
+    if site.agent_url and not site.agent_url.startswith(("http://", "https://")):
+        yield f"{path}.agent_url", f'write "http://{site.agent_url}"', True
+    for name, count in Counter(server.name for server in site.servers).items():
+        if count > 1:
+            yield f"{path}.servers", f"{count} servers are named {name!r}; give each a name of its own", True
+    for server in site.servers:
+        if site.role == "prfaas" and server.role == "decode":
+            text = 'a prfaas site has no decode servers; write role = "prefill" or move it to a pd site'
+            yield f"{path}.servers.{server.name}.role", text, True
+        if server.role == "prefill" and not server.bootstrap_port:
+            text = "a prefill server needs one; write the bootstrap_port of its site's file"
+            yield f"{path}.servers.{server.name}.bootstrap_port", text, True
+    if site.role == "pd" and site.servers and not any(server.role == "decode" for server in site.servers):
+        yield f"{path}.servers", 'a pd site needs a decode server; add one with role = "decode"', True
+
+
+def fatal(findings: Iterable[Finding]) -> list[str]:
+    """The messages of those findings that refuse a configuration."""
+    return [str(finding) for finding in findings if finding.fatal]

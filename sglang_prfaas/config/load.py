@@ -1,0 +1,87 @@
+"""Reading configuration files: TOML in, frozen structs out, flags over both.
+
+`load_site` and `load_router` raise ConfigError with one clear message per problem: what is wrong, where, and what to
+write instead. Rules that span fields are in `checks.py` and run here too.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from msgspec import Struct
+
+from sglang_prfaas.config import checks, flags
+from sglang_prfaas.config.decode import decode
+from sglang_prfaas.config.flags import Override
+from sglang_prfaas.config.schema import RouterConfig, SiteConfig
+from sglang_prfaas.errors import ConfigError
+
+T = TypeVar("T", bound=Struct)
+
+PathLike = str | os.PathLike[str]
+
+Kind = Literal["site", "router"]
+
+
+def load_site(path: PathLike | None, overrides: Sequence[Override] = (), *, check: bool = True) -> SiteConfig:
+    """Read the file of one datacenter.
+
+    path: the TOML file; None builds the configuration from flags alone.
+    overrides: flags written over the file, see `flags.split`.
+    check: also apply the rules that span fields.
+    Raises ConfigError.
+    """
+    config = _load(path, SiteConfig, overrides)
+    if check:
+        _refuse(checks.site_findings(config, name_of(path)))
+    return config
+
+
+def load_router(path: PathLike | None, overrides: Sequence[Override] = (), *, check: bool = True) -> RouterConfig:
+    """Read the file of a router; arguments and errors as for `load_site`."""
+    config = _load(path, RouterConfig, overrides)
+    if check:
+        _refuse(checks.router_findings(config, name_of(path)))
+    return config
+
+
+def kind_of(path: PathLike) -> Kind:
+    """Whether a file describes a site or a router, by its tables. Raises ConfigError where it is neither or both."""
+    raw = read_toml(path)
+    if ("site" in raw or "servers" in raw) == ("router" in raw or "sites" in raw):
+        raise ConfigError(
+            f"{name_of(path)}: neither a site nor a router; a site's file has [site] and [[servers]], "
+            "a router's has [router] and [[sites]]"
+        )
+    return "router" if "router" in raw or "sites" in raw else "site"
+
+
+def read_toml(path: PathLike) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError where it cannot be read or is no TOML."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{name_of(path)}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name_of(path)}: not valid TOML: {error}") from error
+
+
+def name_of(path: PathLike | None) -> str:
+    """How messages name a file."""
+    return "" if path is None else os.fspath(path)
+
+
+def _load(path: PathLike | None, kind: type[T], overrides: Sequence[Override]) -> T:
+    raw = read_toml(path) if path is not None else {}
+    raw, from_flags = flags.apply(raw, kind, overrides)
+    return decode(raw, kind, name_of(path), from_flags)
+
+
+def _refuse(findings: Sequence[checks.Finding]) -> None:
+    problems = [str(finding) for finding in findings if finding.fatal]
+    if problems:
+        raise ConfigError(problems)

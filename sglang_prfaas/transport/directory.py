@@ -1,0 +1,121 @@
+"""The bootstrap directory of a prefill server: its ranks register, decode ranks look them up. ZeroMQ, no HTTP.
+
+Registration is accepted from this host only, unless the server spans several nodes; lookups from anywhere.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+
+import zmq
+
+from sglang_prfaas.clock import Clock, MonotonicClock
+from sglang_prfaas.errors import LocalError, ProtocolError
+from sglang_prfaas.transport.loop import ZmqLoop, endpoint
+from sglang_prfaas.transport.messages import (
+    Deregister,
+    Directory,
+    Lookup,
+    RankInfo,
+    Register,
+    Registered,
+    decode_to_directory,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RankTable:
+    """Who has registered, as a plain value: the state behind the directory."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[tuple[int, int, int], tuple[str, RankInfo]] = {}
+        self._last: Register | None = None
+
+    def register(self, message: Register) -> None:
+        """Add or replace a rank. A rank of another process generation drops what the old one left behind."""
+        if self._last is not None and _sizes(self._last) != _sizes(message):
+            self._ranks.clear()
+        self._last = message
+        self._ranks[_key(message.rank)] = (message.boot_id, message.rank)
+
+    def deregister(self, message: Deregister) -> None:
+        """Remove a rank, unless a newer process has taken its place."""
+        held = self._ranks.get(_key(message.rank))
+        if held is not None and held[0] == message.boot_id:
+            del self._ranks[_key(message.rank)]
+
+    def directory(self) -> Directory:
+        """The answer to a lookup."""
+        if self._last is None or not self._ranks:
+            return Directory(False, 0, 0, 0, True, ())
+        dp, tp, pp = _sizes(self._last)
+        ranks = tuple(rank for _, rank in self._ranks.values())
+        return Directory(len(ranks) == dp * tp * pp, dp, tp, pp, self._last.follow_bootstrap_room, ranks)
+
+
+def _key(rank: RankInfo) -> tuple[int, int, int]:
+    return rank.dp_rank, rank.tp_rank, rank.pp_rank
+
+
+def _sizes(message: Register) -> tuple[int, int, int]:
+    return message.dp_size, message.tp_size, message.pp_size
+
+
+class DirectoryServer:
+    """Serves a `RankTable` at `host:port`. Raises LocalError where the port is taken."""
+
+    def __init__(self, host: str, port: int, *, remote_ranks: bool = False, clock: Clock | None = None) -> None:
+        self.table = RankTable()
+        self._host = host
+        self._remote_ranks = remote_ranks
+        self._loop = ZmqLoop("prfaas-directory", clock or MonotonicClock())
+        self._socket = self._loop.socket(zmq.ROUTER, host)
+        try:
+            self._socket.bind(endpoint(host or "*", port))
+        except zmq.ZMQError as error:
+            self._socket.close(linger=0)
+            self._loop.context.destroy(linger=0)
+            raise LocalError(
+                f"bootstrap port {port} on {host} cannot be used: {error}. Give every prefill server on a host its own "
+                "--disaggregation-bootstrap-port."
+            ) from None
+        self._loop.add(self._socket, self._receive)
+        self._loop.start()
+
+    def close(self) -> None:
+        self._loop.stop()
+
+    def _receive(self, frames: list[zmq.Frame]) -> None:
+        if len(frames) != 2:
+            return
+        peer, body = frames
+        try:
+            message = decode_to_directory(body.bytes)
+        except ProtocolError as error:
+            logger.warning("prfaas directory: %s", error)
+            return
+        if isinstance(message, Lookup):
+            self._socket.send_multipart([peer.bytes, encode(self.table.directory())])
+            return
+        address = str(body.get("Peer-Address") or "")
+        if not self._remote_ranks and not self._is_local(address):
+            logger.warning("prfaas directory: %s from %s refused, not this host", type(message).__name__, address)
+            return
+        if isinstance(message, Register):
+            self.table.register(message)
+        else:
+            self.table.deregister(message)
+        self._socket.send_multipart([peer.bytes, encode(Registered())])
+
+    def _is_local(self, address: str) -> bool:
+        if address == self._host:
+            return True
+        try:
+            parsed = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return False
+        mapped = getattr(parsed, "ipv4_mapped", None)
+        return (mapped or parsed).is_loopback

@@ -1,0 +1,93 @@
+"""Bytes of a data connection (docs/protocol.md): one preface, then chunks.
+
+    preface   "PFD1"  u16 version  u16 connection index  16 bytes token
+    chunk     "PFC1"  u16 component  u16 buffer  u64 transfer id  u64 offset  u32 length  u32 zero
+              u64 checksum  payload
+
+Big-endian. A stream is (transfer, component, buffer): the request's items of that buffer, end to end; `offset` is a
+byte position in it. The checksum is xxh3-64 of the payload, seeded by that of the 32 bytes before it.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import xxhash
+from msgspec import Struct
+
+from sglang_prfaas.errors import ChecksumError, ProtocolError
+
+PREFACE = struct.Struct(">4sHH16s")
+CHUNK_HEAD = struct.Struct(">4sHHQQII")
+CHECKSUM = struct.Struct(">Q")
+HEADER_BYTES = CHUNK_HEAD.size + CHECKSUM.size
+PREFACE_MAGIC = b"PFD1"
+CHUNK_MAGIC = b"PFC1"
+DATA_VERSION = 1
+MAX_CHUNK_BYTES = 64 << 20
+
+
+class Preface(Struct, frozen=True):
+    """First bytes of a data connection: which session it belongs to."""
+
+    index: int
+    token: bytes
+
+    def pack(self) -> bytes:
+        return PREFACE.pack(PREFACE_MAGIC, DATA_VERSION, self.index, self.token)
+
+
+def unpack_preface(data: bytes) -> Preface:
+    """Parse a preface of `PREFACE.size` bytes. Raises ProtocolError."""
+    magic, version, index, token = PREFACE.unpack(data)
+    if magic != PREFACE_MAGIC:
+        raise ProtocolError(f"data connection begins with {magic!r}, expected {PREFACE_MAGIC!r}")
+    if version != DATA_VERSION:
+        raise ProtocolError(f"data protocol version {version}, expected {DATA_VERSION}")
+    return Preface(index, token)
+
+
+class ChunkHeader(Struct, frozen=True):
+    """Where a chunk's payload belongs. `offset` and `length` in bytes of its stream."""
+
+    transfer_id: int
+    component: int
+    buffer: int
+    offset: int
+    length: int
+    checksum: int = 0
+
+
+def pack_header(header: ChunkHeader, payload: memoryview | bytes) -> bytes:
+    """The chunk's header, with the checksum of `payload`. The checksum in `header` is not looked at."""
+    head = CHUNK_HEAD.pack(
+        CHUNK_MAGIC, header.component, header.buffer, header.transfer_id, header.offset, header.length, 0
+    )
+    return head + CHECKSUM.pack(_checksum(head, payload))
+
+
+def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> ChunkHeader:
+    """Parse a header of `HEADER_BYTES` bytes. Raises ProtocolError for a wrong magic or an excessive length."""
+    magic, component, buffer, transfer_id, offset, length, zero = CHUNK_HEAD.unpack_from(data)
+    if magic != CHUNK_MAGIC or zero != 0:
+        raise ProtocolError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r}")
+    if not 0 < length <= max_chunk_bytes:
+        raise ProtocolError(f"chunk of {length} bytes, expected 1 to {max_chunk_bytes}")
+    (checksum,) = CHECKSUM.unpack_from(data, CHUNK_HEAD.size)
+    return ChunkHeader(transfer_id, component, buffer, offset, length, checksum)
+
+
+def verify(raw_header: bytes | memoryview, header: ChunkHeader, payload: memoryview | bytes) -> None:
+    """Check a chunk that arrived. Raises ChecksumError with both values."""
+    actual = _checksum(bytes(raw_header[: CHUNK_HEAD.size]), payload)
+    if actual != header.checksum:
+        raise ChecksumError(
+            f"chunk of {header.length} bytes at offset {header.offset} (component {header.component}, buffer "
+            f"{header.buffer}): checksum {actual:016x}, expected {header.checksum:016x}"
+        )
+
+
+def _checksum(head: bytes, payload: memoryview | bytes) -> int:
+    seed: int = xxhash.xxh3_64_intdigest(head)
+    result: int = xxhash.xxh3_64_intdigest(payload, seed=seed)
+    return result

@@ -1,0 +1,146 @@
+"""A rank's cache memory as buffers of equal items, on the host or on a CUDA device: gather from it, scatter into it.
+
+Addresses come from the local SGLang process only, never from a peer. Every slot index is checked against its buffer
+when a request is set up, so that a copy can neither read nor write outside of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_prfaas.errors import LocalError
+from sglang_prfaas.transport.streams import pieces
+
+Indices = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+
+class Buffer(Protocol):
+    """`slots` items of `item_bytes` bytes each."""
+
+    item_bytes: int
+    slots: int
+
+    def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
+        """Copy bytes `offset` to `offset + len(out)` of a request's stream to `out`; item i lies at slot
+        `indices[i - first_item]`."""
+
+    def scatter(self, indices: Indices, first_item: int, offset: int, data: Bytes) -> None:
+        """The reverse of `gather`: place `data` at the items it covers."""
+
+
+class HostBuffer:
+    """Items in this process's memory, given by address and length in bytes."""
+
+    def __init__(self, address: int, nbytes: int, item_bytes: int) -> None:
+        self.item_bytes = item_bytes
+        self.slots = nbytes // item_bytes if item_bytes else 0
+        raw = (ctypes.c_uint8 * (self.slots * item_bytes)).from_address(address)
+        self._items: Bytes = np.ctypeslib.as_array(raw).reshape(self.slots, item_bytes)
+
+    def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
+        item, start = divmod(offset, self.item_bytes)
+        count, rest = divmod(len(out), self.item_bytes)
+        if start == 0 and rest == 0:
+            rows = indices[item - first_item : item - first_item + count]
+            # clip: take() would buffer `out` in its default mode; indices were checked when the request was set up.
+            np.take(self._items, rows, axis=0, out=out.reshape(count, self.item_bytes), mode="clip")
+            return
+        at = 0
+        for piece in pieces(offset, len(out), self.item_bytes):
+            size = piece.stop - piece.start
+            out[at : at + size] = self._items[indices[piece.item - first_item], piece.start : piece.stop]
+            at += size
+
+    def scatter(self, indices: Indices, first_item: int, offset: int, data: Bytes) -> None:
+        item, start = divmod(offset, self.item_bytes)
+        count, rest = divmod(len(data), self.item_bytes)
+        if start == 0 and rest == 0:
+            rows = indices[item - first_item : item - first_item + count]
+            self._items[rows] = data.reshape(count, self.item_bytes)
+            return
+        at = 0
+        for piece in pieces(offset, len(data), self.item_bytes):
+            size = piece.stop - piece.start
+            self._items[indices[piece.item - first_item], piece.start : piece.stop] = data[at : at + size]
+            at += size
+
+
+class _DeviceMemory:
+    """A raw device allocation in the form of the CUDA array interface, version 3, so that torch can view it."""
+
+    def __init__(self, address: int, shape: tuple[int, int]) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": shape,
+            "strides": None,
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+class TorchBuffer:
+    """Items seen through a torch tensor [slots, item_bytes] of uint8, on any device; copies are complete on return."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+        self.slots, self.item_bytes = (int(n) for n in items.shape)
+
+    @classmethod
+    def on_cuda(cls, address: int, nbytes: int, item_bytes: int, device: int) -> TorchBuffer:
+        """View `nbytes` of memory at `address` on CUDA device `device`."""
+        import torch
+
+        shape = (nbytes // item_bytes, item_bytes)
+        return cls(torch.as_tensor(_DeviceMemory(address, shape), device=torch.device("cuda", device)))
+
+    def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
+        import torch
+
+        low, high = offset // self.item_bytes, -(-(offset + len(out)) // self.item_bytes)
+        rows = torch.from_numpy(indices[low - first_item : high - first_item]).to(self._items.device)
+        flat = self._items.index_select(0, rows).reshape(-1)
+        start = offset - low * self.item_bytes
+        torch.from_numpy(out).copy_(flat[start : start + len(out)])
+
+    def scatter(self, indices: Indices, first_item: int, offset: int, data: Bytes) -> None:
+        import torch
+
+        source = torch.from_numpy(data).to(self._items.device)
+        item, start = divmod(offset, self.item_bytes)
+        count, rest = divmod(len(data), self.item_bytes)
+        if start == 0 and rest == 0:
+            rows = torch.from_numpy(indices[item - first_item : item - first_item + count]).to(self._items.device)
+            self._items.index_copy_(0, rows, source.reshape(count, self.item_bytes))
+        else:
+            at = 0
+            for piece in pieces(offset, len(data), self.item_bytes):
+                size = piece.stop - piece.start
+                row = int(indices[piece.item - first_item])
+                self._items[row, piece.start : piece.stop].copy_(source[at : at + size])
+                at += size
+        if self._items.device.type == "cuda":
+            torch.cuda.current_stream(self._items.device).synchronize()
+
+
+class RankMemory:
+    """All buffers of a rank: `components[c][b]`."""
+
+    def __init__(self, components: Sequence[Sequence[Buffer]]) -> None:
+        self.components = [list(buffers) for buffers in components]
+
+    def checked(self, component: int, indices: npt.ArrayLike) -> Indices:
+        """Slot indices of a request's items, as int64. Raises LocalError for one outside of the component's buffers."""
+        result = np.ascontiguousarray(np.asarray(indices).reshape(-1), dtype=np.int64)
+        slots = min((b.slots for b in self.components[component]), default=0)
+        if result.size and (int(result.min()) < 0 or int(result.max()) >= slots):
+            raise LocalError(
+                f"component {component}: slots {int(result.min())} to {int(result.max())} asked for, "
+                f"0 to {slots - 1} exist"
+            )
+        return result

@@ -1,0 +1,204 @@
+"""Control messages between a decode rank and a prefill rank, and between ranks and the bootstrap directory.
+
+msgspec structs, encoded as MessagePack arrays tagged with the type; no pickle. Every string and list has a bound, and a
+message that breaks one is refused with `ProtocolError` before anything acts on it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from sglang_prfaas.errors import ProtocolError
+from sglang_prfaas.transport.layout import Layout
+
+T = TypeVar("T")
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20
+
+Text = Annotated[str, Meta(max_length=4096)]
+ShortText = Annotated[str, Meta(max_length=256)]
+Room = Annotated[int, Meta(ge=0, lt=1 << 63)]
+TransferId = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Rank = Annotated[int, Meta(ge=0, lt=65536)]
+Size = Annotated[int, Meta(ge=1, le=65536)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
+PortNumber = Annotated[int, Meta(ge=1, le=65535)]
+
+
+class _Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """Base of all control messages."""
+
+
+# --- decode rank to prefill rank --------------------------------------------------------------------------------------
+
+
+class Hello(_Message, frozen=True):
+    """Opens a session: who calls, which layout it has, how many data connections it will dial."""
+
+    version: int
+    site: ShortText
+    server: ShortText
+    layout: Layout
+    connections: Annotated[int, Meta(ge=1, le=64)]
+    chunk_bytes: Annotated[int, Meta(ge=4096, le=64 << 20)]
+
+
+class Expect(_Message, frozen=True):
+    """Decode has reserved room for a request and says how many items of each component it expects."""
+
+    transfer_id: TransferId
+    room: Room
+    counts: Annotated[tuple[Count, ...], Meta(max_length=64)]
+    cached_prefix_tokens: Count
+    """Tokens at the start of the prompt that decode already holds; their pages are not expected."""
+
+
+class Done(_Message, frozen=True):
+    """Every byte expected has arrived and was checked; prefill may free the pages."""
+
+    transfer_id: TransferId
+    room: Room
+
+
+class Abort(_Message, frozen=True):
+    """The request ended on the decode side. Sent for a room even when no session could be opened for it."""
+
+    room: Room
+    reason: Text
+
+
+class Ping(_Message, frozen=True):
+    """Sent on an idle session; answered by `Pong`."""
+
+
+# --- prefill rank to decode rank --------------------------------------------------------------------------------------
+
+
+class Welcome(_Message, frozen=True):
+    """The session is open: dial the data port and begin with the token."""
+
+    token: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    data_port: PortNumber
+
+
+class Refuse(_Message, frozen=True):
+    """The session is refused, for a reason that says both values."""
+
+    reason: Text
+
+
+class Failed(_Message, frozen=True):
+    """Prefill gave a request up."""
+
+    transfer_id: TransferId
+    room: Room
+    reason: Text
+
+
+class Unknown(_Message, frozen=True):
+    """The session of the sender is not known (the prefill rank restarted): open a new one."""
+
+
+class Pong(_Message, frozen=True):
+    """Answer to `Ping`."""
+
+
+# --- bootstrap directory ----------------------------------------------------------------------------------------------
+
+
+class RankInfo(_Message, frozen=True):
+    """Where one prefill rank listens. An empty host means: where the directory itself was reached."""
+
+    dp_rank: Rank
+    tp_rank: Rank
+    pp_rank: Rank
+    host: ShortText
+    control_port: PortNumber
+
+
+class Register(_Message, frozen=True):
+    """A prefill rank announces itself; repeated until acknowledged. `boot_id` tells a restarted process apart."""
+
+    rank: RankInfo
+    boot_id: ShortText
+    dp_size: Size
+    tp_size: Size
+    pp_size: Size
+    follow_bootstrap_room: bool
+
+
+class Deregister(_Message, frozen=True):
+    """A prefill rank leaves: it stops, or becomes a decode rank."""
+
+    rank: RankInfo
+    boot_id: ShortText
+
+
+class Registered(_Message, frozen=True):
+    """Acknowledges `Register` and `Deregister`."""
+
+
+class Lookup(_Message, frozen=True):
+    """A decode rank asks for the ranks behind this directory."""
+
+
+class Directory(_Message, frozen=True):
+    """Answer to `Lookup`. `complete` is false until every rank of the sizes given has registered."""
+
+    complete: bool
+    dp_size: Annotated[int, Meta(ge=0, le=65536)]
+    tp_size: Annotated[int, Meta(ge=0, le=65536)]
+    pp_size: Annotated[int, Meta(ge=0, le=65536)]
+    follow_bootstrap_room: bool
+    ranks: Annotated[tuple[RankInfo, ...], Meta(max_length=65536)]
+
+
+ToPrefill = Hello | Expect | Done | Abort | Ping
+ToDecode = Welcome | Refuse | Failed | Unknown | Pong
+ToDirectory = Register | Deregister | Lookup
+FromDirectory = Registered | Directory
+Message = ToPrefill | ToDecode | ToDirectory | FromDirectory
+
+_encoder = msgspec.msgpack.Encoder()
+_to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
+_to_decode: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
+_to_directory: msgspec.msgpack.Decoder[ToDirectory] = msgspec.msgpack.Decoder(ToDirectory)
+_from_directory: msgspec.msgpack.Decoder[FromDirectory] = msgspec.msgpack.Decoder(FromDirectory)
+
+
+def encode(message: Message) -> bytes:
+    """One message as bytes."""
+    return _encoder.encode(message)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"control message of {len(data)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"control message refused: {error}") from None
+
+
+def decode_to_prefill(data: bytes) -> ToPrefill:
+    """Parse what a decode rank sent. Raises ProtocolError."""
+    return _decode(_to_prefill, data)
+
+
+def decode_to_decode(data: bytes) -> ToDecode:
+    """Parse what a prefill rank sent. Raises ProtocolError."""
+    return _decode(_to_decode, data)
+
+
+def decode_to_directory(data: bytes) -> ToDirectory:
+    """Parse what a rank sent to the directory. Raises ProtocolError."""
+    return _decode(_to_directory, data)
+
+
+def decode_from_directory(data: bytes) -> FromDirectory:
+    """Parse what the directory answered. Raises ProtocolError."""
+    return _decode(_from_directory, data)

@@ -1,5 +1,0 @@
-"""Entry point `sglang.srt.platforms`."""
-
-
-def activate() -> str | None:
-    return None

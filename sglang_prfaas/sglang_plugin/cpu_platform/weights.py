@@ -1,0 +1,64 @@
+"""Random weights that make a tiny model answer sharply and from its whole prefix.
+
+A tensor depends on its name and shape alone, so every process and every server of a model has the same weights.
+(With tensor parallelism each rank holds differently shaped parts: two widths of one model are two models.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import torch
+
+# Gain of a weight over 1/sqrt(fan in), by the name of its parameter; the first match counts.
+GAINS: tuple[tuple[str, float], ...] = (
+    (r"lm_head", 6.0),  # logits of variance 36: top-1 margins far above rounding noise
+    (r"(gate|router)\.weight$", 2.0),  # experts well apart
+    (r"self_attn\.(qkv_proj|q_proj|q_b_proj|query_key_value)", 1.5),
+    (r"(o_proj|out_proj|dense)\.weight$", 2.0),  # attention's share of the residual stream
+)
+NORM_SPREAD = 0.1
+
+
+def seed_of(name: str) -> int:
+    """A 63-bit seed from a parameter's name, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _normal(name: str, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(name)))
+
+
+def draw(name: str, shape: torch.Size, *, gemma_norm: bool = False) -> torch.Tensor:
+    """Float32 values for the parameter ``name``; ``gemma_norm`` if its layer multiplies by ``1 + weight``."""
+    noise = _normal(name, shape)
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "A_log":
+        return -4.0 + noise
+    if leaf == "dt_bias":
+        return 0.5 * noise
+    if leaf in ("e_score_correction_bias", "expert_bias"):
+        return 0.01 * noise
+    if leaf == "sinks":
+        return noise
+    if leaf.endswith("bias"):
+        return 0.02 * noise
+    if "conv1d" in name or "conv_weight" in name:
+        return noise / shape[-1] ** 0.5
+    if "embed_tokens" in name or "word_embeddings" in name:
+        return noise
+    if len(shape) <= 1 or "norm" in name.rsplit(".", 2)[-2]:
+        return (0.0 if gemma_norm else 1.0) + NORM_SPREAD * noise
+    gain = next((gain for pattern, gain in GAINS if re.search(pattern, name)), 1.0)
+    return gain * noise / shape[-1] ** 0.5
+
+
+def initialize_dummy_weights(model: torch.nn.Module, low: float = -1e-3, high: float = 1e-3, seed: int = 1234) -> None:
+    """Fill every floating-point parameter of ``model``; ``low``, ``high`` and ``seed`` of the original are not used."""
+    for prefix, module in model.named_modules():
+        gemma_norm = "Gemma" in type(module).__name__ and "Norm" in type(module).__name__
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point():
+                name = f"{prefix}.{leaf}"
+                parameter.data.copy_(draw(name, parameter.shape, gemma_norm=gemma_norm))

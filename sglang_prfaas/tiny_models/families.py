@@ -57,6 +57,8 @@ _ARGS = (
     "40960",
     "--max-running-requests",
     "8",
+    "--disaggregation-decode-retraction-backup",
+    "cpu_tensor",
 )
 
 _ENV = MappingProxyType(

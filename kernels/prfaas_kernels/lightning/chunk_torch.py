@@ -47,8 +47,8 @@ def chunk_lightning(
 
     ``q``, ``k``, ``v`` ``[T, H, D]``; ``slopes`` H values; ``state_pool`` ``[slots, H, K, V]`` is read where
     ``has_initial_state[n]`` (None: everywhere) and updated in place at ``cache_indices`` ``[N]``; -1 means start
-    from zeros and store nothing. Where ``track_slots[n] >= 0`` the state after ``track_lens[n]`` tokens (a multiple of 64) is
-    stored in that slot too. Returns ``[T, H, D]`` in the dtype of ``q``.
+    from zeros and store nothing. Where ``track_slots[n] >= 0`` the state after ``track_lens[n]`` tokens (a
+    multiple of 64) is stored in that slot too. Returns ``[T, H, D]`` in the dtype of ``q``.
     """
     slopes = slopes.float().reshape(-1)
     scale = k.shape[-1] ** -0.5 if scale is None else scale

@@ -44,3 +44,21 @@ def fused_qkvzba_split_reshape_cat(
     b, a = mixed_ba.reshape(tokens, num_heads_qk, 2 * group).split(group, dim=-1)
     heads = (tokens, num_heads_v)
     return mixed_qkv, z.reshape(*heads, head_v), b.reshape(heads).contiguous(), a.reshape(heads).contiguous()
+
+
+def fused_gate_sigmoid_mul(
+    hidden_states: torch.Tensor, gate_weight: torch.Tensor, shared_output: torch.Tensor
+) -> torch.Tensor:
+    """``shared_output`` ``[T, D]`` times ``sigmoid(hidden_states . gate_weight)``, one gate per token."""
+    gate = torch.sigmoid(hidden_states.float() @ gate_weight.float()).unsqueeze(-1)
+    return (shared_output.float() * gate).to(shared_output.dtype)
+
+
+def fused_gate_sigmoid_mul_add(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    final_hidden_states: torch.Tensor,
+) -> None:
+    """Add :func:`fused_gate_sigmoid_mul` to ``final_hidden_states`` ``[T, D]`` in place."""
+    final_hidden_states += fused_gate_sigmoid_mul(hidden_states, gate_weight, shared_output)

@@ -87,6 +87,16 @@ HOOKS: tuple[Hook, ...] = (
         "Triton kernel: gated RMSNorm behind linear attention",
     ),
     Hook(
+        f"{OPS}.elementwise.elementwise:fused_gate_sigmoid_mul",
+        elementwise.fused_gate_sigmoid_mul,
+        "Triton kernel: gate of a shared expert",
+    ),
+    Hook(
+        f"{OPS}.elementwise.elementwise:fused_gate_sigmoid_mul_add",
+        elementwise.fused_gate_sigmoid_mul_add,
+        "Triton kernel: gate of a shared expert, added to the routed ones",
+    ),
+    Hook(
         "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend._run_sdpa_forward_extend",
         attention.run_sdpa_forward_extend,
         "reads a sliding-window pool with indices of the full pool, and computes the cached prefix again",

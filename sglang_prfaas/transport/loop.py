@@ -56,10 +56,10 @@ class ZmqLoop:
         self._poller.register(sock, zmq.POLLIN)
 
     def remove(self, sock: zmq.Socket[bytes]) -> None:
-        """Stop polling `sock` and close it. From within the loop."""
+        """Stop polling `sock` and close it, with the linger it was given. From within the loop."""
         if self._handlers.pop(sock, None) is not None:
             self._poller.unregister(sock)
-        sock.close(linger=0)
+        sock.close()
 
     def every(self, interval_s: float, tick: Callable[[], None]) -> None:
         """Call `tick` about every `interval_s` seconds. Before `start`."""

@@ -21,8 +21,8 @@ MAX_MESSAGE_BYTES = 1 << 20
 
 Text = Annotated[str, Meta(max_length=4096)]
 ShortText = Annotated[str, Meta(max_length=256)]
-Room = Annotated[int, Meta(ge=0, lt=1 << 63)]
-TransferId = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Room = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+TransferId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Rank = Annotated[int, Meta(ge=0, lt=65536)]
 Size = Annotated[int, Meta(ge=1, le=65536)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]

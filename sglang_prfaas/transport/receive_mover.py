@@ -63,6 +63,8 @@ class PeerSession:
         self.up = False
         self.failure = ""
         self.incoming: dict[int, Incoming] = {}
+        self.rooms: set[int] = set()
+        """Requests that wait for this session or use it."""
         self.sockets: list[socket.socket] = []
         self.lock = threading.Lock()
         self.control: zmq.Socket[bytes] | None = None
@@ -165,17 +167,27 @@ class ReceiveMover:
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
-    def session(self, address: str, host: str, control_port: int) -> PeerSession:
+    def session(self, address: str, host: str, control_port: int, room: int | None = None) -> PeerSession:
         """The session with a prefill rank, opened where there is none. Look at its `up` and `failure`.
 
-        `address`: the bootstrap address it was found at, asked again once the session fails."""
+        `address`: the bootstrap address it was found at, asked again once the session fails. `room`: the request that
+        needs it; should the session fail before `leave`, the prefill rank is told that this request has ended."""
         with self._lock:
             session = self._sessions.get((host, control_port))
-            if session is not None and not session.failure:
-                return session
-            session = self._sessions[host, control_port] = PeerSession(address, host, control_port)
+            known = session is not None and not session.failure
+            if session is None or not known:
+                session = self._sessions[host, control_port] = PeerSession(address, host, control_port)
+            if room is not None:
+                session.rooms.add(room)
+        if known:
+            return session
         self._loop.call(lambda: self._open(session))
         return session
+
+    def leave(self, session: PeerSession, room: int) -> None:
+        """The request of `room` does not need the session any more."""
+        with self._lock:
+            session.rooms.discard(room)
 
     def _open(self, session: PeerSession) -> None:
         session.deadline = Deadline(self._clock, self._config.handshake_timeout_s)
@@ -249,6 +261,7 @@ class ReceiveMover:
             if self._sessions.get((session.host, session.control_port)) is session:
                 del self._sessions[session.host, session.control_port]
             self._directories.pop(session.address, None)
+            rooms = list(session.rooms)
         for item in items:
             with item.transfer.lock:
                 item.transfer.fail(session.failure)
@@ -256,9 +269,16 @@ class ReceiveMover:
             data_tcp.close(sock)
         control = session.control
         if control is not None:
-            self._loop.call(lambda: self._loop.remove(control))
+            self._loop.call(lambda: self._end_control(session, control, rooms))
         if not self._closing:
             logger.warning("prfaas: session with %s", session.failure)
+
+    def _end_control(self, session: PeerSession, control: zmq.Socket[bytes], rooms: list[int]) -> None:
+        """Tell prefill, if it still listens, which requests ended with the session; then close the control socket."""
+        control.setsockopt(zmq.LINGER, 1000)
+        for room in rooms:
+            self._tell(session, Abort(room, session.failure[:4096]))
+        self._loop.remove(control)
 
     # --- requests -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,204 @@
+"""The KV manager of a scheduler process: one mover, for the role the server has now."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+from typing import Any
+
+from sglang.srt.disaggregation.base.conn import BaseKVManager
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get_serving
+
+from sglang_prfaas import env
+from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.sglang_plugin.kv_pages import layout_of, memory_of, model_identity
+from sglang_prfaas.transport import transfer_log
+from sglang_prfaas.transport.loop import dialable
+from sglang_prfaas.transport.messages import Directory, RankInfo
+from sglang_prfaas.transport.receive_mover import ReceiveMover
+from sglang_prfaas.transport.registration import Registration
+from sglang_prfaas.transport.send_mover import SendMover
+from sglang_prfaas.transport.transfer_log import TransferRecord
+
+logger = logging.getLogger(__name__)
+
+
+class AnyPrefill:
+    """What SGLang's decode queue is told of every prefill server before its directory has answered.
+
+    With this `dp_size` the queue takes the bootstrap room itself as the DP rank, and calls `init` at once instead of
+    polling once a second; the receiver then looks the server up without blocking, and derives the true rank.
+    """
+
+    dp_size = 1 << 63
+    follow_bootstrap_room = True
+
+
+class _AnyPrefillTable:
+    """`prefill_info_table` of the decode queue: knows every address."""
+
+    def get(self, address: str, default: Any = None) -> AnyPrefill:
+        return AnyPrefill()
+
+
+class PrfaasKVManager(BaseKVManager):
+    """Owns the mover of this rank. Raises ConfigError for a parallel layout this backend cannot serve."""
+
+    supports_role_switch = True
+
+    def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool | None = False):
+        self.kv_args = args
+        self.mode = disaggregation_mode
+        self.server_args = server_args
+        self.config = env.transport_from_env(os.environ)
+        self.site = os.environ.get(env.SITE, "")
+        self.server = os.environ.get(env.SERVER, "") or f"port {get_serving().port}"
+        self.clock = MonotonicClock()
+        parallel = get_parallel()
+        unsupported = {"--pp-size": parallel.pp_size, "--attention-context-parallel-size": parallel.attn_cp_size}
+        for flag, size in unsupported.items():
+            if size > 1:
+                raise ConfigError(f"{flag} {size}: the prfaas transfer backend supports 1; use tensor parallelism")
+        self.tp_rank = int(parallel.attn_tp_rank)
+        self.dp_rank = int(args.system_dp_rank or 0)
+        self.layout = layout_of(
+            args, model_identity(server_args.get_model_config().hf_config), int(parallel.attn_tp_size)
+        )
+        self.memory = memory_of(args, get_device().device)
+        self.send_mover: SendMover | None = None
+        self.receive_mover: ReceiveMover | None = None
+        self._registration: Registration | None = None
+        self.prefill_info_table = _AnyPrefillTable()
+        if disaggregation_mode == DisaggregationMode.PREFILL:
+            self._start_prefill()
+        else:
+            self._start_decode()
+
+    def _start_prefill(self) -> None:
+        parallel = get_parallel()
+        host = numeric_host(self.config.bind_host or get_serving().host)
+        base = env.port_from_env(os.environ)
+        rank = self.dp_rank * int(parallel.attn_tp_size) + self.tp_rank
+        self.send_mover = SendMover(
+            self.layout, self.memory, self.config, self.clock, host=host, first_port=base + 2 * rank if base else 0
+        )
+        self.send_mover.start()
+        self.register_to_bootstrap()
+        logger.info(
+            "prfaas: prefill rank %d listens on %s, control port %d, data port %d",
+            rank,
+            host,
+            self.send_mover.control_port,
+            self.send_mover.data_port,
+        )
+
+    def _start_decode(self) -> None:
+        self.receive_mover = ReceiveMover(
+            self.layout, self.memory, self.config, self.clock, site=self.site, server=self.server
+        )
+        self.receive_mover.start()
+
+    def register_to_bootstrap(self) -> None:
+        """Enter this rank into its server's directory; repeated in the background until acknowledged."""
+        assert self.send_mover is not None
+        parallel = get_parallel()
+        directory_host = dialable(numeric_host(get_serving().host))
+        if parallel.dist_init_addr and parallel.nnodes > 1:
+            directory_host = numeric_host(split_address(parallel.dist_init_addr)[0])
+        advertised = self.config.advertise_host
+        if not advertised and parallel.nnodes > 1:
+            from sglang.srt.utils.network import get_local_ip_auto
+
+            advertised = get_local_ip_auto()
+        self._registration = Registration(
+            directory_host,
+            get_disagg().disaggregation_bootstrap_port,
+            RankInfo(self.dp_rank, self.tp_rank, 0, advertised, self.send_mover.control_port),
+            self.clock,
+            dp_size=int(parallel.dp_size),
+            tp_size=int(parallel.attn_tp_size),
+            pp_size=1,
+            follow_bootstrap_room=parallel.dp_size == 1 or parallel.load_balance_method == "follow_bootstrap_room",
+        )
+        self._registration.start()
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """Receivers look their prefill server up themselves, without blocking the scheduler."""
+        return True
+
+    def submit_prefill_recompute(self, receiver: Any, payload: Any) -> None:
+        """Retraction that recomputes the prefix on the prefill server is a feature of RL training."""
+        raise NotImplementedError(
+            "prfaas: retraction by recomputing on the prefill server is not supported; "
+            "use --disaggregation-decode-retraction-backup cpu_tensor or host_pool"
+        )
+
+    def teardown(self) -> None:
+        """Release every port, thread and connection, for a change of role."""
+        if self._registration is not None:
+            self._registration.close()
+        if self.send_mover is not None:
+            self.send_mover.close("the prefill server changed its role")
+        if self.receive_mover is not None:
+            self.receive_mover.close("the decode server changed its role")
+
+    def log_transfer(self, **values: Any) -> None:
+        """Append to the transfer log, where one is asked for."""
+        path = os.environ.get(env.TRANSFER_LOG, "")
+        if not path:
+            return
+        record = TransferRecord(
+            site=self.site,
+            server=self.server,
+            rank=self.tp_rank,
+            unix_time_s=transfer_log.unix_time_s(),
+            **values,
+        )
+        try:
+            transfer_log.append(path, record)
+        except OSError as error:
+            logger.error("prfaas: transfer log %s cannot be written: %s", path, error)
+
+
+def find_rank(directory: Directory, room: int, dp_rank: int, tp_rank: int) -> RankInfo | str:
+    """The prefill rank that sends to decode TP rank `tp_rank`, or why there is none."""
+    if dp_rank == room:
+        if directory.dp_size > 1 and not directory.follow_bootstrap_room:
+            return (
+                f"prefill has {directory.dp_size} DP ranks and decode cannot tell which one holds the request; "
+                "start prefill with --load-balance-method follow_bootstrap_room"
+            )
+        dp_rank = room % directory.dp_size
+    for rank in directory.ranks:
+        if (rank.dp_rank, rank.tp_rank, rank.pp_rank) == (dp_rank, tp_rank, 0):
+            return rank
+    return (
+        f"prefill has no rank for DP rank {dp_rank}, TP rank {tp_rank}: it has {directory.dp_size} x "
+        f"{directory.tp_size}, and both sites must use the same attention TP width"
+    )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[host]:port`. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"bootstrap address {address!r}: expected HOST:PORT, or [HOST]:PORT for IPv6")
+    return host.strip("[]"), int(port)
+
+
+def numeric_host(host: str) -> str:
+    """An address to bind or dial: names are resolved, the empty one is every address. Raises ConfigError."""
+    if host in ("", "*"):
+        return "0.0.0.0"
+    try:
+        return str(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        pass
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ConfigError(f"host {host!r} cannot be resolved: {error}") from None

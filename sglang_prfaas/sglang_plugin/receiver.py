@@ -1,0 +1,185 @@
+"""The decode side of one request, in SGLang's terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVPoll, KVTransferDestination
+
+from sglang_prfaas.errors import ConfigError, LocalError, PeerGoneError
+from sglang_prfaas.sglang_plugin.kv_pages import component_indices
+from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager, find_rank, split_address
+from sglang_prfaas.sglang_plugin.sender import TransferFailedError
+from sglang_prfaas.transport.receive_mover import Incoming, PeerSession
+from sglang_prfaas.transport.session import State
+
+LOOKUP_INTERVAL_S = 0.02
+
+_POLL = {
+    State.EXPECTING: KVPoll.Transferring,
+    State.RECEIVING: KVPoll.Transferring,
+    State.DONE: KVPoll.Success,
+    State.FAILED: KVPoll.Failed,
+}
+
+
+class PrfaasKVReceiver(BaseKVReceiver):
+    """Finds the prefill rank, tells it what to send, and knows when all of it has arrived."""
+
+    def __init__(self, mgr: PrfaasKVManager, bootstrap_addr: str, bootstrap_room: int | None = None):
+        assert mgr.receive_mover is not None, "a receiver needs a decode manager"
+        self.kv_mgr = mgr
+        self.bootstrap_addr = bootstrap_addr
+        self.bootstrap_room = bootstrap_room or 0
+        self.conclude_state: int | None = None
+        self.require_staging = False
+        self.abort_notified = False
+        self.bootstrap_infos: list[Any] = []
+        self._mover = mgr.receive_mover
+        self._session: PeerSession | None = None
+        self._item: Incoming | None = None
+        self._dp_rank: int | None = None
+        self._failure = ""
+        self._created_s = mgr.clock.now_s()
+        self._up_s = 0.0
+        self._next_lookup_s = 0.0
+        self._cached_prefix_tokens = 0
+
+    def init(self, prefill_dp_rank: int) -> None:
+        """Begin to look for the prefill rank. Never waits: `poll` goes on with it."""
+        self._dp_rank = prefill_dp_rank
+        self._advance()
+
+    def _advance(self) -> None:
+        """Take the handshake one step further: directory, rank, session."""
+        if self._session is not None or self._failure or self._dp_rank is None:
+            return
+        now_s = self.kv_mgr.clock.now_s()
+        if now_s < self._next_lookup_s:
+            return
+        self._next_lookup_s = now_s + LOOKUP_INTERVAL_S
+        try:
+            host, port = split_address(self.bootstrap_addr)
+        except ConfigError as error:
+            self._failure = str(error)
+            return
+        directory = self._mover.directory(host, port)
+        if directory is None:
+            limit_s = self.kv_mgr.config.handshake_timeout_s
+            if now_s - self._created_s > limit_s:
+                self._failure = (
+                    f"no complete prefill server at bootstrap address {self.bootstrap_addr} within {limit_s:g} s; "
+                    "is it up, is it in the prefill role, and does it use the prfaas transfer backend?"
+                )
+            return
+        rank = find_rank(directory, self.bootstrap_room, self._dp_rank, self.kv_mgr.tp_rank)
+        if isinstance(rank, str):
+            self._failure = rank
+            self._mover.forget(host, port)
+            return
+        self._session = self._mover.session(
+            f"{host}:{port}", rank.host or host, rank.control_port, room=self.bootstrap_room
+        )
+
+    def send_metadata(
+        self,
+        kv_indices: Any,
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        decode_prefix_len: int | None = None,
+        destination: KVTransferDestination = KVTransferDestination.DEVICE,
+    ) -> None:
+        """Pages are reserved: tell prefill what to send."""
+        if self._session is None or self._failure:
+            self._failure = self._failure or "the prefill session was lost before pages were reserved"
+            return
+        self._cached_prefix_tokens = decode_prefix_len or 0
+        try:
+            self._item = self._mover.expect(
+                self._session,
+                self.bootstrap_room,
+                component_indices(kv_indices, state_indices, aux_index or 0),
+                self._cached_prefix_tokens,
+            )
+        except (LocalError, PeerGoneError) as error:
+            self._failure = str(error)
+
+    def poll(self) -> int:
+        if self.conclude_state is not None:
+            return self.conclude_state
+        if self._failure:
+            return self._conclude(KVPoll.Failed)
+        if self._item is not None:
+            return self._poll_transfer(self._item)
+        self._advance()
+        session = self._session
+        if session is not None and session.failure:
+            self._failure = session.failure
+        if self._failure:
+            return self._conclude(KVPoll.Failed)
+        if session is None or not session.up:
+            return KVPoll.Bootstrapping
+        self._up_s = self._up_s or self.kv_mgr.clock.now_s()
+        return KVPoll.WaitingForInput
+
+    def _poll_transfer(self, item: Incoming) -> int:
+        config = self.kv_mgr.config
+        late = item.transfer.poll_timeout(config.waiting_timeout_s, config.transfer_timeout_s)
+        if late:
+            self._mover.abort(item, late)
+        status = _POLL[item.transfer.state]
+        if status in (KVPoll.Success, KVPoll.Failed):
+            self._failure = item.transfer.reason
+            return self._conclude(status)
+        return status
+
+    def _conclude(self, status: int) -> int:
+        if self.conclude_state is None:
+            self.conclude_state = status
+            self._log("done" if status == KVPoll.Success else "failed")
+            if self._item is None and self._session is not None:
+                self._mover.abort_room(self._session, self.bootstrap_room, self._failure or "aborted")
+        return self.conclude_state
+
+    def failure_exception(self) -> None:
+        """Raise the reason. Fences this rank's pages first where it was another rank that failed."""
+        if self.conclude_state == KVPoll.Failed:
+            raise TransferFailedError(self.bootstrap_room, self._failure or "aborted")
+        self.clear()
+        self.conclude_state = KVPoll.Failed
+        raise TransferFailedError(self.bootstrap_room, "another rank of the decode server failed", True)
+
+    def ensure_abort_notified(self, *, force_arm: bool = False) -> None:
+        """Nothing to wait for: once a transfer has ended, this process writes none of its bytes."""
+
+    def abort(self) -> None:
+        """End the request: prefill is told, and from here on no page of it is written."""
+        if self.conclude_state is not None:
+            return
+        self._failure = self._failure or "the decode leg of the request was aborted"
+        if self._item is not None:
+            self._mover.abort(self._item, self._failure)
+        self._conclude(KVPoll.Failed)
+
+    def clear(self) -> None:
+        """Forget the request; late chunks of it are dropped."""
+        if self._item is not None:
+            self._mover.release(self._item)
+        if self._session is not None:
+            self._mover.leave(self._session, self.bootstrap_room)
+
+    def _log(self, status: str) -> None:
+        transfer = self._item.transfer if self._item is not None else None
+        self.kv_mgr.log_transfer(
+            role="decode",
+            room=self.bootstrap_room,
+            status=status,
+            reason=self._failure,
+            peer=self.bootstrap_addr,
+            bytes=transfer.bytes if transfer else 0,
+            pages=transfer.counts[0] if transfer else 0,
+            cached_prefix_tokens=self._cached_prefix_tokens,
+            handshake_s=max(0.0, self._up_s - self._created_s),
+            wait_s=max(0.0, transfer.first_byte_s - transfer.created_s) if transfer else 0.0,
+            transfer_s=max(0.0, transfer.last_byte_s - transfer.first_byte_s) if transfer else 0.0,
+        )

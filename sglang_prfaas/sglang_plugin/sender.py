@@ -1,0 +1,196 @@
+"""The prefill side of one request, in SGLang's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.disaggregation.base.conn import BaseKVSender, KVPoll, KVTransferMetric
+
+from sglang_prfaas.errors import LocalError, PrfaasError
+from sglang_prfaas.sglang_plugin.kv_pages import KV, flat_indices
+from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
+from sglang_prfaas.transport.session import OutgoingTransfer, State
+
+_POLL = {
+    State.WAITING: KVPoll.Bootstrapping,
+    State.READY: KVPoll.WaitingForInput,
+    State.SENDING: KVPoll.Transferring,
+    State.DONE: KVPoll.Success,
+    State.FAILED: KVPoll.Failed,
+}
+
+
+class TransferFailedError(PrfaasError):
+    """A request's transfer failed. `is_from_another_rank`: this rank was fine, another one of its group was not."""
+
+    def __init__(self, room: int, reason: str, is_from_another_rank: bool = False) -> None:
+        self.failure_reason = reason
+        self.is_from_another_rank = is_from_another_rank
+        super().__init__(f"room {room}: {reason}")
+
+
+class PrfaasKVSender(BaseKVSender):
+    """Sends one request's pages, chunk by chunk, then its state and auxiliary data."""
+
+    def __init__(
+        self,
+        mgr: PrfaasKVManager,
+        bootstrap_addr: str,
+        bootstrap_room: int,
+        req_has_disagg_prefill_dp_rank: bool = False,
+    ):
+        assert mgr.send_mover is not None, "a sender needs a prefill manager"
+        self.kv_mgr = mgr
+        self.bootstrap_room = bootstrap_room
+        self._mover = mgr.send_mover
+        self._transfer: OutgoingTransfer | None = None
+        self._failure = ""
+        self._aux_index = 0
+        self._sent_items = 0
+        self._finished_s = 0.0
+        self._queue_s = 0.0
+        self._prefill_s = 0.0
+        self._logged = False
+        self._early_send_wait_event: Any = None
+        try:
+            self._transfer = self._mover.transfer(bootstrap_room)
+        except LocalError as error:
+            self._failure = str(error)
+
+    def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
+        """Decode is ready and prefill will send `num_kv_indices` pages."""
+        self._aux_index = aux_index or 0
+        if self._transfer is not None:
+            with self._transfer.lock:
+                self._transfer.start(num_kv_indices)
+
+    def pop_decode_prefix_len(self) -> int:
+        """Tokens that decode has already; prefill sends only the pages after them."""
+        expected = self._transfer.expected if self._transfer is not None else None
+        return expected.cached_prefix_tokens if expected is not None else 0
+
+    def should_send_kv_chunk(self, num_pages: int, last_chunk: bool) -> bool:
+        """The last chunk goes out even without pages: state and auxiliary data travel with it."""
+        return num_pages > 0 or last_chunk
+
+    def send(self, kv_indices: Any, state_indices: list[Any] | None = None, num_kv_tokens: int | None = None) -> None:
+        """Queue the pages of one prefill chunk; with `state_indices` (the last chunk) all the rest too."""
+        transfer = self._transfer
+        if transfer is None:
+            return
+        ready = self._ready()
+        try:
+            pages = self.kv_mgr.memory.checked(KV, flat_indices(kv_indices))
+            if len(pages):
+                self._mover.send(transfer, KV, self._sent_items, pages, ready)
+                self._sent_items += len(pages)
+            if state_indices is not None:
+                self._send_rest(transfer, state_indices, ready)
+        except LocalError as error:
+            self._mover.abort(transfer, str(error))
+
+    def _send_rest(self, transfer: OutgoingTransfer, state_indices: list[Any], ready: Callable[[], None]) -> None:
+        expected = transfer.expected
+        if expected is None:
+            return
+        if self._sent_items != expected.counts[KV]:
+            raise LocalError(f"prefill sent {self._sent_items} pages, decode reserved {expected.counts[KV]}")
+        for component, values in enumerate([*state_indices, [self._aux_index]], 1):
+            items = self.kv_mgr.memory.checked(component, flat_indices(values))
+            if len(items) != expected.counts[component]:
+                name = self.kv_mgr.layout.components[component].name
+                raise LocalError(
+                    f"prefill has {len(items)} items of {name}, decode reserved {expected.counts[component]}"
+                )
+            if len(items):
+                self._mover.send(transfer, component, 0, items, ready)
+        self._mover.finish(transfer)
+        self._finished_s = self.kv_mgr.clock.now_s()
+
+    def _ready(self) -> Callable[[], None]:
+        """What a mover thread calls before it reads the pages: waits until the device has written them."""
+        event, self._early_send_wait_event = self._early_send_wait_event, None
+        if event is None and self.kv_mgr.layout is not None and _on_cuda():
+            import torch
+
+            event = torch.cuda.Event()
+            event.record()
+        return (lambda: None) if event is None else event.synchronize
+
+    def note_times(self, queue_s: float, prefill_s: float) -> None:
+        """Seconds this request queued and computed, for the transfer log."""
+        self._queue_s, self._prefill_s = queue_s, prefill_s
+
+    def poll(self) -> int:
+        transfer = self._transfer
+        if transfer is None:
+            return KVPoll.Failed
+        config = self.kv_mgr.config
+        late = transfer.poll_timeout(config.waiting_timeout_s, config.transfer_timeout_s)
+        if late:
+            self._mover.abort(transfer, late)
+        if not transfer.live and not self._logged:
+            self._log(transfer)
+        return _POLL[transfer.state]
+
+    def get_transfer_metric(self) -> KVTransferMetric:
+        transfer = self._transfer
+        if transfer is None or transfer.state is not State.DONE:
+            return KVTransferMetric()
+        return KVTransferMetric(
+            transfer_latency_s=max(0.0, transfer.progress_s - transfer.first_byte_s),
+            alloc_latency_s=max(0.0, transfer.ready_s - transfer.created_s),
+            transfer_total_bytes=transfer.bytes,
+        )
+
+    def failure_exception(self) -> None:
+        """Raise the reason. Ends the transfer first where it was another rank that failed."""
+        transfer = self._transfer
+        if transfer is None:
+            raise TransferFailedError(self.bootstrap_room, self._failure)
+        if transfer.live:
+            self._mover.abort(transfer, "another rank of the prefill server failed")
+            self._log(transfer)
+            raise TransferFailedError(self.bootstrap_room, transfer.reason, is_from_another_rank=True)
+        reason = transfer.reason or "another rank of the prefill server failed"
+        self.clear()
+        raise TransferFailedError(self.bootstrap_room, reason)
+
+    def abort(self) -> None:
+        """End the request: decode is told, the pages are not read any more."""
+        if self._transfer is not None:
+            self._mover.abort(self._transfer, "the prefill leg of the request was aborted")
+            self._log(self._transfer)
+            self._mover.release(self._transfer)
+
+    def clear(self) -> None:
+        """Forget the request."""
+        if self._transfer is not None:
+            self._mover.release(self._transfer)
+
+    def _log(self, transfer: OutgoingTransfer) -> None:
+        if self._logged:
+            return
+        self._logged = True
+        started = transfer.ready_s or transfer.created_s
+        self.kv_mgr.log_transfer(
+            role="prefill",
+            room=self.bootstrap_room,
+            status=transfer.state.value,
+            reason=transfer.reason,
+            bytes=transfer.bytes,
+            pages=self._sent_items,
+            cached_prefix_tokens=self.pop_decode_prefix_len(),
+            handshake_s=started - transfer.created_s,
+            queue_s=self._queue_s,
+            prefill_s=self._prefill_s,
+            transfer_s=max(0.0, transfer.last_byte_s - transfer.first_byte_s),
+            exposed_s=max(0.0, transfer.progress_s - self._finished_s) if self._finished_s else 0.0,
+        )
+
+
+def _on_cuda() -> bool:
+    from sglang.srt.runtime_context import get_device
+
+    return str(get_device().device) == "cuda"

@@ -1,0 +1,64 @@
+"""One JSON line per finished transfer, appended to a file: what moved, how long each stage took, how it ended."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import msgspec
+from msgspec import Struct
+
+
+class TransferRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A finished transfer as one end saw it. Durations in seconds."""
+
+    role: str
+    """prefill or decode."""
+    room: int
+    status: str
+    """done or failed."""
+    unix_time_s: float
+    site: str = ""
+    server: str = ""
+    rank: int = 0
+    reason: str = ""
+    peer: str = ""
+    bytes: int = 0
+    pages: int = 0
+    cached_prefix_tokens: int = 0
+    handshake_s: float = 0.0
+    """prefill: until decode was ready; decode: until the session was up."""
+    queue_s: float = 0.0
+    """prefill: from then until the first forward pass."""
+    prefill_s: float = 0.0
+    """prefill: from the first forward pass until the last chunk was handed over."""
+    wait_s: float = 0.0
+    """decode: from the reservation until the first byte."""
+    transfer_s: float = 0.0
+    """From the first byte to the last."""
+    exposed_s: float = 0.0
+    """prefill: from the last chunk handed over until decode had every byte: the transfer prefill could not hide."""
+
+
+def append(path: str, record: TransferRecord) -> None:
+    """Append one line; lines of several processes do not mix. Raises OSError."""
+    line = msgspec.json.encode(record) + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str) -> list[TransferRecord]:
+    """All records of a file, none where it does not exist."""
+    try:
+        with open(path, "rb") as file:
+            return [msgspec.json.decode(line, type=TransferRecord) for line in file if line.strip()]
+    except FileNotFoundError:
+        return []
+
+
+def unix_time_s() -> float:
+    """Wall-clock time for records; nothing is measured with it."""
+    return time.time()

@@ -1,0 +1,102 @@
+"""One datacenter, running: its servers and its agent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sglang_prfaas.config import ports
+from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.site.agent import Agent
+from sglang_prfaas.site.commands import listening_host, site_commands
+from sglang_prfaas.site.free_ports import require_free
+from sglang_prfaas.site.progress import Progress
+from sglang_prfaas.site.server import Server
+from sglang_prfaas.site.supervisor import Supervisor
+
+
+class Site:
+    """Starts a site's servers and agent, keeps them up, and stops them in order.
+
+    All methods belong to one event loop; `running` drives sites from plain code.
+    """
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        *,
+        log_dir: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+        progress: Progress | None = None,
+    ) -> None:
+        """log_dir: over the configuration's. environ: what servers inherit (None: this process's environment)."""
+        self.config = config
+        self.name = config.site.name
+        self.log_dir = log_dir or default_log_dir(config)
+        self._progress = progress or Progress(self.name)
+        self._claims = ports.site_claims(config)
+        self.supervisor = Supervisor(
+            site_commands(config, python),
+            config.limits,
+            self.log_dir,
+            environ=environ,
+            avoid_ports=[port for claim in self._claims for port in range(claim.first, claim.last + 1)],
+            progress=self._progress,
+        )
+        self.agent = Agent(config, self.servers)
+
+    @property
+    def servers(self) -> dict[str, Server]:
+        """The servers by name."""
+        return self.supervisor.servers
+
+    @property
+    def agent_url(self) -> str:
+        """Base URL of the agent on this machine; empty without one."""
+        agent = self.config.agent
+        if not agent.port:
+            return ""
+        host = listening_host(agent.host)
+        return f"http://[{host}]:{agent.port}" if ":" in host else f"http://{host}:{agent.port}"
+
+    async def start(self) -> None:
+        """Check that every port is free, start agent and servers, wait until all are ready.
+
+        The agent answers from the beginning, and reports servers as starting. Raises LaunchError, and LocalError when
+        the agent cannot listen; nothing is left running then.
+        """
+        require_free(self._claims)
+        if self.config.agent.port:
+            await self.agent.start()
+        try:
+            await self.supervisor.start()
+        except BaseException:
+            await self.agent.stop(0)
+            raise
+
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Stop in order: nothing new is relayed, prefill servers drain and end, then decode servers, then the agent.
+
+        at_once: kill everything instead.
+        """
+        self.agent.draining = True
+        await self.supervisor.stop(at_once=at_once)
+        await self.agent.stop(0 if at_once else 1.0)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+def default_log_dir(config: SiteConfig) -> Path:
+    """Where a site's logs go: what the configuration says, or else below the current directory."""
+    return Path(config.site.log_dir) if config.site.log_dir else Path(".prfaas", "logs", config.site.name)

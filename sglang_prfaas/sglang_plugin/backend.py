@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrfaasKVBootstrapServer(BaseKVBootstrapServer):
-    """The bootstrap directory of a prefill server. Raises LocalError, which ends the server, where its port is taken."""
+    """The bootstrap directory of a prefill server. Raises LocalError, which ends the server, if its port is taken."""
 
     def __init__(self, host: str, port: int):
         self._server = DirectoryServer(numeric_host(host), port, remote_ranks=get_parallel().nnodes > 1)

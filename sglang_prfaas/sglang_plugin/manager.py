@@ -8,6 +8,7 @@ import os
 import socket
 from typing import Any
 
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import BaseKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get_serving
@@ -66,7 +67,7 @@ class PrfaasKVManager(BaseKVManager):
         self.tp_rank = int(parallel.attn_tp_rank)
         self.dp_rank = int(args.system_dp_rank or 0)
         self.layout = layout_of(
-            args, model_identity(server_args.get_model_config().hf_config), int(parallel.attn_tp_size)
+            args, model_identity(ModelConfig.from_server_args(server_args).hf_config), int(parallel.attn_tp_size)
         )
         self.memory = memory_of(args, get_device().device)
         self.send_mover: SendMover | None = None

@@ -6,6 +6,7 @@ nothing changes, whatever happens here; a server that asks for prfaas and cannot
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -42,8 +43,7 @@ def register() -> None:
 def _asked_for(argv: list[str]) -> bool:
     """Whether a server's command line names the backend, in either spelling of a flag's value."""
     flag = "--disaggregation-transfer-backend"
-    pairs = zip(argv, argv[1:], strict=False)
-    return f"{flag}={hooks.BACKEND}" in argv or (flag, hooks.BACKEND) in pairs
+    return f"{flag}={hooks.BACKEND}" in argv or (flag, hooks.BACKEND) in itertools.pairwise(argv)
 
 
 def _check_version() -> None:

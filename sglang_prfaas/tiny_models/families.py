@@ -34,6 +34,13 @@ FAMILIES: Mapping[str, FamilySpec] = MappingProxyType(
                 extra_server_args=("--max-mamba-cache-size", "24"),
             ),
             FamilySpec(
+                "ring",
+                "Lightning + MLA",
+                configs.RING,
+                extra_server_args=("--max-mamba-cache-size", "24"),
+            ),
+            FamilySpec("swa", "sliding window + GQA", configs.MIMO_V2_FLASH),
+            FamilySpec(
                 "qwen3-next",
                 "GDN + GQA",
                 configs.QWEN3_NEXT,

@@ -69,7 +69,8 @@ def chunk_kda(
 
     ``q``, ``k`` ``[1, T, H, K]``, ``v`` ``[1, T, HV, V]`` of any strides; ``g`` ``[1, T, HV, K]``: raw gate if
     ``a_log`` is given, else log decay; ``beta`` ``[1, T, HV]``: logits if ``beta_is_raw``.
-    ``state_pool`` ``[slots, HV, V, K]`` is read and updated in place at ``cache_indices`` ``[N]``; -1 means start from zeros, store nothing.
+    ``state_pool`` ``[slots, HV, V, K]`` is read and updated in place at ``cache_indices`` ``[N]``; -1 means start
+    from zeros, store nothing.
     ``track_state`` ``[N, HV, V, K]`` receives, where ``track_chunk_idx[n] >= 0``, the state at the start of that
     64-token chunk. Returns ``o`` ``[1, T, HV, V]`` in the dtype of ``v`` and, if asked, the states at the start of
     every 64-token chunk ``[1, chunks, HV, V, K]`` float32. Inputs are not changed.

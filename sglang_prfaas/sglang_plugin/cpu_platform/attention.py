@@ -1,136 +1,139 @@
-"""Full and sliding-window attention for SGLang's ``torch_native`` backend; bodies of two of its methods."""
+"""Full and sliding-window attention for SGLang's ``torch_native`` backend: bodies of two of its methods."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def _locations(
-    backend: Any, req_to_token: torch.Tensor, request: int, begin: int, end: int, in_window_pool: bool
-) -> torch.Tensor:
-    """Rows of the key and value buffers that hold tokens ``[begin, end)`` of a request."""
-    rows = req_to_token[request, begin:end].long()
-    if in_window_pool:
-        return backend.token_to_kv_pool.translate_loc_from_full_to_swa(rows).long()
-    return rows
+class _Rule(NamedTuple):
+    """How a layer attends: ``window`` counts the tokens before the query that it sees (None: all)."""
+
+    scaling: float
+    causal: bool
+    window: int | None
+    sinks: torch.Tensor | None
 
 
 def _attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    first_query: int,
-    first_key: int,
-    causal: bool,
-    window: int | None,
-    scaling: float | None,
-    enable_gqa: bool,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, first_query: int, first_key: int, rule: _Rule
 ) -> torch.Tensor:
     """``query`` ``[Tq, H, D]`` at positions from ``first_query``, keys ``[Tk, Hk, D]`` from ``first_key``."""
     mask = None
-    if causal or window is not None:
+    if rule.causal and query.shape[0] > 1:
         at = torch.arange(first_query, first_query + query.shape[0], device=query.device).unsqueeze(1)
         key_at = torch.arange(first_key, first_key + keys.shape[0], device=query.device).unsqueeze(0)
         mask = key_at <= at
-        if window is not None:
-            mask &= key_at >= at - window
+        if rule.window is not None:
+            mask &= key_at >= at - rule.window
+    q, k, v = (x.to(query.dtype).transpose(0, 1) for x in (query, keys, values))
+    if rule.sinks is not None:
+        return _attend_with_sinks(q, k, v, mask, rule.scaling, rule.sinks).transpose(0, 1)
     out = scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        keys.to(query.dtype).transpose(0, 1).unsqueeze(0),
-        values.to(query.dtype).transpose(0, 1).unsqueeze(0),
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
         attn_mask=mask,
-        enable_gqa=enable_gqa,
-        scale=scaling,
+        enable_gqa=q.shape[0] != k.shape[0],
+        scale=rule.scaling,
     )
     return out[0].transpose(0, 1)
 
 
-def run_sdpa_forward_extend(
-    self: Any,
-    query: torch.Tensor,
-    output: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    extend_prefix_lens: torch.Tensor,
-    extend_seq_lens: torch.Tensor,
-    encoder_lens: torch.Tensor | None = None,
-    scaling: float | None = None,
-    enable_gqa: bool = False,
-    causal: bool = False,
-    is_cross_attn: bool = False,
-    sliding_window_size: int | None = None,
+def _attend_with_sinks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor,
 ) -> torch.Tensor:
-    """Prefill of each request over its cached prefix and itself.
+    """Softmax with one more logit per head, ``sinks`` ``[H]``, that takes weight and gives no value."""
+    groups = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    scores = (q.float() @ k.float().mT) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    sink = sinks.float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+    weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+    return (weights @ v.float()).to(q.dtype)
 
-    ``query`` ``[T, H, D]``, ``output`` ``[T, H, V]`` written in place, caches ``[rows, Hk, D or V]``. A layer with a
-    sliding window reads only rows its window reaches, from the window pool if SGLang keeps one.
+
+def _run(
+    backend: Any, layer: Any, forward_batch: Any, q: torch.Tensor, sinks: torch.Tensor | None, lengths: list[int]
+) -> torch.Tensor:
+    """Attention of ``lengths[n]`` new tokens per request, the last of their sequences, over all that is cached.
+
+    A layer with a sliding window reads only what its window reaches, and from the window pool if there is one.
     """
-    if encoder_lens is not None or is_cross_attn:
+    if layer.is_cross_attention:
         raise NotImplementedError("cross attention is not served by the CPU platform")
-    window = sliding_window_size if sliding_window_size is not None and sliding_window_size > -1 else None
-    in_window_pool = window is not None and self.use_sliding_window_kv_pool
+    window = layer.sliding_window_size if layer.sliding_window_size is not None else -1
+    rule = _Rule(
+        scaling=layer.scaling,
+        causal=layer.attn_type.name != "ENCODER_ONLY",
+        window=window if window > -1 else None,
+        sinks=sinks,
+    )
+    query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+    output = query.new_zeros(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+    k_cache = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+    v_cache = backend.token_to_kv_pool.get_value_buffer(layer.layer_id)
+    req_to_token = backend.req_to_token_pool.req_to_token
     begin = 0
-    for request, prefix, length in zip(
-        req_pool_indices.tolist(), extend_prefix_lens.tolist(), extend_seq_lens.tolist(), strict=True
+    for request, total, length in zip(
+        forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), lengths, strict=True
     ):
-        end = begin + length
-        first_key = 0 if window is None else max(0, prefix - window)
-        rows = _locations(self, req_to_token, request, first_key, prefix + length, in_window_pool)
+        end, prefix = begin + length, total - length
+        first_key = 0 if rule.window is None else max(0, prefix - rule.window)
+        rows = req_to_token[request, first_key:total].long()
+        if rule.window is not None and backend.use_sliding_window_kv_pool:
+            rows = backend.token_to_kv_pool.translate_loc_from_full_to_swa(rows).long()
         output[begin:end] = _attend(
-            query[begin:end],
-            k_cache[rows],
-            v_cache[rows],
-            first_query=prefix,
-            first_key=first_key,
-            causal=causal,
-            window=window,
-            scaling=scaling,
-            enable_gqa=enable_gqa,
+            query[begin:end], k_cache[rows], v_cache[rows], first_query=prefix, first_key=first_key, rule=rule
         )
         begin = end
-    return output
+    return output.view(q.shape[0], -1)
 
 
-def run_sdpa_forward_decode(
+def _store(backend: Any, layer: Any, forward_batch: Any, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+    if k is not None and v is not None:
+        where = KVWriteLoc(forward_batch.out_cache_loc, backend.swa_out_cache_loc)
+        backend.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
+
+
+def forward_extend(
     self: Any,
-    query: torch.Tensor,
-    output: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    encoder_lens: torch.Tensor | None = None,
-    scaling: float | None = None,
-    enable_gqa: bool = False,
-    causal: bool = False,
-    is_cross_attn: bool = False,
-    sliding_window_size: int | None = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: Any,
+    forward_batch: Any,
+    save_kv_cache: bool = True,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token per request, at position ``seq_lens - 1``; tensors as in :func:`run_sdpa_forward_extend`."""
-    if encoder_lens is not None or is_cross_attn:
-        raise NotImplementedError("cross attention is not served by the CPU platform")
-    window = sliding_window_size if sliding_window_size is not None and sliding_window_size > -1 else None
-    in_window_pool = window is not None and self.use_sliding_window_kv_pool
-    for n, (request, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
-        first_key = 0 if window is None else max(0, length - 1 - window)
-        rows = _locations(self, req_to_token, request, first_key, length, in_window_pool)
-        output[n : n + 1] = _attend(
-            query[n : n + 1],
-            k_cache[rows],
-            v_cache[rows],
-            first_query=length - 1,
-            first_key=first_key,
-            causal=False,
-            window=None,
-            scaling=scaling,
-            enable_gqa=enable_gqa,
-        )
-    return output
+    """Prefill. ``q`` ``[T, H*D]``, ``k`` ``[T, Hk, D]``, ``v`` ``[T, Hk, V]``, ``sinks`` ``[H]``; returns ``[T, H*V]``."""
+    if save_kv_cache:
+        _store(self, layer, forward_batch, k, v)
+    return _run(self, layer, forward_batch, q, sinks, forward_batch.extend_seq_lens.tolist())
+
+
+def forward_decode(
+    self: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: Any,
+    forward_batch: Any,
+    save_kv_cache: bool = True,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token per request; tensors as in :func:`forward_extend` with T requests."""
+    if save_kv_cache:
+        _store(self, layer, forward_batch, k, v)
+    q = q.reshape(-1, layer.tp_q_head_num * layer.qk_head_dim)
+    return _run(self, layer, forward_batch, q, sinks, [1] * q.shape[0])

@@ -62,3 +62,32 @@ def fused_gate_sigmoid_mul_add(
 ) -> None:
     """Add :func:`fused_gate_sigmoid_mul` to ``final_hidden_states`` ``[T, D]`` in place."""
     final_hidden_states += fused_gate_sigmoid_mul(hidden_states, gate_weight, shared_output)
+
+
+def layernorm_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    activation: str = "swish",
+) -> torch.Tensor:
+    """RMSNorm or LayerNorm over groups of ``group_size`` columns, gated by ``act(z)`` behind it (or before it)."""
+    value = x.float()
+    gate = None if z is None else z.reshape(x.shape).float()
+    if gate is not None:
+        gate = torch.sigmoid(gate) if activation == "sigmoid" else torch.nn.functional.silu(gate)
+        if not norm_before_gate:
+            value = value * gate
+    groups = value.unflatten(-1, (-1, group_size or value.shape[-1]))
+    if not is_rms_norm:
+        groups = groups - groups.mean(-1, keepdim=True)
+    value = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.float()
+    if bias is not None:
+        value = value + bias.float()
+    if gate is not None and norm_before_gate:
+        value = value * gate
+    return value.to(x.dtype)

@@ -11,9 +11,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from sglang_prfaas.sglang_plugin.cpu_platform import attention, elementwise, linear_attention, weights
+from sglang_prfaas.sglang_plugin.cpu_platform import attention, elementwise, linear_attention, rope, weights
 
 OPS = "sglang.kernels.ops"
+ROTARY = "sglang.srt.layers.rotary_embedding"
+TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend"
 
 
 class HookError(RuntimeError):
@@ -87,6 +89,11 @@ HOOKS: tuple[Hook, ...] = (
         "Triton kernel: gated RMSNorm behind linear attention",
     ),
     Hook(
+        f"{OPS}.attention.fla.layernorm_gated:layernorm_fn",
+        elementwise.layernorm_fn,
+        "Triton kernel: norms around Lightning attention",
+    ),
+    Hook(
         f"{OPS}.elementwise.elementwise:fused_gate_sigmoid_mul",
         elementwise.fused_gate_sigmoid_mul,
         "Triton kernel: gate of a shared expert",
@@ -97,14 +104,24 @@ HOOKS: tuple[Hook, ...] = (
         "Triton kernel: gate of a shared expert, added to the routed ones",
     ),
     Hook(
-        "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend._run_sdpa_forward_extend",
-        attention.run_sdpa_forward_extend,
-        "reads a sliding-window pool with indices of the full pool, and computes the cached prefix again",
+        f"{ROTARY}.factory:get_rope_cpu",
+        rope.get_rope_cpu,
+        "builds one kind of scaling only, which Ring's linear layers do not have",
     ),
     Hook(
-        "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend._run_sdpa_forward_decode",
-        attention.run_sdpa_forward_decode,
-        "reads a sliding-window pool with indices of the full pool",
+        f"{ROTARY}.base:RotaryEmbedding.forward_cuda",
+        rope.forward_cuda,
+        "Ring's MLA calls this CUDA kernel by name",
+    ),
+    Hook(
+        f"{TORCH_NATIVE}:TorchNativeAttnBackend.forward_extend",
+        attention.forward_extend,
+        "reads a sliding-window pool with indices of the full pool, computes a cached prefix again, knows no sinks",
+    ),
+    Hook(
+        f"{TORCH_NATIVE}:TorchNativeAttnBackend.forward_decode",
+        attention.forward_decode,
+        "reads a sliding-window pool with indices of the full pool, knows no sinks",
     ),
 )
 

@@ -14,9 +14,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 from msgspec import Struct
-from msgspec.inspect import DictType, FloatType, IntType, ListType, StructType, Type
+from msgspec.inspect import BoolType, DictType, FloatType, IntType, ListType, StructType, Type
 
 from sglang_prfaas.config import keys
 from sglang_prfaas.config.decode import Path, item_label
@@ -170,7 +169,7 @@ def _parse(text: str, type_: Type) -> Any:
             return _toml(text) if text.lstrip().startswith("[") else shlex.split(text)
         if isinstance(type_, DictType):
             return _toml(text)
-        if type(type_).__name__ == "BoolType":
+        if isinstance(type_, BoolType):
             return {"true": True, "false": False}.get(text.lower(), text)
     except (ValueError, tomllib.TOMLDecodeError):
         return text
@@ -207,8 +206,10 @@ def _note(key: keys.Key) -> str:
 
 def _default(key: keys.Key) -> str:
     value = key.default
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1 << 20 and value % (1 << 20) == 0:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and value >= 1 << 20 and value % (1 << 20) == 0:
         return f"{value} = {value >> 20} MiB"
     if isinstance(value, str) and value:
         return value
-    return "empty" if value in ("", [], {}) else str(msgspec.to_builtins(value))
+    return str(value) if value not in ("", [], {}) else "empty"

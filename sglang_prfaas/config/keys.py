@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 from msgspec.inspect import (
+    BoolType,
     DictType,
     Field,
     FloatType,
@@ -101,6 +102,8 @@ def expected(type_: Type) -> str:
         return "a whole number" + _limits(type_)
     if isinstance(type_, FloatType):
         return "a number" + _limits(type_)
+    if isinstance(type_, BoolType):
+        return "true or false"
     if isinstance(type_, LiteralType):
         return "one of " + ", ".join(json.dumps(value) for value in type_.values)
     if isinstance(type_, StrType):
@@ -151,6 +154,8 @@ def toml_value(value: Any) -> str:
 def metavar(type_: Type) -> str:
     """How `--help` names a value of this type."""
     type_ = bare(type_)
+    if isinstance(type_, BoolType):
+        return "{true,false}"
     if isinstance(type_, LiteralType):
         return "{" + ",".join(str(value) for value in type_.values) + "}"
     if isinstance(type_, IntType):

@@ -213,6 +213,12 @@ class RouterSection(_Config, frozen=True):
     host: Annotated[str, Meta(description="Address the router listens on.")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="HTTP port of the router.")] = 8000
     served_model_name: Annotated[str, Meta(description="Model name clients use. Empty: the model path.")] = ""
+    trust_remote_code: Annotated[
+        bool, Meta(description="Run the tokenizer code that comes with the model, as SGLang's --trust-remote-code.")
+    ] = False
+    allow_admin: Annotated[
+        bool, Meta(description="Pass SGLang's administration endpoints (/flush_cache, ...) on to a decode server.")
+    ] = False
 
 
 class PolicyConfig(_Config, frozen=True):
@@ -249,6 +255,9 @@ class RouterLimits(_Config, frozen=True):
     health_interval_s: Annotated[float, Meta(gt=0, description="Seconds between two health checks of a server.")] = 2.0
     health_timeout_s: Annotated[float, Meta(gt=0, description="Seconds a health check may take.")] = 5.0
     unhealthy_after: Annotated[int, Meta(ge=1, description="Failed checks in a row before a server is left out.")] = 2
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, description="Seconds that requests in work may take to end when the router is stopped.")
+    ] = 30.0
 
 
 class RouterConfig(_Config, frozen=True):

@@ -43,6 +43,7 @@ class Exchange:
     """One request on its way to an upstream and back. Parser callbacks for the raw flavour: chunks are only counted."""
 
     __slots__ = (
+        "_awaits_first_body_byte",
         "_connecting",
         "_connection",
         "_done",
@@ -88,6 +89,7 @@ class Exchange:
         self._connection: ClientConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._done = False
+        self._awaits_first_body_byte = True  # a head that comes early does not end first_byte_timeout_s
         self._paused = False
         self._parser: Any = httptools.HttpResponseParser(self)
         self._head_buffer = b""  # bytes up to the end of the head, until it is reported
@@ -126,7 +128,8 @@ class Exchange:
     def resume(self) -> None:
         """Take bytes again; the idle timeout starts anew."""
         self._paused = False
-        self.deadline_s = self.upstream.client.loop.time() + self.idle_timeout_s
+        if not self._awaits_first_body_byte:
+            self.deadline_s = self.upstream.client.loop.time() + self.idle_timeout_s
         if self._connection is not None:
             self._connection.resume_reading()
 
@@ -144,7 +147,7 @@ class Exchange:
         """Fail when the upstream was silent for too long. A reader that paused it is not its fault."""
         if self._connection is None or self._paused or now_s < self.deadline_s:
             return
-        if self.head is None:
+        if self._awaits_first_body_byte:
             message = f"{self.upstream.url} gave no answer within {self.first_byte_timeout_s:g} s"
         else:
             message = f"{self.upstream.url} sent nothing for {self.idle_timeout_s:g} s in mid-answer"
@@ -173,11 +176,13 @@ class Exchange:
             if len(self._head_buffer) > _MAX_HEAD_BYTES:
                 self._broken(f"{self.upstream.url} sent a head above {_MAX_HEAD_BYTES} bytes")
             return
-        self.deadline_s = self.upstream.client.loop.time() + self.idle_timeout_s
         if not self._head_reported:
             data = self._end_of_head(data)
             if self._done:
                 return
+        if data or not self._awaits_first_body_byte:
+            self._awaits_first_body_byte = False
+            self.deadline_s = self.upstream.client.loop.time() + self.idle_timeout_s
         self._take_body(data)
         if self._message_complete and not self._done:
             self._finish(keep_alive=True)
@@ -290,6 +295,7 @@ class DecodingExchange(Exchange):
         if not self._done:
             if not self._head_reported:
                 self._end_of_head(data)
+            self._awaits_first_body_byte = False
             self.sink.on_body(data)
 
     def _end_of_head(self, data: bytes) -> bytes:

@@ -1,0 +1,278 @@
+"""The router's process: endpoints, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+from collections.abc import Callable
+
+import msgspec
+
+from sglang_prfaas.config.schema import RouterConfig
+from sglang_prfaas.http import (
+    Client,
+    ClientLimits,
+    HttpError,
+    HttpServer,
+    Request,
+    Response,
+    ServerLimits,
+    UpstreamError,
+    relay,
+)
+from sglang_prfaas.http.messages import safe_header_value
+from sglang_prfaas.router.access_log import AccessLog
+from sglang_prfaas.router.filters import (
+    DROPPED_REQUEST_HEADERS,
+    ENDPOINTS,
+    ModelNames,
+    check_method,
+    check_passthrough,
+)
+from sglang_prfaas.router.health import HealthMonitor
+from sglang_prfaas.router.metrics import Metrics
+from sglang_prfaas.router.proxy import PdProxy
+from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.tokens import TokenCounter
+
+log = logging.getLogger(__name__)
+
+_MODELS_REFRESH_S = 1.0
+_JSON = ((b"content-type", b"application/json"),)
+
+
+class Router:
+    """All parts of one router. Must be made in the event loop it runs in."""
+
+    def __init__(self, config: RouterConfig, counter: TokenCounter, access_log: AccessLog | None = None) -> None:
+        limits = config.limits
+        self.config = config
+        self.counter = counter
+        self.metrics = Metrics()
+        self.client = Client(
+            ClientLimits(
+                connect_timeout_s=limits.connect_timeout_s,
+                first_byte_timeout_s=limits.first_byte_timeout_s,
+                idle_timeout_s=limits.idle_timeout_s,
+            )
+        )
+        self.registry = Registry(config, self.client)
+        self.health = HealthMonitor(config, self.registry)
+        self.models = ModelNames((config.router.served_model_name, config.router.model))
+        self.access_log = access_log or AccessLog()
+        self.proxy = PdProxy(
+            config, self.registry, counter, self.models, self.metrics, self.access_log, self.refresh_models
+        )
+        self.server = HttpServer(
+            self.handle,
+            ServerLimits(
+                max_body_bytes=limits.max_body_bytes,
+                max_header_bytes=limits.max_header_bytes,
+                max_connections=limits.max_connections,
+                keepalive_timeout_s=limits.keepalive_timeout_s,
+            ),
+            on_refused=lambda error: self.metrics.refused.add((str(error.status),)),
+        )
+        self._draining = False
+        self._models_refreshed_s = -_MODELS_REFRESH_S
+
+    async def start(self) -> int:
+        """Begin health checks, listen; returns the port."""
+        self.health.start()
+        return await self.server.start(self.config.router.host, self.config.router.port)
+
+    async def stop(self) -> None:
+        """Refuse new work, finish what is running within drain_timeout_s, close."""
+        self._draining = True
+        if not await self.server.drain(self.config.limits.drain_timeout_s):
+            log.warning("requests were cut off: they took longer than drain_timeout_s to end")
+        await self.health.stop()
+        await self.client.close()
+        self.access_log.flush()
+
+    # --- endpoints --------------------------------------------------------------------------------------------------
+
+    async def handle(self, request: Request, response: Response) -> None:
+        """Every request of every client."""
+        request_id = safe_header_value((request.header(b"x-request-id") or b"").decode("latin-1")[:128])
+        if not request_id:
+            request_id = secrets.token_hex(16).encode()
+        response.extra_headers = [(b"x-request-id", request_id)]
+        try:
+            path = request.path
+            check_method(request)
+            endpoint = ENDPOINTS.get(path)
+            if endpoint is not None:
+                await self.proxy.handle(request, response, endpoint, request_id)
+            elif path == "/health":
+                self._health(response)
+            elif path == "/metrics":
+                text = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
+                response.send(200, self.metrics.render(self._gauges()), text)
+            else:
+                await self._pass_through(request, response)
+        except HttpError as exc:
+            if request.path not in ENDPOINTS:
+                self.metrics.refused.add((str(exc.status),))
+            raise
+
+    async def _pass_through(self, request: Request, response: Response) -> None:
+        """Everything else goes to the PD site: to its least loaded decode server."""
+        check_passthrough(request.path, allow_admin=self.config.router.allow_admin)
+        decodes = self._alive("decode")
+        if not decodes:
+            raise HttpError(503, "No decode server of the PD site is alive.", code="no_decode")
+        target = min(decodes, key=lambda t: t.inflight_requests)
+        response.extra_headers.append((b"x-prfaas-decode", f"{target.site}/{target.name}".encode()))
+        target.inflight_requests += 1
+        try:
+            await relay(request, response, target.upstream, drop_request_headers=DROPPED_REQUEST_HEADERS)
+        except HttpError as exc:
+            if exc.code == "upstream_unreachable":
+                target.suspect(exc.message)
+            raise
+        finally:
+            target.inflight_requests -= 1
+
+    def _health(self, response: Response) -> None:
+        """200 only while requests can be served: a decode server and any prefill server are alive."""
+        servers = [
+            {"site": t.site, "name": t.name, "role": t.role, "alive": t.alive, "error": t.error or None}
+            for t in self.registry.targets()
+        ]
+        prefills = [t for t in self.registry.targets() if t.role == "prefill" and t.alive]
+        missing = [
+            text
+            for text, there in (("no decode server", self._alive("decode")), ("no prefill server", prefills))
+            if not there
+        ]
+        if self._draining:
+            missing.append("the router is stopping")
+        status = "ok" if not missing else "; ".join(missing)
+        body = {"status": status, "threshold_tokens": self.registry.observation.t_tokens, "servers": servers}
+        response.send(200 if not missing else 503, msgspec.json.encode(body), _JSON)
+
+    def _alive(self, role: str) -> list[Target]:
+        """Alive servers of a role at PD sites."""
+        pd_sites = {site.name for site in self.registry.observation.sites if site.role == "pd"}
+        return [t for t in self.registry.targets() if t.role == role and t.alive and t.site in pd_sites]
+
+    def _gauges(self) -> list[tuple[str, str, tuple[str, ...], list[tuple[tuple[str, ...], float]]]]:
+        targets = [((t.site, t.name, t.role), t) for t in self.registry.targets()]
+        labels = ("site", "server", "role")
+        return [
+            (
+                "prfaas_router_server_up",
+                "1 while the server takes requests.",
+                labels,
+                [(k, t.alive) for k, t in targets],
+            ),
+            (
+                "prfaas_router_inflight_requests",
+                "Requests in work per server.",
+                labels,
+                [(k, t.inflight_requests) for k, t in targets],
+            ),
+            (
+                "prfaas_router_inflight_prefill_tokens",
+                "Uncached prompt tokens in work per prefill server.",
+                labels,
+                [(k, t.inflight_tokens) for k, t in targets if t.role == "prefill"],
+            ),
+            (
+                "prfaas_router_threshold_tokens",
+                "t: uncached lengths above it go to a PrfaaS site.",
+                (),
+                [((), self.registry.observation.t_tokens)],
+            ),
+            ("prfaas_router_connections", "Client connections.", (), [((), self.server.connections)]),
+            (
+                "prfaas_router_bytes_per_token",
+                "Calibrated bytes of JSON per prompt token.",
+                (),
+                [((), self.counter.bytes_per_token)],
+            ),
+        ]
+
+    async def refresh_models(self) -> None:
+        """Take over the names that a decode server lists, LoRA adapters among them; at most once a second."""
+        now_s = self.client.loop.time()
+        if now_s < self._models_refreshed_s + _MODELS_REFRESH_S:
+            return
+        self._models_refreshed_s = now_s
+        for target in self._alive("decode"):
+            try:
+                answer = await target.upstream.fetch("GET", "/v1/models", timeout_s=self.config.limits.health_timeout_s)
+                listed = msgspec.json.decode(answer.body, type=_ModelList)
+            except (UpstreamError, msgspec.DecodeError) as exc:
+                log.info("%s/%s does not list its models: %s", target.site, target.name, exc)
+                continue
+            self.models.listed = frozenset(card.id for card in listed.data)
+            return
+
+
+class _ModelCard(msgspec.Struct):
+    id: str
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_ModelCard]
+
+
+async def run_router(
+    config: RouterConfig,
+    *,
+    stop: asyncio.Event,
+    ready: Callable[[int], None] | None = None,
+    counter: TokenCounter | None = None,
+) -> None:
+    """Serve until `stop` is set, then drain. `ready` gets the port once the router listens.
+
+    Raises ConfigError when the model's tokenizer cannot be loaded, LocalError when the address is taken.
+    """
+    if counter is None:
+        counter = TokenCounter(config.router.model, trust_remote_code=config.router.trust_remote_code)
+        await asyncio.to_thread(counter.load)
+    router = Router(config, counter)
+    try:
+        port = await router.start()
+        log.info(
+            "router listens on http://%s:%d, t = %d tokens", config.router.host, port, config.policy.threshold_tokens
+        )
+        if ready is not None:
+            ready(port)
+        models = asyncio.create_task(_watch_models(router))
+        await stop.wait()
+        log.info("router stops: %d requests in work", router.server.active)
+        models.cancel()
+    finally:
+        await router.stop()
+        counter.close()
+
+
+async def _watch_models(router: Router) -> None:
+    while True:
+        await router.refresh_models()
+        await asyncio.sleep(router.config.limits.health_interval_s * (10 if router.models.listed else 1))
+
+
+def run(config: RouterConfig, *, ready: Callable[[int], None] | None = None) -> None:
+    """Run the router in this process until SIGTERM or SIGINT; blocks. Uses uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        runner = asyncio.Runner()
+    else:
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await run_router(config, stop=stop, ready=ready)
+
+    with runner:
+        runner.run(main())

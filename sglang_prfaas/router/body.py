@@ -1,0 +1,145 @@
+"""Request bodies: what routing needs to read of them, and the bootstrap fields that PD mode needs in them.
+
+Every other byte stays as the client sent it: fields are appended to the object, not re-encoded. Only a client that
+sends bootstrap fields of its own gets its object rebuilt (from raw values), so that no field appears twice.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw, Struct
+
+from sglang_prfaas.http import HttpError
+
+Endpoint = Literal["chat", "completions", "generate"]
+
+_BOOTSTRAP = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+# SGLang derives further rooms of a scalar room by adding small numbers: leave space below 2**63.
+_ROOM_RANGE = (1 << 63) - (1 << 20)
+
+
+_ABSENT = Raw()
+
+
+class _Fields(Struct):
+    """Top-level fields of the three endpoints; heavy ones stay raw."""
+
+    model: Any = None
+    stream: Any = False
+    messages: Raw = _ABSENT
+    tools: Raw = _ABSENT
+    chat_template_kwargs: Raw = _ABSENT
+    continue_final_message: Any = False
+    prompt: Raw = _ABSENT
+    text: Raw = _ABSENT
+    input_ids: Raw = _ABSENT
+    input_embeds: Raw = _ABSENT
+    return_logprob: Any = False
+    rid: Any = None
+    bootstrap_host: Raw = _ABSENT
+    bootstrap_port: Raw = _ABSENT
+    bootstrap_room: Raw = _ABSENT
+
+
+_decoder = msgspec.json.Decoder(_Fields)
+_object_decoder = msgspec.json.Decoder(dict[str, Raw])
+
+
+class ParsedBody:
+    """One request body. `batch` is None for one prompt, else the number of prompts."""
+
+    __slots__ = ("_end", "_raw", "batch", "endpoint", "fields", "prompt")
+
+    def __init__(self, endpoint: Endpoint, raw: bytes, fields: _Fields) -> None:
+        self.endpoint = endpoint
+        self.fields = fields
+        self.prompt = _prompt_of(endpoint, fields)
+        self.batch = None if endpoint == "chat" else _batch_size(self.prompt)
+        self._raw = raw
+        self._end = len(raw.rstrip(b" \t\r\n")) - 1 if raw[-1:] != b"}" else len(raw) - 1
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.fields.stream)
+
+    @property
+    def model(self) -> str | None:
+        return self.fields.model if isinstance(self.fields.model, str) else None
+
+    @property
+    def merges_logprobs(self) -> bool:
+        """Whether the prompt's logprobs, which only prefill has, belong into the answer."""
+        wanted = self.fields.return_logprob
+        return self.endpoint == "generate" and (any(wanted) if isinstance(wanted, list) else bool(wanted))
+
+    def with_bootstrap(self, host: str, port: int, rooms: list[int]) -> bytes:
+        """The body with bootstrap fields: scalars for one prompt, lists for a batch. Replaces a client's own."""
+        fields: dict[str, object] = {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": rooms[0]}
+        if self.batch is not None:
+            fields = {
+                "bootstrap_host": [host] * self.batch,
+                "bootstrap_port": [port] * self.batch,
+                "bootstrap_room": rooms,
+            }
+        own = self.fields
+        if any(memoryview(raw).nbytes for raw in (own.bootstrap_host, own.bootstrap_port, own.bootstrap_room)):
+            rebuilt: dict[str, object] = dict(_object_decoder.decode(self._raw))
+            for name in _BOOTSTRAP:
+                rebuilt.pop(name, None)
+            return msgspec.json.encode(rebuilt | fields)
+        opened = self._raw[: self._end]
+        comma = b"" if opened.rstrip().endswith(b"{") and not _object_decoder.decode(self._raw) else b","
+        return b"".join((opened, comma, msgspec.json.encode(fields)[1:]))
+
+
+def parse_body(endpoint: Endpoint, raw: bytes) -> ParsedBody:
+    """Read a request body. Raises HttpError 400 for what is not one JSON object."""
+    try:
+        if not raw.isascii():
+            raw.decode()  # raw fields are not checked by the JSON decoder
+        fields = _decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+        raise HttpError(400, f"The body is not a JSON object: {exc}", code="invalid_json") from exc
+    return ParsedBody(endpoint, raw, fields)
+
+
+def new_rooms(body: ParsedBody) -> list[int]:
+    """Fresh bootstrap rooms, 63 random bits each: one per prompt."""
+    return [secrets.randbelow(_ROOM_RANGE) for _ in range(body.batch or 1)]
+
+
+def _prompt_of(endpoint: Endpoint, fields: _Fields) -> Raw | None:
+    if endpoint == "generate":
+        for value in (fields.text, fields.input_ids, fields.input_embeds):
+            if is_given(value):
+                return value
+        return None
+    value = fields.messages if endpoint == "chat" else fields.prompt
+    return value if is_given(value) else None
+
+
+def is_given(value: Raw) -> bool:
+    """Whether a field is there and not null."""
+    view = memoryview(value)
+    return view.nbytes > 0 and not (view.nbytes == 4 and view.tobytes() == b"null")
+
+
+def _batch_size(prompt: Raw | None) -> int | None:
+    """Prompts in a list of texts or of token lists; None for a text, one token list, or nothing.
+
+    Embeddings of one prompt are a list of lists of floats, which is told from a batch by its depth.
+    """
+    if prompt is None:
+        return None
+    start = bytes(memoryview(prompt)[:64]).translate(None, b" \t\r\n")
+    if not start.startswith((b'["', b"[[")):
+        return None
+    items: list[Raw] = msgspec.json.decode(prompt, type=list[Raw])
+    if start.startswith(b"[[") and not start.startswith(b"[[["):
+        inner = bytes(items[0])
+        if b"." in inner or b"e" in inner or b"E" in inner:
+            return None
+    return len(items) or None

@@ -1,0 +1,196 @@
+"""Requests served over prefill and decode: count, decide, send to both, relay decode's answer, retry what failed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from sglang_prfaas.config.schema import RouterConfig
+from sglang_prfaas.core.request import RequestView, ServerKey
+from sglang_prfaas.http import HttpError, Request, Response
+from sglang_prfaas.http.messages import (
+    encode_headers,
+    forwardable_request_headers,
+    forwardable_response_headers,
+    safe_header_value,
+)
+from sglang_prfaas.router.access_log import AccessLog, AccessRecord
+from sglang_prfaas.router.attempt import Attempt, Failure
+from sglang_prfaas.router.body import Endpoint, new_rooms, parse_body
+from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, ModelNames, forced_route
+from sglang_prfaas.router.metrics import Metrics
+from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.tokens import TokenCount, TokenCounter
+from sglang_prfaas.scheduler import Decision, decide
+
+# Reconnecting costs nothing and says nothing about a server, so it is not counted as a retry, but it must end.
+_MAX_STALE = 3
+
+
+class PdProxy:
+    """Serves `/v1/chat/completions`, `/v1/completions` and `/generate`."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        registry: Registry,
+        counter: TokenCounter,
+        models: ModelNames,
+        metrics: Metrics,
+        access_log: AccessLog,
+        refresh_models: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._limits = config.limits
+        self._registry = registry
+        self._counter = counter
+        self._models = models
+        self._metrics = metrics
+        self._log = access_log
+        self._refresh_models = refresh_models
+        self._loop = asyncio.get_running_loop()
+        t, band = config.policy.threshold_tokens, config.policy.exact_count_band
+        self._exact_from = t * (1 - band)
+        self._exact_to = t * (1 + band)
+
+    async def handle(self, request: Request, response: Response, endpoint: Endpoint, request_id: bytes) -> None:
+        """Serve one request. Raises HttpError for what is refused or cannot be served."""
+        record = AccessRecord(request, request_id.decode("latin-1"), endpoint, self._loop.time())
+        try:
+            await self._serve(request, response, endpoint, record)
+        except asyncio.CancelledError:
+            record.status = 499
+            self._metrics.aborts.add(("streaming" if record.first_byte_s is not None else "waiting",))
+            raise
+        except HttpError as exc:
+            record.status = exc.status
+            record.error = exc.message
+            raise
+        finally:
+            self._account(record, response)
+
+    async def _serve(self, request: Request, response: Response, endpoint: Endpoint, record: AccessRecord) -> None:
+        body = parse_body(endpoint, request.body)
+        if not self._models.knows(body.model):
+            await self._refresh_models()  # a LoRA adapter may have been loaded since
+            if not self._models.knows(body.model):
+                raise self._models.unknown(body.model)
+        forced = forced_route(request)
+        tokens = await self._counter.count(body, self._exact_from, self._exact_to)
+        record.input_tokens = tokens.total
+        record.stream = body.stream
+        self._metrics.counts.add(("exact" if tokens.exact else "estimate",))
+
+        header_block = encode_headers(
+            [
+                *forwardable_request_headers(request.headers, DROPPED_REQUEST_HEADERS),
+                *(() if request.header(b"x-request-id") else ((b"x-request-id", record.request_id.encode("latin-1")),)),
+            ]
+        )
+        method = request.method.encode("latin-1")
+        avoid: frozenset[ServerKey] = frozenset()
+        last: Failure | None = None
+        retries = stale = 0
+        while True:
+            view = RequestView(l_total=tokens.longest, exact=tokens.exact, forced=forced, avoid=avoid)
+            decision = decide(self._registry.observation, view)
+            record.decision = decision
+            if decision.prefill is None or decision.decode is None:
+                raise self._unservable(decision, last)
+            assert isinstance(decision.prefill, Target)
+            assert isinstance(decision.decode, Target)
+            rooms = new_rooms(body)
+            injected = body.with_bootstrap(decision.prefill.bootstrap_host, decision.prefill.bootstrap_port, rooms)
+            record.room = rooms[0]
+            response.extra_headers = self._headers(decision, tokens, rooms[0], record)
+            attempt = Attempt(
+                response,
+                decision.prefill,
+                decision.decode,
+                self._loop,
+                uncached_tokens=decision.uncached_tokens,
+                merge_logprobs=body.merges_logprobs,
+            )
+            try:
+                attempt.start(method, request.target, header_block, injected)
+                outcome = await attempt.done
+            finally:
+                record.first_byte_s = attempt.committed_s
+                attempt.cancel()
+            failure = outcome.failure
+            if failure is None:
+                record.status = response.status
+                record.error = outcome.broken
+                if outcome.broken:
+                    self._metrics.broken.add(("decode",))
+                return
+            last = failure
+            if failure.retryable:
+                self._metrics.retries.add((failure.leg, failure.cause))
+                record.attempts.append(f"{failure.leg} {failure.cause}: {failure.message}")
+                if failure.cause == "stale" and stale < _MAX_STALE:
+                    stale += 1
+                    continue
+                avoid = avoid | self._blame(failure, decision.prefill, decision.decode)
+                if retries < self._limits.max_retries:
+                    retries += 1
+                    continue
+            self._give_up(response, failure, record)
+            return
+
+    @staticmethod
+    def _blame(failure: Failure, prefill: Target, decode: Target) -> frozenset[ServerKey]:
+        """Servers to leave out of the next attempt. Unreachable ones also wait for a successful health check."""
+        failed = prefill if failure.leg == "prefill" else decode
+        if failure.cause in ("connect", "closed"):
+            failed.suspect(failure.message)
+            return frozenset((failed.key,))
+        # An error that decode reports before its first token is nearly always that of a transfer: either end may be
+        # at fault, so prefer a pair without both.
+        return frozenset((prefill.key, decode.key)) if failure.leg == "decode" else frozenset((prefill.key,))
+
+    @staticmethod
+    def _give_up(response: Response, failure: Failure, record: AccessRecord) -> None:
+        """Answer with the upstream's own error where there is one."""
+        record.error = failure.message
+        if failure.answer is None:
+            code = "upstream_timeout" if failure.cause == "timeout" else "upstream_failed"
+            raise HttpError(failure.status, failure.message, code=code)
+        head, body = failure.answer
+        record.status = head.status
+        response.send(head.status, body, forwardable_response_headers(head.headers))
+
+    @staticmethod
+    def _unservable(decision: Decision, last: Failure | None) -> HttpError:
+        message = decision.reason[0].upper() + decision.reason[1:] + "."
+        if last is not None:
+            message += f" Before that: {last.message}."
+        return HttpError(503, message, code=decision.reason_class, headers=((b"retry-after", b"1"),))
+
+    @staticmethod
+    def _headers(decision: Decision, tokens: TokenCount, room: int, record: AccessRecord) -> list[tuple[bytes, bytes]]:
+        assert decision.prefill is not None
+        assert decision.decode is not None
+        assert decision.route is not None
+        return [
+            (b"x-request-id", safe_header_value(record.request_id)),
+            (b"x-prfaas-route", decision.route.encode()),
+            (b"x-prfaas-reason", safe_header_value(decision.reason)),
+            (b"x-prfaas-prefill", f"{decision.prefill.site}/{decision.prefill.name}".encode()),
+            (b"x-prfaas-decode", f"{decision.decode.site}/{decision.decode.name}".encode()),
+            (b"x-prfaas-room", b"%d" % room),
+            (b"x-prfaas-input-tokens", b"%d" % tokens.total),
+            (b"x-prfaas-uncached-tokens", b"%d" % decision.uncached_tokens),
+        ]
+
+    def _account(self, record: AccessRecord, response: Response) -> None:
+        """Metrics and the log line of a request that has ended."""
+        route = record.route
+        metrics = self._metrics
+        metrics.requests.add((record.endpoint, route, record.reason_class, str(record.status)))
+        if record.first_byte_s is not None:
+            metrics.ttft.observe((route,), record.first_byte_s - record.start_s)
+            metrics.input_tokens.observe((route,), record.input_tokens)
+        record.bytes_out = response.bytes_written
+        metrics.relayed_bytes.add((route,), record.bytes_out)
+        self._log.write(record, self._loop.time(), time.time())

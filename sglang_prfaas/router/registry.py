@@ -1,0 +1,166 @@
+"""The servers the router knows, their roles and their state: one mutable registry behind all decisions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerRole
+from sglang_prfaas.errors import PeerError
+from sglang_prfaas.http import Client, Upstream
+from sglang_prfaas.scheduler.types import Observation, ServerView, SiteView
+
+log = logging.getLogger(__name__)
+
+
+class Target(ServerView, kw_only=True, eq=False):
+    """A server as the scheduler sees it, and how the router reaches it."""
+
+    upstream: Upstream
+    bootstrap_host: str = ""
+    bootstrap_port: int = 0
+    offered: bool = True  # False: its agent says that it is starting, draining or down
+    healthy: bool = False  # by our own checks
+    failures: int = 0  # failed checks in a row
+    error: str = "not checked yet"
+    probe_now: Any = msgspec.field(default_factory=asyncio.Event)
+
+    def update_alive(self) -> None:
+        """Alive: offered by its agent and healthy by our checks."""
+        alive = self.offered and self.healthy
+        if alive != self.alive:
+            self.alive = alive
+            why = "" if alive else f": {self.error}" if self.offered else ": not offered by its agent"
+            log.log(
+                logging.INFO if alive else logging.WARNING,
+                "%s/%s (%s) is %s%s",
+                self.site,
+                self.name,
+                self.role,
+                "up" if alive else "down",
+                why,
+            )
+
+    def mark_healthy(self) -> None:
+        self.failures = 0
+        self.healthy = True
+        self.error = ""
+        self.update_alive()
+
+    def mark_failed(self, error: str, *, unhealthy_after: int = 1) -> None:
+        """A failed check, or a request that could not reach the server (out at once, and checked at once)."""
+        self.failures += 1
+        self.error = error
+        if self.failures >= unhealthy_after:
+            self.healthy = False
+            self.update_alive()
+
+    def suspect(self, error: str) -> None:
+        """A request could not reach the server: out at once, until a check succeeds."""
+        self.mark_failed(error)
+        self.probe_now.set()
+
+
+class AgentServer(Struct):
+    """One server in an agent's list. `url` (optional) is reached directly instead of through the agent's path."""
+
+    name: str
+    role: ServerRole
+    state: str = "ready"
+    path: str = ""
+    url: str = ""
+    bootstrap_host: str = ""
+    bootstrap_port: int = 0
+
+
+class AgentSite(Struct):
+    """What `GET {agent_url}/site` answers; unknown keys are ignored."""
+
+    name: str
+    servers: list[AgentServer]
+    role: str = ""
+    model: str = ""
+
+
+class Registry:
+    """Sites and servers from config and agents; `observation` is what decisions are made on."""
+
+    def __init__(self, config: RouterConfig, client: Client) -> None:
+        self.client = client
+        self._sites: dict[str, SiteView] = {}
+        self.observation = Observation(sites=[], t_tokens=config.policy.threshold_tokens)
+        for site in config.sites:
+            view = SiteView(name=site.name, role=site.role, servers=[])
+            self._sites[site.name] = view
+            self.observation.sites.append(view)
+            for server in site.servers:
+                self._add(
+                    view,
+                    AgentServer(
+                        name=server.name,
+                        role=server.role,
+                        url=server.url,
+                        bootstrap_host=server.bootstrap_host,
+                        bootstrap_port=server.bootstrap_port,
+                    ),
+                )
+
+    def targets(self) -> Iterator[Target]:
+        """All servers of all sites."""
+        for site in self.observation.sites:
+            for server in site.servers:
+                assert isinstance(server, Target)
+                yield server
+
+    def apply_agent(self, site: RouterSite, answer: bytes) -> None:
+        """Take over an agent's list: new servers, changed roles, addresses and states, and servers that are gone.
+
+        Raises PeerError for an answer that is not one, or is of another site.
+        """
+        try:
+            listed = msgspec.json.decode(answer, type=AgentSite)
+        except msgspec.DecodeError as exc:
+            raise PeerError(f"the agent of {site.name} at {site.agent_url} answered wrongly: {exc}") from exc
+        if listed.name != site.name:
+            raise PeerError(f"the agent at {site.agent_url} is of site {listed.name}, expected {site.name}")
+        view = self._sites[site.name]
+        known = {server.name: server for server in view.servers}
+        for entry in listed.servers:
+            url = entry.url or site.agent_url.rstrip("/") + entry.path
+            found = known.pop(entry.name, None)
+            if found is None:
+                self._add(view, msgspec.structs.replace(entry, url=url))
+                continue
+            assert isinstance(found, Target)
+            if found.role != entry.role:
+                log.info("%s/%s changed its role from %s to %s", site.name, entry.name, found.role, entry.role)
+                found.role = entry.role
+            upstream = self.client.upstream(url)
+            found.upstream = upstream
+            found.bootstrap_host = entry.bootstrap_host or upstream.host
+            found.bootstrap_port = entry.bootstrap_port
+            found.offered = entry.state == "ready"
+            found.update_alive()
+        for gone in known.values():
+            log.info("%s/%s is no longer listed by its agent", site.name, gone.name)
+            gone.alive = False
+            view.servers.remove(gone)
+
+    def _add(self, view: SiteView, entry: AgentServer) -> None:
+        upstream = self.client.upstream(entry.url)
+        view.servers.append(
+            Target(
+                site=view.name,
+                name=entry.name,
+                role=entry.role,
+                upstream=upstream,
+                bootstrap_host=entry.bootstrap_host or upstream.host,
+                bootstrap_port=entry.bootstrap_port,
+                offered=entry.state == "ready",
+            )
+        )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sglang_prfaas.tiny_models.configs import BOS, CONTEXT_TOKENS, EOS, PAD, VOCABULARY
-
-SPECIAL_TOKENS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<|user|>", 4: "<|assistant|>", 5: "<|system|>"}
+from sglang_prfaas.tiny_models.vocabulary import SPECIAL_TOKENS
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -43,7 +43,8 @@ def write_tokenizer(directory: Path) -> None:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    make_trainer: Any = trainers.BpeTrainer  # a compiled class without annotations
+    trainer = make_trainer(
         vocab_size=VOCABULARY,
         special_tokens=[AddedToken(text, special=True) for _, text in sorted(SPECIAL_TOKENS.items())],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

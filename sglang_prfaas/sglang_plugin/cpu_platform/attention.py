@@ -116,7 +116,7 @@ def forward_extend(
     save_kv_cache: bool = True,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Prefill. ``q`` ``[T, H*D]``, ``k`` ``[T, Hk, D]``, ``v`` ``[T, Hk, V]``, ``sinks`` ``[H]``; returns ``[T, H*V]``."""
+    """Prefill. ``q`` ``[T, H*D]``, ``k`` ``[T, Hk, D]``, ``v`` ``[T, Hk, V]``, ``sinks`` ``[H]``; to ``[T, H*V]``."""
     if save_kv_cache:
         _store(self, layer, forward_batch, k, v)
     return _run(self, layer, forward_batch, q, sinks, forward_batch.extend_seq_lens.tolist())

@@ -11,14 +11,19 @@ import re
 
 import torch
 
+from sglang_prfaas.tiny_models.vocabulary import silent_tokens
+
 # Gain of a weight over 1/sqrt(fan in), by the name of its parameter; the first match counts.
 GAINS: tuple[tuple[str, float], ...] = (
     (r"lm_head", 6.0),  # logits of variance 36: top-1 margins far above rounding noise
     (r"(gate|router)\.weight$", 2.0),  # experts well apart
-    (r"self_attn\.(qkv_proj|q_proj|q_b_proj|query_key_value)", 1.5),
-    (r"(o_proj|out_proj|dense)\.weight$", 2.0),  # attention's share of the residual stream
+    (r"\.(q_proj|q_b_proj)\.weight$", 2.9),  # attention that picks tokens: logits of variance 8
+    (r"attn\.qkv_proj\.weight$", 1.7),  # the same, from queries and keys
+    (r"(o_proj|out_proj|dense)\.weight$", 3.0),  # attention's share of the residual stream
 )
 NORM_SPREAD = 0.1
+QK_NORM = 1.7  # logits of variance 8 where queries and keys are normalised
+EMBEDDING_SCALE = 0.5
 
 
 def seed_of(name: str) -> int:
@@ -47,9 +52,12 @@ def draw(name: str, shape: torch.Size, *, gemma_norm: bool = False) -> torch.Ten
     if "conv1d" in name or "conv_weight" in name:
         return noise / shape[-1] ** 0.5
     if "embed_tokens" in name or "word_embeddings" in name:
-        return noise
+        return EMBEDDING_SCALE * noise
     if len(shape) <= 1 or "norm" in name.rsplit(".", 2)[-2]:
-        return (0.0 if gemma_norm else 1.0) + NORM_SPREAD * noise
+        mean = QK_NORM if re.search(r"\.(q_norm|k_norm|query_layernorm|key_layernorm)\.", name) else 1.0
+        return (mean - 1.0 if gemma_norm else mean) + NORM_SPREAD * noise
+    if "lm_head" in name:
+        noise[[token for token in silent_tokens() if token < shape[0]]] = 0.0
     gain = next((gain for pattern, gain in GAINS if re.search(pattern, name)), 1.0)
     return gain * noise / shape[-1] ** 0.5
 

@@ -3,9 +3,42 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ConfigError, LocalError, PeerGoneError
+
+
+class Connection:
+    """A data connection. One thread works with `sock` and closes it; any other may `cut` it, which wakes that thread.
+
+    Nobody but the owner closes: a descriptor freed under a thread that is about to write could be another connection's
+    by then.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._lock = threading.Lock()
+        self._closed = False
+        self.was_cut = False
+
+    def cut(self) -> None:
+        """End the connection both ways. From any thread. Idempotent."""
+        with self._lock:
+            self.was_cut = True
+            if self._closed:
+                return
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # not connected, or not any more
+
+    def close(self) -> None:
+        """Free the descriptor. By the owner. Idempotent."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.sock.close()
 
 
 def tune(sock: socket.socket, config: TransportConfig) -> None:
@@ -26,7 +59,7 @@ def tune(sock: socket.socket, config: TransportConfig) -> None:
 
 
 def listen(host: str, port: int, config: TransportConfig) -> socket.socket:
-    """A listening socket; port 0 takes any free one. Raises LocalError where the port is taken."""
+    """A listening socket at an address; port 0 takes any free one. Raises LocalError where the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -34,12 +67,13 @@ def listen(host: str, port: int, config: TransportConfig) -> socket.socket:
         if family == socket.AF_INET6 and host == "::":
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         tune(sock, config)
-        sock.bind((host or "0.0.0.0", port))
+        sock.bind((host, port))
         sock.listen(512)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
+        what = error.strerror if isinstance(error, OSError) else str(error)
         raise LocalError(
-            f"mover data port {port} on {host} cannot be used: {error.strerror}. Set mover_port to a free range, or 0."
+            f"mover data port {port} on {host} cannot be used: {what}. Set mover_port to a free range, or 0."
         ) from None
     except ConfigError:
         sock.close()
@@ -47,19 +81,27 @@ def listen(host: str, port: int, config: TransportConfig) -> socket.socket:
     return sock
 
 
-def connect(host: str, port: int, config: TransportConfig) -> socket.socket:
-    """Dial a data port. Raises PeerGoneError when it cannot be reached within the handshake timeout."""
-    try:
-        sock = socket.create_connection((host, port), timeout=config.handshake_timeout_s)
-    except OSError as error:
-        raise PeerGoneError(f"data port {host}:{port} cannot be reached: {error}") from None
+def unconnected(host: str, config: TransportConfig) -> Connection:
+    """A tuned connection to be made with `connect`; it can be cut already. Raises ConfigError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         tune(sock, config)
-        sock.settimeout(None)
     except BaseException:
         sock.close()
         raise
-    return sock
+    return Connection(sock)
+
+
+def connect(connection: Connection, host: str, port: int, config: TransportConfig) -> None:
+    """Dial a data port. Raises PeerGoneError when it cannot be reached within the handshake timeout, or was cut."""
+    try:
+        connection.sock.settimeout(config.handshake_timeout_s)
+        connection.sock.connect((host, port))
+        connection.sock.settimeout(None)
+    except OSError as error:
+        raise PeerGoneError(f"data port {host}:{port} cannot be reached: {error}") from None
+    if connection.was_cut:
+        raise PeerGoneError(f"data port {host}:{port}: given up while connecting")
 
 
 def send_all(sock: socket.socket, *parts: bytes | memoryview) -> None:
@@ -91,12 +133,3 @@ def receive_exactly(sock: socket.socket, view: memoryview) -> bool:
     except OSError as error:
         raise PeerGoneError(f"data connection lost while receiving: {error}") from None
     return True
-
-
-def close(sock: socket.socket) -> None:
-    """Shut down and close: a thread blocked in this socket wakes up."""
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected any more
-    sock.close()

@@ -12,7 +12,8 @@ import zmq
 
 from sglang_prfaas.clock import Clock, MonotonicClock
 from sglang_prfaas.errors import LocalError, ProtocolError
-from sglang_prfaas.transport.loop import ZmqLoop, endpoint
+from sglang_prfaas.transport.addresses import endpoint, resolve
+from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.messages import (
     Deregister,
     Directory,
@@ -35,7 +36,15 @@ class RankTable:
         self._last: Register | None = None
 
     def register(self, message: Register) -> None:
-        """Add or replace a rank. A rank of another process generation drops what the old one left behind."""
+        """Add a rank, or replace what an earlier process left in its place; other sizes drop every rank of the old
+        ones. Raises ProtocolError for a rank beyond its own sizes."""
+        beyond = [
+            f"{name} rank {rank} of {size}"
+            for name, rank, size in zip(("DP", "TP", "PP"), _key(message.rank), _sizes(message), strict=True)
+            if rank >= size
+        ]
+        if beyond:
+            raise ProtocolError(f"a rank beyond its size registers: {', '.join(beyond)}")
         if self._last is not None and _sizes(self._last) != _sizes(message):
             self._ranks.clear()
         self._last = message
@@ -69,19 +78,21 @@ class DirectoryServer:
 
     def __init__(self, host: str, port: int, *, remote_ranks: bool = False, clock: Clock | None = None) -> None:
         self.table = RankTable()
+        host = resolve(host)
         self._host = host
         self._remote_ranks = remote_ranks
         self._loop = ZmqLoop("prfaas-directory", clock or MonotonicClock())
         self._socket = self._loop.socket(zmq.ROUTER, host)
         try:
-            self._socket.bind(endpoint(host or "*", port))
+            self._socket.bind(endpoint(host, port))
         except zmq.ZMQError as error:
-            self._socket.close(linger=0)
-            self._loop.context.destroy(linger=0)
+            self._loop.stop()
             raise LocalError(
                 f"bootstrap port {port} on {host} cannot be used: {error}. Give every prefill server on a host its own "
                 "--disaggregation-bootstrap-port."
             ) from None
+        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        """The port bound: `port`, or the one that was free for 0."""
         self._loop.add(self._socket, self._receive)
         self._loop.start()
 
@@ -98,17 +109,21 @@ class DirectoryServer:
             logger.warning("prfaas directory: %s", error)
             return
         if isinstance(message, Lookup):
-            self._socket.send_multipart([peer.bytes, encode(self.table.directory())])
+            self._socket.send_multipart([peer.bytes, encode(self.table.directory())], zmq.NOBLOCK)
             return
         address = str(body.get("Peer-Address") or "")
         if not self._remote_ranks and not self._is_local(address):
             logger.warning("prfaas directory: %s from %s refused, not this host", type(message).__name__, address)
             return
-        if isinstance(message, Register):
-            self.table.register(message)
-        else:
-            self.table.deregister(message)
-        self._socket.send_multipart([peer.bytes, encode(Registered())])
+        try:
+            if isinstance(message, Register):
+                self.table.register(message)
+            else:
+                self.table.deregister(message)
+        except ProtocolError as error:
+            logger.warning("prfaas directory: %s", error)
+            return
+        self._socket.send_multipart([peer.bytes, encode(Registered())], zmq.NOBLOCK)
 
     def _is_local(self, address: str) -> bool:
         if address == self._host:

@@ -1,11 +1,12 @@
 """Bytes of a data connection (docs/protocol.md): one preface, then chunks.
 
     preface   "PFD1"  u16 version  u16 connection index  16 bytes token
-    chunk     "PFC1"  u16 component  u16 buffer  u64 transfer id  u64 offset  u32 length  u32 zero
+    chunk     "PFC1"  u16 component  u16 buffer  u64 transfer id  u64 offset  u32 length  u32 head check
               u64 checksum  payload
 
 Big-endian. A stream is (transfer, component, buffer): the request's items of that buffer, end to end; `offset` is a
-byte position in it. The checksum is xxh3-64 of the payload, seeded by that of the 32 bytes before it.
+byte position in it. H is xxh3-64 of the first 28 bytes; the head check is its low 32 bits, so that a corrupt length is
+noticed before it is believed. The checksum is xxh3-64 of the payload with seed H.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from msgspec import Struct
 from sglang_prfaas.errors import ChecksumError, ProtocolError
 
 PREFACE = struct.Struct(">4sHH16s")
-CHUNK_HEAD = struct.Struct(">4sHHQQII")
-CHECKSUM = struct.Struct(">Q")
-HEADER_BYTES = CHUNK_HEAD.size + CHECKSUM.size
+CHUNK_HEAD = struct.Struct(">4sHHQQI")
+CHUNK_CHECKS = struct.Struct(">IQ")
+HEADER_BYTES = CHUNK_HEAD.size + CHUNK_CHECKS.size
 PREFACE_MAGIC = b"PFD1"
 CHUNK_MAGIC = b"PFC1"
 DATA_VERSION = 1
@@ -61,25 +62,30 @@ class ChunkHeader(Struct, frozen=True):
 def pack_header(header: ChunkHeader, payload: memoryview | bytes) -> bytes:
     """The chunk's header, with the checksum of `payload`. The checksum in `header` is not looked at."""
     head = CHUNK_HEAD.pack(
-        CHUNK_MAGIC, header.component, header.buffer, header.transfer_id, header.offset, header.length, 0
+        CHUNK_MAGIC, header.component, header.buffer, header.transfer_id, header.offset, header.length
     )
-    return head + CHECKSUM.pack(_checksum(head, payload))
+    seed: int = xxhash.xxh3_64_intdigest(head)
+    return head + CHUNK_CHECKS.pack(seed & 0xFFFFFFFF, xxhash.xxh3_64_intdigest(payload, seed=seed))
 
 
 def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> ChunkHeader:
-    """Parse a header of `HEADER_BYTES` bytes. Raises ProtocolError for a wrong magic or an excessive length."""
-    magic, component, buffer, transfer_id, offset, length, zero = CHUNK_HEAD.unpack_from(data)
-    if magic != CHUNK_MAGIC or zero != 0:
+    """Parse a header of `HEADER_BYTES` bytes. Raises ProtocolError for a wrong magic or an excessive length,
+    ChecksumError where the header itself is corrupt."""
+    magic, component, buffer, transfer_id, offset, length = CHUNK_HEAD.unpack_from(data)
+    if magic != CHUNK_MAGIC:
         raise ProtocolError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r}")
+    head_check, checksum = CHUNK_CHECKS.unpack_from(data, CHUNK_HEAD.size)
+    actual = _seed(data) & 0xFFFFFFFF
+    if actual != head_check:
+        raise ChecksumError(f"chunk header is corrupt: checksum {actual:08x}, expected {head_check:08x}")
     if not 0 < length <= max_chunk_bytes:
         raise ProtocolError(f"chunk of {length} bytes, expected 1 to {max_chunk_bytes}")
-    (checksum,) = CHECKSUM.unpack_from(data, CHUNK_HEAD.size)
     return ChunkHeader(transfer_id, component, buffer, offset, length, checksum)
 
 
 def verify(raw_header: bytes | memoryview, header: ChunkHeader, payload: memoryview | bytes) -> None:
     """Check a chunk that arrived. Raises ChecksumError with both values."""
-    actual = _checksum(bytes(raw_header[: CHUNK_HEAD.size]), payload)
+    actual: int = xxhash.xxh3_64_intdigest(payload, seed=_seed(raw_header))
     if actual != header.checksum:
         raise ChecksumError(
             f"chunk of {header.length} bytes at offset {header.offset} (component {header.component}, buffer "
@@ -87,7 +93,6 @@ def verify(raw_header: bytes | memoryview, header: ChunkHeader, payload: memoryv
         )
 
 
-def _checksum(head: bytes, payload: memoryview | bytes) -> int:
-    seed: int = xxhash.xxh3_64_intdigest(head)
-    result: int = xxhash.xxh3_64_intdigest(payload, seed=seed)
+def _seed(raw_header: bytes | memoryview) -> int:
+    result: int = xxhash.xxh3_64_intdigest(raw_header[: CHUNK_HEAD.size])
     return result

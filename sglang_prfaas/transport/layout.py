@@ -44,7 +44,7 @@ def differences(prefill: Layout, decode: Layout) -> list[str]:
 
     def compare(what: str, ours: object, theirs: object) -> None:
         if ours != theirs:
-            found.append(f"{what}: prefill has {ours}, decode has {theirs}")
+            found.append(f"{what}: prefill has {_short(ours)}, decode has {_short(theirs)}")
 
     compare("model", prefill.model, decode.model)
     compare("KVCache dtype", prefill.kv_dtype, decode.kv_dtype)
@@ -64,3 +64,9 @@ def differences(prefill: Layout, decode: Layout) -> list[str]:
                     f"bytes per item of {ours.name} buffer {first}", ours.item_bytes[first], theirs.item_bytes[first]
                 )
     return found
+
+
+def _short(value: object, limit: int = 600) -> str:
+    """The value for a message, cut where a peer's is excessively long."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

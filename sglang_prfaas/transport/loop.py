@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 from collections import deque
@@ -11,30 +12,41 @@ from functools import partial
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from sglang_prfaas.clock import Clock
+from sglang_prfaas.transport.addresses import dialable, endpoint
+
+__all__ = ["ZmqLoop", "dialable", "endpoint"]
 
 logger = logging.getLogger(__name__)
+
+MESSAGES_PER_TURN = 256
+"""Messages taken from one socket before the others, the calls and the ticks get their turn."""
 
 
 class ZmqLoop:
     """Polls sockets, runs calls handed over by other threads, and ticks. An error in a callback is logged, no more.
 
-    `stop()` joins the thread and closes what it owns: sockets without lingering, and the context.
+    `stop()` joins the thread and closes what it owns, whether or not it was ever started.
     """
 
     def __init__(self, name: str, clock: Clock) -> None:
         self.context = zmq.Context()
         self._clock = clock
         self._poller = zmq.Poller()
-        self._handlers: dict[Any, Callable[[Any], None]] = {}
-        self._calls: deque[Callable[[], None]] = deque()
+        self._handlers: dict[Any, Callable[[list[zmq.Frame]], None]] = {}
+        self._monitors: dict[Any, zmq.Socket[bytes]] = {}
+        self._calls: deque[Callable[[], object]] = deque()
         self._ticks: list[list[Any]] = []
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._poller.register(self._wake_read.fileno(), zmq.POLLIN)
         self._stopping = threading.Event()
+        self._linger_ms = 0
+        self._lock = threading.Lock()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -55,8 +67,25 @@ class ZmqLoop:
         self._handlers[sock] = handler
         self._poller.register(sock, zmq.POLLIN)
 
+    def on_disconnect(self, sock: zmq.Socket[bytes], lost: Callable[[], None]) -> None:
+        """Call `lost` when an established connection of `sock` breaks, after what came over it was delivered."""
+        monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitors[sock] = monitor
+
+        def seen(frames: list[zmq.Frame]) -> None:
+            event = parse_monitor_message([frame.bytes for frame in frames])["event"]
+            if event == zmq.EVENT_DISCONNECTED and sock in self._handlers:
+                self._drain(sock)
+                lost()
+
+        self.add(monitor, seen)
+
     def remove(self, sock: zmq.Socket[bytes]) -> None:
-        """Stop polling `sock` and close it, with the linger it was given. From within the loop."""
+        """Stop polling `sock` and close it, with the linger it was given. From within the loop. Idempotent."""
+        monitor = self._monitors.pop(sock, None)
+        if monitor is not None:
+            sock.disable_monitor()
+            self.remove(monitor)
         if self._handlers.pop(sock, None) is not None:
             self._poller.unregister(sock)
         sock.close()
@@ -65,52 +94,70 @@ class ZmqLoop:
         """Call `tick` about every `interval_s` seconds. Before `start`."""
         self._ticks.append([interval_s, self._clock.now_s() + interval_s, tick])
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         """Run `function` in the loop, soon. From any thread; after `stop` it is dropped."""
-        self._calls.append(function)
-        try:
-            self._wake_write.send(b"\0")
-        except (BlockingIOError, OSError):
-            pass  # full: the loop will wake anyway; closed: the loop has ended
+        with self._lock:
+            if self._ended:
+                return
+            self._calls.append(function)
+            try:
+                self._wake_write.send(b"\0")
+            except BlockingIOError:
+                pass  # full of wake-ups already
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread. Idempotent; must not be called from within the loop."""
+    def flush(self, timeout_s: float = 5.0) -> None:
+        """Wait until everything handed to `call` so far has run; at once where the loop does not run."""
+        if not self._thread.is_alive():
+            return
+        reached = threading.Event()
+        self.call(reached.set)
+        reached.wait(timeout_s)
+
+    def stop(self, timeout_s: float = 10.0, linger_ms: int = 0) -> None:
+        """End the thread; messages under way get `linger_ms` to leave. Idempotent; not from within the loop."""
+        self._linger_ms = max(self._linger_ms, linger_ms)
         self._stopping.set()
         self.call(lambda: None)
-        if self._thread.is_alive():
+        if self._thread.ident is None:
+            self._end()
+        else:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
                 self._step()
-            self._run_calls()
         finally:
-            for sock in list(self._handlers):
-                sock.close(linger=0)
+            self._end()
+
+    def _end(self) -> None:
+        self._run_calls()
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+            self._calls.clear()
             self._wake_read.close()
             self._wake_write.close()
-            self.context.destroy(linger=0)
+        for sock in list(self._monitors):
+            sock.disable_monitor()
+        for sock in list(self._handlers):
+            sock.close(linger=self._linger_ms)
+        self.context.destroy(linger=0)
 
     def _step(self) -> None:
         now = self._clock.now_s()
         due = min((tick[1] for tick in self._ticks), default=now + 1.0)
-        events = dict(self._poller.poll(timeout=int(max(0.0, min(1.0, due - now)) * 1000)))
+        events = dict(self._poller.poll(timeout=math.ceil(max(0.0, min(1.0, due - now)) * 1000)))
         if self._wake_read.fileno() in events:
             try:
                 while self._wake_read.recv(4096):
                     pass
             except BlockingIOError:
                 pass
-        for sock, handler in list(self._handlers.items()):
-            if sock not in events:
-                continue
-            while not sock.closed:
-                try:
-                    frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    break
-                self._contain(partial(handler, frames))
+        for sock in list(self._handlers):
+            if sock in events:
+                self._drain(sock)
         self._run_calls()
         now = self._clock.now_s()
         for tick in self._ticks:
@@ -118,8 +165,20 @@ class ZmqLoop:
                 tick[1] = now + tick[0]
                 self._contain(tick[2])
 
+    def _drain(self, sock: zmq.Socket[bytes]) -> None:
+        """Deliver what has arrived, up to one turn's worth."""
+        for _ in range(MESSAGES_PER_TURN):
+            handler = self._handlers.get(sock)
+            if handler is None:
+                return
+            try:
+                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._contain(partial(handler, frames))
+
     def _run_calls(self) -> None:
-        while self._calls:
+        for _ in range(len(self._calls)):
             self._contain(self._calls.popleft())
 
     @staticmethod
@@ -128,13 +187,3 @@ class ZmqLoop:
             function()
         except Exception:
             logger.exception("prfaas: error in a control callback; going on")
-
-
-def endpoint(host: str, port: int) -> str:
-    """A ZeroMQ TCP endpoint; IPv6 addresses get their brackets."""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def dialable(host: str) -> str:
-    """The address to dial for one that was bound: a wildcard becomes the loopback of its family."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1", "*": "127.0.0.1"}.get(host, host)

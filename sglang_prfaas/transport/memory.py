@@ -135,12 +135,17 @@ class RankMemory:
         self.components = [list(buffers) for buffers in components]
 
     def checked(self, component: int, indices: npt.ArrayLike) -> Indices:
-        """Slot indices of a request's items, as int64. Raises LocalError for one outside of the component's buffers."""
-        result = np.ascontiguousarray(np.asarray(indices).reshape(-1), dtype=np.int64)
-        slots = min((b.slots for b in self.components[component]), default=0)
-        if result.size and (int(result.min()) < 0 or int(result.max()) >= slots):
-            raise LocalError(
-                f"component {component}: slots {int(result.min())} to {int(result.max())} asked for, "
-                f"0 to {slots - 1} exist"
-            )
-        return result
+        """Slot indices of a request's items, as an int64 vector of its own. Raises LocalError for one outside of the
+        component's buffers."""
+        if not 0 <= component < len(self.components):
+            raise LocalError(f"component {component} does not exist, this rank has {len(self.components)}")
+        given = np.asarray(indices).reshape(-1)
+        if not given.size:
+            return np.empty(0, dtype=np.int64)
+        if given.dtype.kind not in "iu":
+            raise LocalError(f"component {component}: slots must be integers, {given.dtype} given")
+        low, high = int(given.min()), int(given.max())
+        slots = min((b.slots for b in self.components[component] if b.item_bytes), default=high + 1)
+        if low < 0 or high >= slots:
+            raise LocalError(f"component {component}: slots {low} to {high} asked for, 0 to {slots - 1} exist")
+        return np.array(given, dtype=np.int64)

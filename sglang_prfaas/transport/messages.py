@@ -180,7 +180,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
         raise ProtocolError(f"control message of {len(data)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
     try:
         return decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"control message refused: {error}") from None
 
 

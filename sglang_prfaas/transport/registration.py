@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 
 import zmq
 
 from sglang_prfaas.clock import Clock
+from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.transport.loop import ZmqLoop, dialable, endpoint
 from sglang_prfaas.transport.messages import (
     Deregister,
@@ -17,6 +19,8 @@ from sglang_prfaas.transport.messages import (
     decode_from_directory,
     encode,
 )
+
+logger = logging.getLogger(__name__)
 
 RETRY_S = 0.25
 RENEW_S = 10.0
@@ -72,7 +76,12 @@ class Registration:
             pass  # the directory is not there yet; the next tick tries again
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
-        if isinstance(decode_from_directory(frames[-1].bytes), Registered):
+        try:
+            message = decode_from_directory(frames[-1].bytes)
+        except ProtocolError as error:
+            logger.warning("prfaas: bootstrap directory: %s", error)
+            return
+        if isinstance(message, Registered):
             self._acknowledged_s = self._clock.now_s()
             if self._leaving:
                 self._gone.set()

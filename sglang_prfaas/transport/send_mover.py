@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import logging
-import secrets
-import selectors
-import socket
 import threading
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import zmq
@@ -18,12 +13,15 @@ from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError, PeerError, PrfaasError, ProtocolError
 from sglang_prfaas.transport import data_tcp
-from sglang_prfaas.transport.framing import PREFACE, ChunkHeader, pack_header, unpack_preface
-from sglang_prfaas.transport.layout import Layout, differences
-from sglang_prfaas.transport.loop import ZmqLoop, endpoint
-from sglang_prfaas.transport.memory import Indices, RankMemory
+from sglang_prfaas.transport.acceptor import Acceptor
+from sglang_prfaas.transport.addresses import endpoint, resolve
+from sglang_prfaas.transport.data_tcp import Connection
+from sglang_prfaas.transport.framing import ChunkHeader, Preface, pack_header
+from sglang_prfaas.transport.handshake import refusal
+from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.loop import ZmqLoop
+from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
 from sglang_prfaas.transport.messages import (
-    PROTOCOL_VERSION,
     Abort,
     Done,
     Expect,
@@ -38,60 +36,17 @@ from sglang_prfaas.transport.messages import (
     decode_to_prefill,
     encode,
 )
+from sglang_prfaas.transport.rooms import Rooms
+from sglang_prfaas.transport.send_session import SendSession, Task
 from sglang_prfaas.transport.session import OutgoingTransfer, State
-from sglang_prfaas.transport.streams import ChunkSpan, cut
+from sglang_prfaas.transport.streams import cut
 
 logger = logging.getLogger(__name__)
 
-MAX_EARLY_ROOMS = 4096
-"""Rooms remembered of which decode spoke before prefill's own request came."""
-MAX_SESSIONS = 1024
-MAX_PENDING_CONNECTIONS = 256
-
-
-class _Task:
-    """One chunk to send."""
-
-    __slots__ = ("first_item", "indices", "ready", "span", "transfer")
-
-    def __init__(
-        self, transfer: OutgoingTransfer, span: ChunkSpan, indices: Indices, first_item: int, ready: Callable[[], None]
-    ) -> None:
-        self.transfer = transfer
-        self.span = span
-        self.indices = indices
-        self.first_item = first_item
-        self.ready = ready
-
-
-class _Session:
-    """One decode rank: its identity on the control socket, its data connections, and what waits to be sent."""
-
-    def __init__(self, identity: bytes, hello: Hello, now_s: float) -> None:
-        self.identity = identity
-        self.hello = hello
-        self.token = secrets.token_bytes(16)
-        self.seen_s = now_s
-        self.sockets: list[socket.socket] = []
-        self.transfers: dict[int, OutgoingTransfer] = {}
-        self.tasks: deque[_Task] = deque()
-        self.condition = threading.Condition()
-        self.closed = False
-
-    def __str__(self) -> str:
-        return f"decode {self.hello.site}/{self.hello.server}" if self.hello.site else f"decode {self.hello.server}"
-
-    def put(self, tasks: list[_Task]) -> None:
-        with self.condition:
-            self.tasks.extend(tasks)
-            self.condition.notify_all()
-
-    def next_task(self) -> _Task | None:
-        """The next chunk, waiting for one; None once the session is closed."""
-        with self.condition:
-            while not self.tasks and not self.closed:
-                self.condition.wait()
-            return None if self.closed else self.tasks.popleft()
+MAX_SESSION_TRANSFERS = 4096
+"""Requests that one decode rank may have open."""
+FAREWELL_MS = 1000
+"""How long the last messages may take to leave when the mover closes."""
 
 
 class SendMover:
@@ -115,24 +70,25 @@ class SendMover:
         self._memory = memory
         self._config = config
         self._clock = clock
-        self._rooms: dict[int, OutgoingTransfer] = {}
-        self._early: OrderedDict[int, OutgoingTransfer] = OrderedDict()
-        self._homes: dict[int, _Session] = {}
-        self._sessions: dict[bytes, _Session] = {}
-        self._tokens: dict[bytes, _Session] = {}
         self._lock = threading.Lock()
+        self._rooms = Rooms(clock, config.waiting_timeout_s)
+        self._sessions: dict[bytes, SendSession] = {}
+        self._tokens: dict[bytes, SendSession] = {}
         self._threads: list[threading.Thread] = []
         self._closing = False
-        self._listener = data_tcp.listen(host, first_port + 1 if first_port else 0, config)
-        self.data_port: int = self._listener.getsockname()[1]
+        self._last_expiry_s = clock.now_s()
+        address = resolve(host)
+        listener = data_tcp.listen(address, first_port + 1 if first_port else 0, config)
+        self.data_port: int = listener.getsockname()[1]
+        self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self)
         self._loop = ZmqLoop("prfaas-send-control", clock)
         try:
-            self._control = self._loop.socket(zmq.ROUTER, host)
+            self._control = self._loop.socket(zmq.ROUTER, address)
             self._control.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            self._control.bind(endpoint(host or "0.0.0.0", first_port or 0))
+            self._control.bind(endpoint(address, first_port))
         except zmq.ZMQError as error:
-            self._listener.close()
-            self._loop.context.destroy(linger=0)
+            self._acceptor.stop()
+            self._loop.stop()
             raise LocalError(
                 f"mover control port {first_port} on {host} cannot be used: {error}. "
                 "Set mover_port to a free range, or 0."
@@ -140,48 +96,40 @@ class SendMover:
         bound = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self.control_port = int(bound.rpartition(":")[2])
         self._loop.add(self._control, self._receive)
-        self._loop.every(config.heartbeat_interval_s, self._expire)
-        self._selector = selectors.DefaultSelector()
-        self._stop_read, self._stop_write = socket.socketpair()
+        self._loop.every(min(config.heartbeat_interval_s, 1.0), self._expire)
 
     def start(self) -> None:
         """Begin to listen."""
         self._loop.start()
-        self._spawn(self._accept_loop, "prfaas-send-accept")
+        self._acceptor.start()
 
     def close(self, reason: str = "the prefill server stopped") -> None:
         """Fail every transfer, tell the decode ranks, end all threads, free the ports. Idempotent."""
-        if self._closing:
-            return
-        self._closing = True
-        for transfer in list(self._rooms.values()):
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            transfers = self._rooms.all()
+        for transfer in transfers:
             self.abort(transfer, reason)
-        drained = threading.Event()
-        self._loop.call(drained.set)
-        drained.wait(5.0)
+        self._loop.flush()
         with self._lock:
             sessions = list(self._sessions.values())
         for session in sessions:
             self._lose(session, reason)
-        self._loop.stop()
-        self._stop_write.send(b"\0")
-        for thread in self._threads:
+        self._loop.stop(linger_ms=FAREWELL_MS)
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(10.0)
-        self._listener.close()
-        self._selector.close()
-        self._stop_read.close()
-        self._stop_write.close()
+        self._acceptor.stop()
 
     # --- what the sender calls ------------------------------------------------------------------------------------
 
     def transfer(self, room: int) -> OutgoingTransfer:
         """The transfer of a new request; decode may have spoken of it already. Raises LocalError for a room in use."""
         with self._lock:
-            if room in self._rooms:
-                raise LocalError(f"bootstrap room {room} is in use by another request")
-            transfer = self._early.pop(room, None) or OutgoingTransfer(room, self._clock)
-            self._rooms[room] = transfer
-            return transfer
+            return self._rooms.open(room)
 
     def send(
         self,
@@ -192,292 +140,245 @@ class SendMover:
         ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Put items `first_item`... of a component on their way; they lie at `indices`. `ready` is called before the
-        memory is read, and may wait for a device. Returns at once."""
-        session = self._homes.get(transfer.room)
-        chunk_bytes = min(self._config.chunk_bytes, session.hello.chunk_bytes if session else 1 << 62)
-        spans = list(
-            cut(component, self.layout.components[component].item_bytes, first_item, len(indices), chunk_bytes)
-        )
+        memory is read, and may wait for a device. Returns at once. Raises LocalError for slots that do not exist."""
+        items = self._memory.checked(component, indices)
+        with self._lock:
+            session = self._rooms.home(transfer)
+        chunk_bytes = self._config.chunk_bytes
+        if session is not None:
+            chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
+        spans = list(cut(component, self.layout.components[component].item_bytes, first_item, len(items), chunk_bytes))
         with transfer.lock:
-            if not transfer.queue(component, first_item, len(indices), len(spans)):
-                return
-        if session is None or session.closed:
-            self.abort(transfer, "the connection to the decode server was lost")
+            queued = transfer.queue(component, first_item, len(items), len(spans))
+        if not queued or session is None:
+            self._report(transfer)
             return
-        session.put([_Task(transfer, span, indices, first_item, ready) for span in spans])
+        session.tasks.put([Task(transfer, span, items, first_item, ready) for span in spans])
 
     def finish(self, transfer: OutgoingTransfer) -> None:
-        """Nothing more will be sent for this request."""
+        """Nothing more will be sent for this request. Ends it where decode expects more items than were sent."""
         with transfer.lock:
-            transfer.last_queued = True
-            transfer.progress_s = self._clock.now_s()
+            transfer.finish()
+        self._report(transfer)
 
     def abort(self, transfer: OutgoingTransfer, reason: str) -> None:
         """End a transfer and tell decode why. From here on its pages are not read any more. Idempotent."""
         with transfer.lock:
-            ended = transfer.fail(reason)
-        if ended:
-            self._tell_failed(transfer, reason)
+            transfer.fail(reason)
+        self._report(transfer)
 
     def release(self, transfer: OutgoingTransfer) -> None:
-        """Forget a request; ends it first where it is still live."""
+        """Forget a request; ends it first where it is still live. Idempotent."""
         self.abort(transfer, "the request ended on the prefill side")
         with self._lock:
-            if self._rooms.get(transfer.room) is transfer:
-                del self._rooms[transfer.room]
-            session = self._homes.pop(transfer.room, None)
-            if session is not None and transfer.expected is not None:
-                session.transfers.pop(transfer.expected.transfer_id, None)
+            session = self._rooms.forget(transfer)
+        if session is not None:
+            session.tasks.drop(transfer)
 
     # --- control --------------------------------------------------------------------------------------------------
 
     def _reply(self, identity: bytes, message: Message) -> None:
+        """Send on the control socket, from within the loop; dropped where the peer is gone or does not read."""
         self._control.send_multipart([identity, encode(message)], zmq.NOBLOCK)
 
-    def _tell_failed(self, transfer: OutgoingTransfer, reason: str) -> None:
-        session = self._homes.get(transfer.room)
-        expected = transfer.expected
-        if session is not None and expected is not None:
-            message = Failed(expected.transfer_id, transfer.room, reason[:4096])
+    def _report(self, transfer: OutgoingTransfer) -> None:
+        """Tell decode of a failure that it does not know of yet."""
+        with transfer.lock:
+            expected = transfer.expected
+            if transfer.state is not State.FAILED or transfer.peer_knows or expected is None:
+                return
+            transfer.peer_knows = True
+            message = Failed(expected.transfer_id, transfer.room, transfer.reason[:4096])
+        with self._lock:
+            session = self._rooms.home(transfer)
+        if session is not None:
             self._loop.call(lambda: self._reply(session.identity, message))
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:
+            logger.warning("prfaas: control message of %d frames dropped, expected 2", len(frames))
             return
         identity = frames[0].bytes
+        session = self._sessions.get(identity)
         try:
             message = decode_to_prefill(frames[1].bytes)
         except ProtocolError as error:
-            logger.warning("prfaas: control message refused: %s", error)
+            logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
             self._reply(identity, Refuse(str(error)[:4096]))
+            if session is not None:
+                self._lose(session, str(error))
             return
         if isinstance(message, Hello):
             self._hello(identity, message)
-            return
-        session = self._sessions.get(identity)
-        if session is None:
-            if isinstance(message, Abort):
-                self._aborted(message)
-            else:
-                self._reply(identity, Unknown())
-            return
-        session.seen_s = self._clock.now_s()
-        if isinstance(message, Expect):
+        elif isinstance(message, Abort):
+            self._aborted(session, message)
+        elif session is None:
+            self._reply(identity, Unknown())
+        elif isinstance(message, Expect):
             self._expect(session, message)
         elif isinstance(message, Done):
-            transfer = session.transfers.get(message.transfer_id)
-            if transfer is not None and transfer.room == message.room:
-                with transfer.lock:
-                    transfer.done()
-        elif isinstance(message, Abort):
-            self._aborted(message)
+            self._done(session, message)
         elif isinstance(message, Ping):
             self._reply(identity, Pong())
+        if session is not None:
+            session.seen_s = self._clock.now_s()
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
         who = f"{hello.site}/{hello.server}"
-        problems = differences(self.layout, hello.layout)
-        if hello.version != PROTOCOL_VERSION:
-            problems = [f"protocol version: prefill has {PROTOCOL_VERSION}, decode has {hello.version}"]
-        elif len(self._sessions) >= MAX_SESSIONS:
-            problems = [f"this prefill rank serves {MAX_SESSIONS} decode ranks already"]
-        if problems:
-            reason = "layout mismatch: " + "; ".join(problems)
-            logger.error("prfaas: decode %s refused, %s", who, reason)
+        with self._lock:
+            sessions = len(self._sessions)
+            connections = sum(session.hello.connections for session in self._sessions.values())
+        reason = refusal(self.layout, hello, sessions=sessions, connections=connections)
+        if self._closing:
+            reason = "the prefill server is stopping"
+        if reason:
+            logger.error("prfaas: decode %s refused: %s", who, reason)
             self._reply(identity, Refuse(reason[:4096]))
             return
         old = self._sessions.get(identity)
         if old is not None:
             self._lose(old, "the decode server opened a new session")
-        session = _Session(identity, hello, self._clock.now_s())
+        session = SendSession(identity, hello, self._clock.now_s())
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session
         logger.info("prfaas: decode %s connects with %d data connections", who, hello.connections)
         self._reply(identity, Welcome(session.token, self.data_port))
 
-    def _expect(self, session: _Session, message: Expect) -> None:
-        if len(message.counts) != len(self.layout.components):
-            self._reply(session.identity, Failed(message.transfer_id, message.room, "wrong number of components"))
+    def _expect(self, session: SendSession, message: Expect) -> None:
+        components = len(self.layout.components)
+        if message.transfer_id in session.transfers:
+            self._lose(session, f"it used transfer id {message.transfer_id} twice")
             return
-        with self._lock:
-            transfer = self._rooms.get(message.room)
-            if transfer is None:
-                transfer = self._early_room(message.room)
-            taken = transfer.expected is not None
-            if not taken:
-                self._homes[message.room] = session
-                session.transfers[message.transfer_id] = transfer
-        with transfer.lock:
-            transfer.expect(message)
-            failed, reason = transfer.state is State.FAILED, transfer.reason
-        if failed:
+        reason = ""
+        if len(message.counts) != components:
+            reason = f"{len(message.counts)} components expected by decode, prefill has {components}"
+        elif len(session.transfers) >= MAX_SESSION_TRANSFERS:
+            reason = f"decode has {MAX_SESSION_TRANSFERS} requests open, no more are allowed"
+        elif self._closing:
+            reason = "the prefill server is stopping"
+        else:
+            with self._lock:
+                if session.closed:
+                    return
+                transfer = self._rooms.asked_for(message.room, session, message.transfer_id)
+            with transfer.lock:
+                if not transfer.expect(message):
+                    reason = transfer.reason or f"another decode rank has asked for room {message.room} before"
+        if reason:
             self._reply(session.identity, Failed(message.transfer_id, message.room, reason[:4096]))
-            if taken:
-                self._tell_failed(transfer, reason)
 
-    def _early_room(self, room: int) -> OutgoingTransfer:
-        """A room decode speaks of first. Under the lock."""
-        transfer = self._early.get(room)
-        if transfer is None:
-            transfer = self._early[room] = OutgoingTransfer(room, self._clock)
-            if len(self._early) > MAX_EARLY_ROOMS:
-                self._forget_early(next(iter(self._early)))
-        return transfer
-
-    def _forget_early(self, room: int) -> None:
-        transfer = self._early.pop(room)
-        session = self._homes.pop(room, None)
-        if session is not None and transfer.expected is not None:
-            session.transfers.pop(transfer.expected.transfer_id, None)
-
-    def _aborted(self, message: Abort) -> None:
-        with self._lock:
-            transfer = self._rooms.get(message.room) or self._early_room(message.room)
+    def _done(self, session: SendSession, message: Done) -> None:
+        transfer = session.transfers.get(message.transfer_id)
+        if transfer is None or transfer.room != message.room:
+            return  # it was released here, which tells decode
         with transfer.lock:
-            transfer.fail(f"decode ended the request: {message.reason}")
+            transfer.done()
+        self._report(transfer)
+
+    def _aborted(self, session: SendSession | None, message: Abort) -> None:
+        reason = f"decode ended the request: {message.reason}"
+        with self._lock:
+            transfer = self._rooms.aborted(message.room, session, reason)
+        if transfer is not None:
+            with transfer.lock:
+                transfer.fail(reason)
+                transfer.peer_knows = True
 
     def _expire(self) -> None:
+        config = self._config
         now_s = self._clock.now_s()
-        for session in list(self._sessions.values()):
-            if now_s - session.seen_s > self._config.heartbeat_timeout_s:
-                self._lose(session, f"{session} was silent for {now_s - session.seen_s:.1f} s")
+        stalled_s, self._last_expiry_s = now_s - self._last_expiry_s, now_s
+        if stalled_s > config.heartbeat_timeout_s / 2:
+            return  # it was this process that did not run: what peers sent meanwhile has yet to be read
         with self._lock:
-            for room, transfer in list(self._early.items()):
-                if now_s - transfer.created_s > self._config.waiting_timeout_s:
-                    self._forget_early(room)
+            sessions = list(self._sessions.values())
+            late = self._rooms.expire()
+        for session in sessions:
+            if now_s - session.seen_s > config.heartbeat_timeout_s:
+                self._lose(session, f"silent for {now_s - session.seen_s:.1f} s")
+            elif (
+                len(session.connections) < session.hello.connections
+                and now_s - session.opened_s > config.handshake_timeout_s
+            ):
+                self._lose(session, f"no data connections within {config.handshake_timeout_s:g} s")
+        for transfer, home, transfer_id in late:
+            reason = f"prefill did not get the request within {config.waiting_timeout_s:g} s"
+            with transfer.lock:
+                ended = transfer.fail(reason)
+            if ended:
+                self._reply(home.identity, Failed(transfer_id, transfer.room, reason))
 
-    def _lose(self, session: _Session, reason: str) -> None:
+    def _lose(self, session: SendSession, reason: str) -> None:
         """Close a session: its transfers fail, its connections close. Idempotent; from any thread."""
         with self._lock:
             if session.closed:
                 return
+            session.closed = True
             if self._sessions.get(session.identity) is session:
                 del self._sessions[session.identity]
             self._tokens.pop(session.token, None)
-            transfers = list(session.transfers.values())
-        with session.condition:
-            session.closed = True
-            session.tasks.clear()
-            session.condition.notify_all()
+            why = f"connection to {session} lost: {reason}"
+            transfers = self._rooms.lost(session, why)
+            connections = list(session.connections.values())
         for transfer in transfers:
             with transfer.lock:
-                transfer.fail(f"connection to {session} lost: {reason}")
-        for sock in session.sockets:
-            data_tcp.close(sock)
+                transfer.fail(why)
+                transfer.peer_knows = True
+        session.tasks.close()
+        for connection in connections:
+            connection.cut()
         if not self._closing:
             logger.warning("prfaas: session with %s ended: %s", session, reason)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
-    def _spawn(self, target: Callable[..., None], name: str, *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-        thread.start()
-
-    def _accept_loop(self) -> None:
-        """Accept data connections, read their prefaces, and notice at once when a peer closes one."""
-        self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
-        self._selector.register(self._stop_read, selectors.EVENT_READ, None)
-        pending: dict[socket.socket, tuple[bytearray, float]] = {}
-        while True:
-            for key, _ in self._selector.select(timeout=1.0):
-                if key.fileobj is self._stop_read:
-                    for sock in pending:
-                        sock.close()
-                    return
-                if key.fileobj is self._listener:
-                    self._accept(pending)
-                elif isinstance(key.data, _Session):
-                    self._selector.unregister(key.fileobj)
-                    self._lose(key.data, "it closed a data connection")
-                elif isinstance(key.fileobj, socket.socket):
-                    self._read_preface(key.fileobj, pending)
-            now_s = self._clock.now_s()
-            for sock, (_, since_s) in list(pending.items()):
-                if now_s - since_s > self._config.handshake_timeout_s:
-                    self._drop(sock, pending, "no preface in time")
-
-    def _accept(self, pending: dict[socket.socket, tuple[bytearray, float]]) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:
-            logger.warning("prfaas: a data connection could not be accepted: %s", error)
-            return
-        if len(pending) >= MAX_PENDING_CONNECTIONS:
-            sock.close()
-            return
-        sock.setblocking(False)
-        pending[sock] = (bytearray(), self._clock.now_s())
-        self._selector.register(sock, selectors.EVENT_READ, None)
-
-    def _drop(self, sock: socket.socket, pending: dict[socket.socket, tuple[bytearray, float]], reason: str) -> None:
-        self._selector.unregister(sock)
-        del pending[sock]
-        sock.close()
-        logger.warning("prfaas: data connection refused: %s", reason)
-
-    def _read_preface(self, sock: socket.socket, pending: dict[socket.socket, tuple[bytearray, float]]) -> None:
-        data = pending[sock][0]
-        try:
-            more = sock.recv(PREFACE.size - len(data))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._drop(sock, pending, str(error))
-            return
-        if not more:
-            self._drop(sock, pending, "closed before its preface")
-            return
-        data += more
-        if len(data) < PREFACE.size:
-            return
-        try:
-            preface = unpack_preface(bytes(data))
-        except ProtocolError as error:
-            self._drop(sock, pending, str(error))
-            return
+    def admit(self, preface: Preface, connection: Connection) -> Callable[[], None]:
+        """A data connection has shown its token: it gets a thread. Raises ProtocolError. Called by the acceptor."""
         with self._lock:
             session = self._tokens.get(preface.token)
-            full = session is not None and len(session.sockets) >= session.hello.connections
-            if session is not None and not full:
-                session.sockets.append(sock)
-        if session is None or full:
-            self._drop(sock, pending, "its token belongs to no session that waits for it")
-            return
-        del pending[sock]
-        sock.setblocking(True)
+            if session is None:
+                raise ProtocolError("its token belongs to no session")
+            if preface.index >= session.hello.connections or preface.index in session.connections:
+                raise ProtocolError(f"{session} did not announce a data connection with index {preface.index}")
+            session.connections[preface.index] = connection
+            thread = threading.Thread(
+                target=self._send_loop, args=(session, connection), name="prfaas-send-data", daemon=True
+            )
+            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+            thread.start()
+        return lambda: self._lose(session, "it closed a data connection")
+
+    def _send_loop(self, session: SendSession, connection: Connection) -> None:
+        """One data connection: take the next chunk, copy it out under the transfer's lock, send it."""
         try:
-            data_tcp.tune(sock, self._config)
+            data_tcp.tune(connection.sock, self._config)
+            staging = np.empty(min(self._config.chunk_bytes, session.hello.chunk_bytes), dtype=np.uint8)
+            while (task := session.tasks.take()) is not None:
+                try:
+                    self._send_chunk(task, connection, staging)
+                except PeerError:
+                    raise
+                except Exception as error:
+                    logger.exception("prfaas: a chunk of room %d could not be read", task.transfer.room)
+                    self.abort(task.transfer, f"prefill could not read a chunk: {error}")
         except PrfaasError as error:
             self._lose(session, str(error))
-            return
-        self._selector.modify(sock, selectors.EVENT_READ, session)
-        self._spawn(self._send_loop, "prfaas-send-data", session, sock)
+        finally:
+            self._acceptor.discard(connection)
 
-    def _send_loop(self, session: _Session, sock: socket.socket) -> None:
-        """One data connection: take the next chunk, copy it out under the transfer's lock, send it."""
-        staging = np.empty(max(self._config.chunk_bytes, 1), dtype=np.uint8)
-        while (task := session.next_task()) is not None:
-            transfer, span = task.transfer, task.span
-            out = staging[: span.length]
-            try:
-                task.ready()
-                with transfer.lock:
-                    if not transfer.live or transfer.expected is None:
-                        continue
-                    self._memory.components[span.component][span.buffer].gather(
-                        task.indices, task.first_item, span.offset, out
-                    )
-                    transfer_id = transfer.expected.transfer_id
-                header = ChunkHeader(transfer_id, span.component, span.buffer, span.offset, span.length)
-                data_tcp.send_all(sock, pack_header(header, out.data), out.data)
-                with transfer.lock:
-                    transfer.sent(span.length)
-            except PeerError as error:
-                self._lose(session, str(error))
+    def _send_chunk(self, task: Task, connection: Connection, staging: Bytes) -> None:
+        transfer, span = task.transfer, task.span
+        expected = transfer.expected
+        if expected is None:
+            return
+        task.ready()
+        out = staging[: span.length]
+        with transfer.lock:
+            if not transfer.live:
                 return
-            except Exception as error:
-                logger.exception("prfaas: a chunk of room %d could not be read", transfer.room)
-                self.abort(transfer, f"prefill could not read a chunk: {error}")
+            self._memory.components[span.component][span.buffer].gather(task.indices, task.first_item, span.offset, out)
+        header = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
+        data_tcp.send_all(connection.sock, pack_header(header, out.data), out.data)
+        with transfer.lock:
+            transfer.sent(span.length)

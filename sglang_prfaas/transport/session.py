@@ -20,6 +20,9 @@ from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.messages import Expect
 from sglang_prfaas.transport.streams import RangeSet
 
+MAX_FRAGMENTS = 1 << 16
+"""Separate byte ranges remembered per stream; a peer that leaves more gaps than this is refused."""
+
 
 class State(enum.Enum):
     """Where a transfer stands."""
@@ -35,14 +38,27 @@ class State(enum.Enum):
 
 FINAL = frozenset({State.DONE, State.FAILED})
 
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.READY, State.FAILED}),
+    State.READY: frozenset({State.SENDING, State.DONE, State.FAILED}),
+    State.SENDING: frozenset({State.DONE, State.FAILED}),
+    State.EXPECTING: frozenset({State.RECEIVING, State.DONE, State.FAILED}),
+    State.RECEIVING: frozenset({State.DONE, State.FAILED}),
+    State.DONE: frozenset(),
+    State.FAILED: frozenset(),
+}
+"""Every change of state there is. READY to DONE and EXPECTING to DONE: a request of which nothing is to be sent."""
+
 
 class Transfer:
     """What both ends have in common. `lock` fences the pages; all methods but `poll_timeout` are called under it."""
 
-    def __init__(self, room: int, clock: Clock) -> None:
+    def __init__(self, room: int, clock: Clock, state: State) -> None:
         self.room = room
         self.lock = threading.Lock()
         self.reason = ""
+        self.peer_knows = False
+        """Whether the peer has been told of a failure, or told us of it."""
         self.bytes = 0
         """Bytes sent or received so far, payload only."""
         self.created_s = clock.now_s()
@@ -50,20 +66,29 @@ class Transfer:
         self.first_byte_s = 0.0
         self.last_byte_s = 0.0
         self._clock = clock
-        self.state = State.WAITING
+        self._state = state
+
+    @property
+    def state(self) -> State:
+        """Where the transfer stands; changes only along `TRANSITIONS`."""
+        return self._state
 
     @property
     def live(self) -> bool:
         """Whether the pages may still be touched."""
-        return self.state not in FINAL
+        return self._state not in FINAL
 
     def fail(self, reason: str) -> bool:
         """End the transfer; the first reason is kept. Returns whether this call ended it."""
-        if self.state in FINAL:
+        if self._state in FINAL:
             return False
-        self.state = State.FAILED
+        self._enter(State.FAILED)
         self.reason = reason
         return True
+
+    def _enter(self, state: State) -> None:
+        assert state in TRANSITIONS[self._state], f"{self._state} to {state}"
+        self._state = state
 
     def _progress(self, length: int) -> None:
         now = self._clock.now_s()
@@ -77,45 +102,59 @@ class OutgoingTransfer(Transfer):
     """A request on the prefill side: waits until decode says what it expects, then sends."""
 
     def __init__(self, room: int, clock: Clock) -> None:
-        super().__init__(room, clock)
+        super().__init__(room, clock, State.WAITING)
         self.expected: Expect | None = None
         self.ready_s = 0.0
         self.started_s = 0.0
         self.last_queued = False
         self._queued = 0
         self._sent = 0
-        self._kv_items = 0
+        self._items: list[RangeSet] = []
 
-    def expect(self, message: Expect) -> None:
-        """Decode is ready. A second one for the same room is a protocol error and fails the transfer."""
-        if self.state is not State.WAITING:
-            if self.live:
-                self.fail(f"a second decode rank asked for room {self.room}")
-            return
+    def expect(self, message: Expect) -> bool:
+        """Decode is ready. Returns False, and changes nothing, where the transfer has ended or a decode rank has
+        asked for it already: a second one cannot end the transfer of the first."""
+        if self._state is not State.WAITING:
+            return False
         self.expected = message
-        self.state = State.READY
+        self._items = [RangeSet() for _ in message.counts]
+        self._enter(State.READY)
         self.ready_s = self.progress_s = self._clock.now_s()
+        return True
 
     def start(self, kv_items: int) -> None:
         """Prefill knows how many full-attention pages it will send; must be what decode reserved."""
-        if self.state is not State.READY or self.expected is None:
+        if self._state is not State.READY or self.expected is None:
             return
-        self._kv_items = self.expected.counts[0]
-        if kv_items != self._kv_items:
-            self.fail(f"prefill would send {kv_items} pages, decode reserved {self._kv_items}")
+        if kv_items != self.expected.counts[0]:
+            self.fail(f"prefill would send {kv_items} pages, decode reserved {self.expected.counts[0]}")
             return
-        self.state = State.SENDING
+        self._enter(State.SENDING)
         self.started_s = self.progress_s = self._clock.now_s()
 
     def queue(self, component: int, first_item: int, items: int, chunks: int) -> bool:
-        """Chunks of a component were put on the way. Returns False, and fails, where decode expects fewer items."""
-        if self.state is not State.SENDING or self.expected is None:
+        """Chunks of a component are about to be put on the way. Returns False where the transfer has ended; ends it
+        where it was not started, where decode expects fewer items, or where some of them were queued before."""
+        if not self.live:
             return False
-        if component >= len(self.expected.counts) or first_item + items > self.expected.counts[component]:
+        if self._state is not State.SENDING or self.expected is None:
+            self.fail(f"items of component {component} were sent before decode asked for them")
+            return False
+        if component >= len(self._items) or first_item + items > self.expected.counts[component]:
             self.fail(f"prefill has more items of component {component} than decode reserved")
+            return False
+        if self._items[component].add(first_item, first_item + items) != items:
+            self.fail(f"items {first_item} to {first_item + items} of component {component} were sent twice")
             return False
         self._queued += chunks
         return True
+
+    def finish(self) -> None:
+        """Nothing more will be queued; ends the transfer where decode expects more than there was."""
+        self.last_queued = True
+        self.progress_s = self._clock.now_s()
+        if self._state is State.SENDING and self._missing():
+            self.fail(self._missing())
 
     def sent(self, length: int) -> None:
         """A chunk left for the socket."""
@@ -128,37 +167,53 @@ class OutgoingTransfer(Transfer):
         return self.last_queued and self._sent == self._queued
 
     def done(self) -> None:
-        """Decode has every byte."""
-        if self.live:
-            self.state = State.DONE
-            self.progress_s = self._clock.now_s()
+        """Decode says that it has every byte. Ends the transfer as failed where that cannot be."""
+        if not self.live:
+            return
+        if self.expected is None or self._missing():
+            self.fail(f"decode reported the end too early: {self._missing() or 'it has not asked for anything'}")
+            return
+        self._enter(State.DONE)
+        self.progress_s = self._clock.now_s()
+
+    def _missing(self) -> str:
+        """Which items decode expects that were never queued, or an empty string."""
+        if self.expected is None:
+            return ""
+        for component, (items, count) in enumerate(zip(self._items, self.expected.counts, strict=True)):
+            if items.total != count:
+                return f"prefill sent {items.total} items of component {component}, decode reserved {count}"
+        return ""
 
     def poll_timeout(self, waiting_s: float, transfer_s: float) -> str:
         """Why the transfer has taken too long, or an empty string. `waiting_s`: until decode is ready; `transfer_s`:
         without progress once everything was computed."""
         idle_s = self._clock.now_s() - self.progress_s
-        if self.state is State.WAITING and idle_s > waiting_s:
+        if self._state is State.WAITING and idle_s > waiting_s:
             return f"decode did not ask for the request within {waiting_s:g} s"
-        if self.state is State.SENDING and self.last_queued and idle_s > transfer_s:
+        if self._state is State.SENDING and self.last_queued and idle_s > transfer_s:
             return f"no progress for {transfer_s:g} s, {self.bytes} bytes were sent"
         return ""
 
 
 class IncomingTransfer(Transfer):
-    """A request on the decode side: which bytes have arrived of those it reserved pages for."""
+    """A request on the decode side: which bytes have arrived of those it reserved pages for.
+
+    A transfer of which no byte is expected is DONE from the start."""
 
     def __init__(self, room: int, transfer_id: int, layout: Layout, counts: tuple[int, ...], clock: Clock) -> None:
-        super().__init__(room, clock)
+        super().__init__(room, clock, State.EXPECTING)
         self.transfer_id = transfer_id
         self.counts = counts
         self.expected_bytes = layout.request_bytes(counts)
         self.duplicate_bytes = 0
-        self.state = State.EXPECTING
         self._sizes = tuple(
             tuple(size * count for size in component.item_bytes)
             for component, count in zip(layout.components, counts, strict=True)
         )
         self._ranges: dict[tuple[int, int], RangeSet] = {}
+        if self.expected_bytes == 0:
+            self._enter(State.DONE)
 
     def check(self, header: ChunkHeader) -> None:
         """Raise ProtocolError for a chunk outside of what was expected, before any of its bytes is placed."""
@@ -170,23 +225,33 @@ class IncomingTransfer(Transfer):
                 f"chunk ends at byte {header.offset + header.length} of a stream of {limit} bytes (component "
                 f"{header.component}, buffer {header.buffer})"
             )
+        ranges = self._ranges.get((header.component, header.buffer))
+        if ranges is not None and len(ranges) >= MAX_FRAGMENTS:
+            raise ProtocolError(
+                f"more than {MAX_FRAGMENTS} separate ranges of component {header.component}, buffer {header.buffer}"
+            )
 
     def received(self, header: ChunkHeader) -> bool:
-        """The chunk's bytes are in place. Returns whether they were the last ones missing."""
+        """The chunk's bytes are in place. Returns whether they were the last ones missing. A chunk that brings nothing
+        new counts as duplicate and is no progress."""
+        if not self.live:
+            return False
         ranges = self._ranges.setdefault((header.component, header.buffer), RangeSet())
         new = ranges.add(header.offset, header.offset + header.length)
         self.duplicate_bytes += header.length - new
+        if not new:
+            return False
         self._progress(new)
-        if self.state is State.EXPECTING:
-            self.state = State.RECEIVING
-        if self.bytes == self.expected_bytes and self.live:
-            self.state = State.DONE
+        if self._state is State.EXPECTING:
+            self._enter(State.RECEIVING)
+        if self.bytes == self.expected_bytes:
+            self._enter(State.DONE)
             return True
         return False
 
     def poll_timeout(self, waiting_s: float, transfer_s: float) -> str:
         """Why the transfer has taken too long, or an empty string. `waiting_s`: until the first byte, and between the
-        bytes of two prefill chunks; `transfer_s` is not looked at while prefill may still be computing."""
+        bytes of two prefill chunks; the longer of both limits holds, as prefill may still be computing."""
         idle_s = self._clock.now_s() - self.progress_s
         limit_s = max(waiting_s, transfer_s)
         if self.live and idle_s > limit_s:

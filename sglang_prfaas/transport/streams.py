@@ -87,6 +87,10 @@ class RangeSet:
         self.total += new
         return new
 
+    def __len__(self) -> int:
+        """How many separate ranges there are."""
+        return len(self._starts)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(zip(self._starts, self._stops, strict=True))
 

@@ -1,0 +1,192 @@
+"""One thread that accepts data connections, reads their prefaces, and notices when a peer closes one."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from sglang_prfaas.clock import Clock
+from sglang_prfaas.errors import PrfaasError, ProtocolError
+from sglang_prfaas.transport.data_tcp import Connection
+from sglang_prfaas.transport.framing import PREFACE, Preface, unpack_preface
+
+logger = logging.getLogger(__name__)
+
+MAX_PENDING_CONNECTIONS = 256
+"""Data connections whose preface has not come yet; one more, and the oldest is closed."""
+ACCEPT_PAUSE_S = 1.0
+"""Rest after an accept that failed, for want of descriptors."""
+
+
+class Owner(Protocol):
+    """Whom an accepted connection belongs to."""
+
+    def admit(self, preface: Preface, connection: Connection) -> Callable[[], None]:
+        """Take the connection in, or raise PrfaasError. Returns what to call when the peer closes it or speaks."""
+
+
+class Acceptor:
+    """Owns `listener` and the descriptors of all accepted connections until they are given to `discard`.
+
+    A peer never sends after its preface: whatever makes a connection readable is its end.
+    """
+
+    def __init__(self, listener: socket.socket, clock: Clock, preface_timeout_s: float, owner: Owner) -> None:
+        self._listener = listener
+        self._clock = clock
+        self._preface_timeout_s = preface_timeout_s
+        self._owner = owner
+        self._selector = selectors.DefaultSelector()
+        self._pending: dict[Connection, tuple[bytearray, float]] = {}
+        self._admitted: dict[Connection, Callable[[], None]] = {}
+        self._discarded: deque[Connection] = deque()
+        self._paused_until_s = 0.0
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_write.setblocking(False)
+        self._stopping = threading.Event()
+        self._ended = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="prfaas-send-accept", daemon=True)
+        listener.setblocking(False)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def discard(self, connection: Connection) -> None:
+        """Close a connection that its thread has finished with. From any thread."""
+        with self._lock:
+            if self._ended:
+                connection.close()
+                return
+            self._discarded.append(connection)
+            self._wake()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Stop accepting and close everything. Idempotent; works on one that was never started."""
+        self._stopping.set()
+        with self._lock:
+            if not self._ended:
+                self._wake()
+        if self._thread.ident is None:
+            self._end()
+        else:
+            self._thread.join(timeout_s)
+
+    def _wake(self) -> None:
+        try:
+            self._wake_write.send(b"\0")
+        except BlockingIOError:
+            pass  # full of wake-ups already
+
+    def _run(self) -> None:
+        try:
+            self._selector.register(self._wake_read, selectors.EVENT_READ)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+            while not self._stopping.is_set():
+                self._step()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+        for connection in [*self._pending, *self._admitted, *self._discarded]:
+            connection.close()
+        self._selector.close()
+        self._listener.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _step(self) -> None:
+        for key, _ in self._selector.select(timeout=1.0):
+            if key.fileobj is self._wake_read:
+                self._wake_read.recv(4096)
+            elif key.fileobj is self._listener:
+                self._accept()
+            elif isinstance(key.data, Connection):
+                self._readable(key.data)
+        while self._discarded:
+            connection = self._discarded.popleft()
+            self._unwatch(connection)
+            self._admitted.pop(connection, None)
+            connection.close()
+        now_s = self._clock.now_s()
+        for connection, (_, since_s) in list(self._pending.items()):
+            if now_s - since_s > self._preface_timeout_s:
+                self._refuse(connection, f"no preface within {self._preface_timeout_s:g} s")
+        if self._paused_until_s and now_s >= self._paused_until_s:
+            self._paused_until_s = 0.0
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _readable(self, connection: Connection) -> None:
+        gone = self._admitted.get(connection)
+        if gone is None:
+            self._read_preface(connection)
+            return
+        self._unwatch(connection)
+        gone()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return  # it gave up before it was accepted
+        except OSError as error:
+            logger.warning("prfaas: a data connection could not be accepted: %s", error)
+            self._selector.unregister(self._listener)
+            self._paused_until_s = self._clock.now_s() + ACCEPT_PAUSE_S
+            return
+        if len(self._pending) >= MAX_PENDING_CONNECTIONS:
+            self._refuse(next(iter(self._pending)), f"no preface, and {MAX_PENDING_CONNECTIONS} others wait")
+        sock.setblocking(False)
+        connection = Connection(sock)
+        self._pending[connection] = (bytearray(), self._clock.now_s())
+        self._selector.register(sock, selectors.EVENT_READ, connection)
+
+    def _unwatch(self, connection: Connection) -> None:
+        try:
+            self._selector.unregister(connection.sock)
+        except KeyError:
+            pass  # it was unwatched when its peer closed it
+
+    def _refuse(self, connection: Connection, reason: str) -> None:
+        self._unwatch(connection)
+        del self._pending[connection]
+        connection.close()
+        logger.warning("prfaas: data connection refused: %s", reason)
+
+    def _read_preface(self, connection: Connection) -> None:
+        data = self._pending[connection][0]
+        try:
+            more = connection.sock.recv(PREFACE.size - len(data))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._refuse(connection, str(error))
+            return
+        if not more:
+            self._refuse(connection, "closed before its preface")
+            return
+        data += more
+        if len(data) < PREFACE.size:
+            return
+        try:
+            preface = unpack_preface(bytes(data))
+        except ProtocolError as error:
+            self._refuse(connection, str(error))
+            return
+        connection.sock.setblocking(True)
+        try:
+            gone = self._owner.admit(preface, connection)
+        except PrfaasError as error:
+            self._refuse(connection, str(error))
+            return
+        del self._pending[connection]
+        self._admitted[connection] = gone

@@ -1,0 +1,28 @@
+"""Whether a prefill rank lets a decode rank in, as a pure function."""
+
+from __future__ import annotations
+
+from sglang_prfaas.transport.layout import Layout, differences
+from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello
+
+MAX_SESSIONS = 1024
+MAX_CONNECTIONS = 4096
+"""Data connections of all sessions together: each has a thread and one chunk's worth of memory."""
+
+
+def refusal(layout: Layout, hello: Hello, *, sessions: int, connections: int) -> str:
+    """Why `hello` is refused by a prefill rank of `layout` that has so many sessions and data connections already;
+    an empty string where it is not. Says both values of what differs."""
+    if hello.version != PROTOCOL_VERSION:
+        return f"protocol version mismatch: prefill has {PROTOCOL_VERSION}, decode has {hello.version}"
+    problems = differences(layout, hello.layout)
+    if problems:
+        return "layout mismatch: " + "; ".join(problems)
+    if sessions >= MAX_SESSIONS:
+        return f"limit reached: this prefill rank serves {sessions} decode ranks, {MAX_SESSIONS} are allowed"
+    if connections + hello.connections > MAX_CONNECTIONS:
+        return (
+            f"limit reached: {hello.connections} more data connections asked for, this prefill rank has {connections}, "
+            f"{MAX_CONNECTIONS} are allowed"
+        )
+    return ""

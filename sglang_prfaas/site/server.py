@@ -49,6 +49,7 @@ class Server:
         self._lifecycle = Lifecycle(limits, clock)
         self._process: ChildProcess | None = None
         self._pending: Action | None = None
+        self._at_once = False
         self._tick: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -102,6 +103,7 @@ class Server:
 
     def abort(self) -> None:
         """Begin to stop without giving the process time; returns at once."""
+        self._at_once = True
         self._dispatch(Event.STOP)
         if self.state is State.STOPPING:
             self._end_process(Action.KILL)
@@ -165,6 +167,7 @@ class Server:
         self._schedule_tick()
         for action in actions:
             if action is Action.SPAWN:
+                self._pending, self._at_once = None, False
                 self._task = asyncio.create_task(self._run(self._task), name=f"server {self.name}")
             else:
                 self._end_process(action)
@@ -176,7 +179,7 @@ class Server:
     def _end_process(self, action: Action) -> None:
         if self._process is None:
             self._pending = action  # the process is still being made
-        elif action is Action.TERMINATE:
+        elif action is Action.TERMINATE and not self._at_once:
             self._process.terminate()
         else:
             self._process.kill()
@@ -196,7 +199,6 @@ class Server:
             await previous
         self.started_at_s = self._clock.now_s()
         self.exit_code = None
-        self._pending = None
         held: free_ports.HeldPort | None = None
         try:
             argv = list(self.command.argv)

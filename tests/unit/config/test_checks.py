@@ -1,0 +1,190 @@
+"""Rules that span fields, within one file."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_prfaas.config.checks import Finding, router_findings, site_findings
+from sglang_prfaas.config.load import load_router, load_site
+from sglang_prfaas.config.schema import RouterConfig, SiteConfig
+from tests.unit.config.conftest import PD, PRFAAS, ROUTER, WriteToml
+
+
+def site(write: WriteToml, text: str) -> SiteConfig:
+    return load_site(write("site.toml", text), check=False)
+
+
+def router(write: WriteToml, text: str) -> RouterConfig:
+    return load_router(write("router.toml", text), check=False)
+
+
+def only(findings: list[Finding]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+def without_server(text: str, name: str) -> str:
+    before, _, after = text.partition(f'[[servers]]\nname = "{name}"')
+    return before + after[after.index("\n[") + 1 :]
+
+
+@pytest.mark.parametrize("text", [PD, PRFAAS])
+def test_right_sites_have_no_findings(write: WriteToml, text: str) -> None:
+    assert site_findings(site(write, text)) == []
+
+
+def test_a_right_router_has_no_findings(write: WriteToml) -> None:
+    assert router_findings(router(write, ROUTER)) == []
+
+
+def test_a_pd_site_without_decode(write: WriteToml) -> None:
+    finding = only(site_findings(site(write, without_server(PD, "decode-0"))))
+    assert finding.fatal
+    assert finding.text.startswith("a pd site needs a decode server; add [[servers]] with role")
+
+
+def test_a_pd_site_without_prefill_needs_a_link(write: WriteToml) -> None:
+    alone = without_server(PD, "prefill-0")
+    finding = only(site_findings(site(write, alone)))
+    assert finding.fatal
+    assert "nothing prefills" in finding.text
+    linked = alone + '[[links]]\nto_site = "prfaas"\ncapacity_gbps = 10\n'
+    finding = only(site_findings(site(write, linked)))
+    assert not finding.fatal
+
+
+def test_a_prfaas_site_with_decode(write: WriteToml) -> None:
+    text = PD.replace('name = "pd"\nrole = "pd"', 'name = "pd"\nrole = "prfaas"')
+    finding = only(site_findings(site(write, text)))
+    assert finding.path == "servers.decode-0.role"
+    assert "has no decode servers" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path", "words"),
+    [
+        ("port = 30001", "port = 30000", "servers.decode-0.port", "wants port 30000, which server prefill-0 has"),
+        (
+            "bootstrap_port = 8998",
+            "bootstrap_port = 30001",
+            "servers.decode-0.port",
+            "the bootstrap of server prefill-0",
+        ),
+        (
+            "port = 9000",
+            "port = 31000",
+            "agent.port",
+            "the agent wants port 31000, which the mover of server prefill-0",
+        ),
+        (
+            "mover_port = 31000\n",
+            'mover_port = 8995\nargs = ["--tp", "4"]\n',
+            "servers.prefill-0.mover_port",
+            "wants ports 8995-8998",
+        ),
+        (
+            "mover_port = 31000\n",
+            'mover_port = 65533\nargs = ["--tp=4"]\n',
+            "servers.prefill-0.mover_port",
+            "write at most 65532",
+        ),
+        ("bootstrap_port = 8998\n", "", "servers.prefill-0.bootstrap_port", "write for example bootstrap_port = 8998"),
+        ('name = "decode-0"', 'name = "prefill-0"', "servers", "2 servers are named 'prefill-0'"),
+        ('model = "owner/model"', 'model = "/no/such/model"', "site.model", "no such directory"),
+        ('model = "owner/model"', 'model = "~/model"', "site.model", "not expanded"),
+        (
+            "port = 30001\n",
+            'port = 30001\nargs = ["--port", "1"]\n',
+            "servers.decode-0.args",
+            "--port is set by the key servers.decode-0.port",
+        ),
+        (
+            'model = "owner/model"\n',
+            'model = "owner/model"\nargs = ["--model-path=x"]\n',
+            "site.args",
+            "--model-path is set by the key site.model",
+        ),
+        ('model = "owner/model"\n', 'model = "owner/model"\nargs = ["--tp 2"]\n', "site.args", 'write "--tp", "2"'),
+        (
+            "port = 30001\n",
+            'port = 30001\nargs = ["--enable-pd-role-switch"]\n',
+            "servers.decode-0.bootstrap_port",
+            "starts a bootstrap here too",
+        ),
+        (
+            "port = 30001\n",
+            'port = 30001\nenv = { PRFAAS_CONNECTIONS = "2" }\n',
+            "servers.decode-0.env.PRFAAS_CONNECTIONS",
+            "is set by the key transport.connections",
+        ),
+        (
+            "[agent]",
+            '[[links]]\nto_site = "pd"\ncapacity_gbps = 1\n[agent]',
+            "links.pd.to_site",
+            "this is the site itself",
+        ),
+    ],
+)
+def test_one_fault_one_finding(write: WriteToml, old: str, new: str, path: str, words: str) -> None:
+    assert old in PD
+    finding = only(site_findings(site(write, PD.replace(old, new, 1))))
+    assert finding.fatal
+    assert finding.path == path
+    assert words in finding.text
+
+
+def test_ports_on_different_addresses_do_not_clash(write: WriteToml) -> None:
+    text = PD.replace("port = 30001", 'port = 30000\nhost = "127.0.0.2"')
+    assert site_findings(site(write, text)) == []
+    text = PD.replace("port = 30001", 'port = 30000\nhost = "0.0.0.0"')
+    assert only(site_findings(site(write, text))).path == "servers.decode-0.port"
+
+
+def test_keys_that_a_decode_server_does_not_use_are_a_warning(write: WriteToml) -> None:
+    finding = only(site_findings(site(write, PD.replace("port = 30001", "port = 30001\nbootstrap_port = 8999"))))
+    assert not finding.fatal
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path", "words"),
+    [
+        ('agent_url = "http://127.0.0.1:9000"\n', "", "sites.pd", "has neither agent_url nor servers"),
+        (
+            'agent_url = "http://127.0.0.1:9000"',
+            'agent_url = "127.0.0.1:9000"',
+            "sites.pd.agent_url",
+            'write "http://127.0.0.1:9000"',
+        ),
+        ('name = "prfaas"', 'name = "pd"', "sites", "2 sites are named 'pd'"),
+        ('name = "pd"\nrole = "pd"', 'name = "pd"\nrole = "prfaas"', "sites", "no site decodes"),
+        (
+            'agent_url = "http://127.0.0.1:9000"\n',
+            'agent_url = "http://127.0.0.1:9000"\n[[sites.servers]]\nname = "d"\nrole = "decode"\nurl = "http://h:1"\n',
+            "sites.pd",
+            "has agent_url and servers",
+        ),
+        (
+            'agent_url = "http://127.0.0.1:9010"\n',
+            '[[sites.servers]]\nname = "p"\nrole = "prefill"\nurl = "http://h:1"\n',
+            "sites.prfaas.servers.p.bootstrap_port",
+            "a prefill server needs one",
+        ),
+        (
+            'agent_url = "http://127.0.0.1:9010"\n',
+            '[[sites.servers]]\nname = "d"\nrole = "decode"\nurl = "http://h:1"\n',
+            "sites.prfaas.servers.d.role",
+            "a prfaas site has no decode servers",
+        ),
+    ],
+)
+def test_one_fault_of_a_router_one_finding(write: WriteToml, old: str, new: str, path: str, words: str) -> None:
+    assert old in ROUTER
+    finding = only(router_findings(router(write, ROUTER.replace(old, new, 1))))
+    assert finding.fatal
+    assert finding.path == path
+    assert words in finding.text
+
+
+def test_a_router_without_a_prfaas_site_is_warned(write: WriteToml) -> None:
+    text = ROUTER[: ROUTER.index('[[sites]]\nname = "prfaas"')]
+    assert not only(router_findings(router(write, text))).fatal

@@ -1,0 +1,83 @@
+"""A server for tests of the supervisor: answers /health, and does what its environment says.
+
+FAKE_EXIT=N        end with status N at once.
+FAKE_EVENTS=FILE   append `NAME started`, `NAME asked to end`, `NAME ends`.
+FAKE_DEAF=1        ignore SIGTERM.
+FAKE_SICK=FILE     answer 503 while that file exists.
+FAKE_CHILD=FILE    start a child of its own and write its pid there.
+FAKE_SLOW=FILE     do not listen until that file exists.
+"""
+
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+
+def record(text: str) -> None:
+    if path := os.environ.get("FAKE_EVENTS"):
+        with open(path, "a") as file:
+            file.write(f"{os.environ['PRFAAS_SERVER']} {text}\n")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        sick = os.path.exists(os.environ.get("FAKE_SICK", ""))
+        body = f"{os.environ['PRFAAS_SERVER']} {self.path}".encode()
+        self.send_response(503 if sick else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length", "0"))
+        body = self.rfile.read(length)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        print(format % args, flush=True)
+
+
+def option(name: str) -> str:
+    return sys.argv[sys.argv.index(name) + 1]
+
+
+def main() -> None:
+    print("hello from", os.environ["PRFAAS_SERVER"], flush=True)
+    if code := os.environ.get("FAKE_EXIT"):
+        print("RuntimeError: no such device", flush=True)
+        sys.exit(int(code))
+    if path := os.environ.get("FAKE_CHILD"):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        with open(path, "w") as file:
+            file.write(str(child.pid))
+    while (path := os.environ.get("FAKE_SLOW")) and not os.path.exists(path):
+        time.sleep(0.02)
+    if "--disaggregation-bootstrap-port" in sys.argv:
+        port = int(option("--disaggregation-bootstrap-port"))
+        bootstrap = http.server.ThreadingHTTPServer((option("--host"), port), Handler)
+        threading.Thread(target=bootstrap.serve_forever, daemon=True).start()
+    server = http.server.ThreadingHTTPServer((option("--host"), int(option("--port"))), Handler)
+    server.daemon_threads = True
+
+    def on_term(number: int, frame: object) -> None:
+        record("asked to end")
+        if not os.environ.get("FAKE_DEAF"):
+            threading.Thread(target=server.shutdown).start()
+
+    signal.signal(signal.SIGTERM, on_term)
+    record("started")
+    server.serve_forever()
+    record("ends")
+
+
+if __name__ == "__main__":
+    main()

@@ -149,6 +149,32 @@ class Attempt:
         return None if self._holds_prefill else self._prefill_sink.body()
 
 
+class _Peek:
+    """Looks at the first event of a stream: errors of SGLang hide in it under status 200."""
+
+    __slots__ = ("_buffer", "_scanner", "failure")
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._scanner: ChunkScanner | None = None
+        self.failure: tuple[int, str] | None = None
+
+    def feed(self, data: bytes, framing: Framing) -> bool:
+        """Take body bytes; True once the first event is known, with `failure` set if it is a server's error."""
+        if framing is Framing.CHUNKED:
+            if self._scanner is None:
+                self._scanner = ChunkScanner()
+            data = self._scanner.feed(data)[0]
+        self._buffer += data
+        payload = first_event(self._buffer)
+        if payload is None:
+            return len(self._buffer) > _MAX_PEEK_BYTES
+        failure = event_failure(payload)
+        if failure is not None and failure[0] >= 500:
+            self.failure = failure
+        return True
+
+
 class _Sink:
     """What both legs share: the head, collected bytes, and failures as causes."""
 
@@ -203,11 +229,11 @@ class _PrefillSink(_Sink):
 
     leg: Leg = "prefill"
 
-    __slots__ = ("_peeked",)
+    __slots__ = ("_peek",)
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__(attempt)
-        self._peeked = False
+        self._peek: _Peek | None = _Peek()
 
     def on_head(self, head: ResponseHead) -> None:
         self.head = head
@@ -218,9 +244,11 @@ class _PrefillSink(_Sink):
             self.collect(data, _MAX_ERROR_BYTES)
         elif self.attempt.merge_logprobs:
             self.collect(data, _MAX_LOGPROB_BYTES)
-        elif not self._peeked:
-            self.collect(data, _MAX_PEEK_BYTES)
-            self._peek()
+        elif self._peek is not None and self._peek.feed(data, self.head.framing):
+            failure = self._peek.failure
+            self._peek = None
+            if failure is not None:
+                self.fail_event(*failure)
 
     def on_end(self) -> None:
         assert self.head is not None
@@ -233,26 +261,19 @@ class _PrefillSink(_Sink):
         self.fail_transport(error)  # nothing happens when decode answers already
         self.attempt.prefill_finished()
 
-    def _peek(self) -> None:
-        payload = first_event(self.body())
-        if payload is None and self.size < _MAX_PEEK_BYTES:
-            return
-        self._peeked = True
-        failed = event_failure(payload) if payload is not None else None
-        if failed is not None and failed[0] >= 500:
-            self.fail_event(*failed)
-
 
 class _DecodeSink(_Sink):
     """Decode's answer: held until its first body bytes show that it is one, then relayed as it comes."""
 
     leg: Leg = "decode"
 
-    __slots__ = ("_ended", "_held", "_merger", "_relaying", "_sse")
+    __slots__ = ("_aligned", "_ended", "_held", "_merger", "_peek", "_relaying", "_sse")
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__(attempt)
         self._relaying = False
+        self._aligned = True  # what the client has ends at a chunk boundary
+        self._peek = _Peek()
         self._ended = False
         self._sse = False
         self._held = b""
@@ -280,15 +301,12 @@ class _DecodeSink(_Sink):
         elif not self._sse:
             self._commit(data)
         else:
-            self.collect(data, 1 << 62)
-            payload = first_event(self.body())
-            if payload is None and self.size < _MAX_PEEK_BYTES:
-                return
-            failed = event_failure(payload) if payload is not None else None
-            if failed is not None and failed[0] >= 500:
-                self.fail_event(*failed)
-            else:
-                self._commit(self.body())
+            self.parts.append(data)
+            if self._peek.feed(data, head.framing):
+                if self._peek.failure is not None:
+                    self.fail_event(*self._peek.failure)
+                else:
+                    self._commit(self.body())
 
     def on_end(self) -> None:
         assert self.head is not None
@@ -331,11 +349,14 @@ class _DecodeSink(_Sink):
 
     def _relay_event_bytes(self, data: bytes) -> None:
         """Relay up to chunk boundaries: a stream that breaks off in mid-chunk could not be ended with an error."""
+        assert self.exchange is not None
         if self._held:
             data = self._held + data
             self._held = b""
-        assert self.exchange is not None
-        if self.exchange.at_chunk_boundary or len(data) > _MAX_HELD_BYTES:
+        # Without the CRLF, a part of the next chunk's size line is there.
+        aligned = self.exchange.at_chunk_boundary and data.endswith(b"\r\n")
+        if aligned or not self._aligned or len(data) > _MAX_HELD_BYTES:
+            self._aligned = aligned
             self.attempt.response.write(data)
         else:
             self._held = data
@@ -351,9 +372,8 @@ class _DecodeSink(_Sink):
             response.write(error_event(message, "upstream_failed"))
             return True
         if self._held:
-            complete = self._held[: complete_chunks_length(self._held)]
-            response.write(complete)
-        elif not self.exchange.at_chunk_boundary:
+            response.write(self._held[: complete_chunks_length(self._held)])
+        elif not self._aligned:
             return False
         response.write(encode_chunk(error_event(message, "upstream_failed")) + LAST_CHUNK)
         return True

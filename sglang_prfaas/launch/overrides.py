@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterable
 
@@ -37,3 +38,8 @@ def print_warnings(findings: Iterable[Finding]) -> None:
     for finding in findings:
         if not finding.fatal:
             print(f"warning: {finding}", file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Send the package's log there, from INFO on."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

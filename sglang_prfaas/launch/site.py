@@ -12,7 +12,7 @@ import msgspec
 
 from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.schema import SiteConfig
-from sglang_prfaas.launch.overrides import describe_keys, print_warnings
+from sglang_prfaas.launch.overrides import describe_keys, log_to_stderr, print_warnings
 
 if TYPE_CHECKING:
     from sglang_prfaas.site import Site
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the site; returns the exit status."""
     config = load.load_site(args.file, args.overrides)
+    log_to_stderr()
     print_warnings(checks.site_findings(config, load.name_of(args.file)))
     from sglang_prfaas.site import Site
 

@@ -53,4 +53,5 @@ def silent(line: str) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")  # one write: lines of several threads do not mix
+    sys.stderr.flush()

@@ -1,0 +1,289 @@
+"""Two datacenters on one machine: the configuration files of a PrfaaS site, a PD site and a router, and running them.
+
+What the demo and the integration tests stand on. Tiny models, real SGLang servers, the CPU platform, loopback.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct, field
+
+from sglang_prfaas import env
+from sglang_prfaas.config import load
+from sglang_prfaas.config.schema import RouterConfig, SiteConfig, SiteLimits
+from sglang_prfaas.site import Site, Supervisor, running
+from sglang_prfaas.site.commands import ServerCommand, plain_command
+from sglang_prfaas.site.free_ports import HeldPort
+from sglang_prfaas.site.progress import Progress
+from sglang_prfaas.site.threaded import LoopThread, RunningSite
+from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
+
+MODEL_NAME = "tiny"
+STARTUP_TIMEOUT_S = 900.0
+HEARTBEAT_TIMEOUT_S = 120.0
+"""Generous: on a busy machine with few cores a process may be without a processor for a while."""
+
+
+class Choices(Struct, frozen=True, kw_only=True):
+    """What may differ between local deployments. args: SGLang arguments, for all servers or those of one role."""
+
+    family: str = "kimi-linear"
+    threshold_tokens: int = 512
+    chunk_tokens: int = 1024
+    """SGLang's --chunked-prefill-size."""
+    args: Sequence[str] = ()
+    prefill_args: Sequence[str] = ()
+    decode_args: Sequence[str] = ()
+    capacity_gbps: float = 10.0
+
+
+class LocalDeployment(Struct, frozen=True, kw_only=True):
+    """Files and commands of a deployment that is not running yet."""
+
+    choices: Choices
+    directory: Path
+    model: Path
+    prfaas_file: Path
+    pd_file: Path
+    router_file: Path
+    transfer_log: Path
+    reference: ServerCommand
+    """A plain single server to compare with."""
+    router: ServerCommand
+
+    def prfaas(self) -> SiteConfig:
+        return load.load_site(self.prfaas_file)
+
+    def pd(self) -> SiteConfig:
+        return load.load_site(self.pd_file)
+
+    def router_config(self) -> RouterConfig:
+        return load.load_router(self.router_file)
+
+
+class LocalCluster(Struct, kw_only=True):
+    """A deployment that runs."""
+
+    deployment: LocalDeployment
+    sites: Mapping[str, RunningSite]
+    router_url: str
+    reference_url: str
+    logs: dict[str, Path] = field(default_factory=dict)
+    """Log of every process, by name."""
+
+    def tails(self, lines: int = 40) -> str:
+        """The ends of all logs, for a failure's message."""
+        from sglang_prfaas.site.process import tail
+
+        return "\n".join(f"--- {name} ({path})\n{tail(path, lines)}" for name, path in self.logs.items())
+
+
+def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
+    """Make the model and the three TOML files in `directory`, on free ports. Raises LaunchError, OSError."""
+    directory = directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    family = choices.family
+    model = make_tiny_model(family, directory / "model")
+    log = directory / "transfers.jsonl"
+    log.unlink(missing_ok=True)
+    ports = _free_ports(12)
+    common = [*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), "--enable-metrics"]
+    common += ["--enable-pd-role-switch", *choices.args]
+    variables = {**cpu_server_env(family), env.TRANSFER_LOG: str(log)}
+    values = {
+        "family": family,
+        "model": _toml(str(model)),
+        "args": _toml(common),
+        "prefill_args": _toml(list(choices.prefill_args)),
+        "decode_args": _toml(list(choices.decode_args)),
+        "env": "\n".join(f"{key} = {_toml(value)}" for key, value in variables.items()),
+        "logs": _toml(str(directory / "logs")),
+        "name": MODEL_NAME,
+        "capacity": f"{choices.capacity_gbps:g}",
+        "threshold": choices.threshold_tokens,
+        "startup": f"{STARTUP_TIMEOUT_S:g}",
+        "heartbeat": f"{HEARTBEAT_TIMEOUT_S:g}",
+        **{f"p{index}": port for index, port in enumerate(ports)},
+    }
+    files = {}
+    for name, template in (("prfaas", _PRFAAS), ("pd", _PD), ("router", _ROUTER)):
+        files[name] = directory / f"{name}.toml"
+        files[name].write_text(template.format(**values))
+    reference = plain_command(
+        "reference",
+        str(model),
+        ports[10],
+        served_model_name=MODEL_NAME,
+        args=(*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens)),
+        env=cpu_server_env(family),
+    )
+    argv = (sys.executable, "-m", "sglang_prfaas.launch", "router", str(files["router"]))
+    return LocalDeployment(
+        choices=choices,
+        directory=directory,
+        model=model,
+        prfaas_file=files["prfaas"],
+        pd_file=files["pd"],
+        router_file=files["router"],
+        transfer_log=log,
+        reference=reference,
+        router=ServerCommand("router", argv, {}, None, "127.0.0.1", ports[11]),
+    )
+
+
+@contextmanager
+def run_deployment(deployment: LocalDeployment, progress: Progress | None = None) -> Iterator[LocalCluster]:
+    """Start both sites and the reference in parallel, then the router; stop all of them at the end.
+
+    Raises LaunchError with the end of the log of what failed; nothing is left running then.
+    """
+    logs = deployment.directory / "logs"
+    limits = SiteLimits(startup_timeout_s=STARTUP_TIMEOUT_S)
+    reference = Supervisor([deployment.reference], limits, logs, progress=progress)
+    router = Supervisor([deployment.router], limits, logs, progress=progress, environ=_router_environment())
+    sites = [Site(config, progress=progress) for config in (deployment.prfaas(), deployment.pd())]
+    with ExitStack() as stack:
+        helper = LoopThread()
+        stack.callback(helper.close)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            starting = pool.submit(helper.run, reference.start())
+            stack.callback(lambda: helper.run(reference.stop(at_once=True)))
+            try:
+                running_sites = stack.enter_context(running(*sites))
+            finally:
+                concurrent.futures.wait([starting])
+            starting.result()
+        stack.callback(lambda: helper.run(router.stop(at_once=True)))
+        helper.run(router.start())
+        cluster = LocalCluster(
+            deployment=deployment,
+            sites=running_sites,
+            router_url=f"http://127.0.0.1:{deployment.router.port}",
+            reference_url=f"http://127.0.0.1:{deployment.reference.port}",
+        )
+        for running_site in running_sites.values():
+            for name, server in running_site.site.servers.items():
+                cluster.logs[f"{running_site.name}/{name}"] = server.log
+        cluster.logs["reference"] = logs / "reference.log"
+        cluster.logs["router"] = logs / "router.log"
+        yield cluster
+
+
+def _router_environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _free_ports(count: int) -> list[int]:
+    held: list[HeldPort] = []
+    try:
+        for _ in range(count):
+            held.append(HeldPort(avoid=[port.port for port in held]))
+        return [port.port for port in held]
+    finally:
+        for port in held:
+            port.release()
+
+
+def _toml(value: str | list[str]) -> str:
+    """A string, or a list of strings, in TOML: JSON's form is valid TOML for both."""
+    return msgspec.json.encode(value).decode()
+
+
+_PRFAAS = """\
+# The PrfaaS datacenter: prefill only, for other sites.
+[site]
+name = "prfaas"
+role = "prfaas"
+model = {model}
+served_model_name = "{name}"
+log_dir = {logs}
+args = {args}
+
+[site.env]
+{env}
+
+[[servers]]
+name = "prfaas-prefill-0"
+role = "prefill"
+port = {p0}
+bootstrap_port = {p1}
+args = {prefill_args}
+
+[[links]]
+to_site = "pd"
+capacity_gbps = {capacity}
+
+[agent]
+port = {p2}
+
+[transport]
+heartbeat_timeout_s = {heartbeat}
+
+[limits]
+startup_timeout_s = {startup}
+"""
+
+_PD = """\
+# The PD datacenter: serves requests end to end, and takes prefills from the PrfaaS site.
+[site]
+name = "pd"
+role = "pd"
+model = {model}
+served_model_name = "{name}"
+log_dir = {logs}
+args = {args}
+
+[site.env]
+{env}
+
+[[servers]]
+name = "pd-prefill-0"
+role = "prefill"
+port = {p3}
+bootstrap_port = {p4}
+args = {prefill_args}
+
+[[servers]]
+name = "pd-decode-0"
+role = "decode"
+port = {p5}
+bootstrap_port = {p6}
+args = {decode_args}
+
+[agent]
+port = {p7}
+
+[transport]
+heartbeat_timeout_s = {heartbeat}
+
+[limits]
+startup_timeout_s = {startup}
+"""
+
+_ROUTER = """\
+# The router: beside the PD datacenter; reaches each site through its agent.
+[router]
+model = {model}
+served_model_name = "{name}"
+port = {p11}
+
+[policy]
+threshold_tokens = {threshold}
+
+[[sites]]
+name = "prfaas"
+role = "prfaas"
+agent_url = "http://127.0.0.1:{p2}"
+
+[[sites]]
+name = "pd"
+role = "pd"
+agent_url = "http://127.0.0.1:{p7}"
+"""

@@ -112,7 +112,7 @@ class DirectoryServer:
             self._socket.send_multipart([peer.bytes, encode(self.table.directory())], zmq.NOBLOCK)
             return
         address = str(body.get("Peer-Address") or "")
-        if not self._remote_ranks and not self._is_local(address):
+        if not self._remote_ranks and not is_local(address, self._host):
             logger.warning("prfaas directory: %s from %s refused, not this host", type(message).__name__, address)
             return
         try:
@@ -125,12 +125,16 @@ class DirectoryServer:
             return
         self._socket.send_multipart([peer.bytes, encode(Registered())], zmq.NOBLOCK)
 
-    def _is_local(self, address: str) -> bool:
-        if address == self._host:
-            return True
-        try:
-            parsed = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
-            return False
-        mapped = getattr(parsed, "ipv4_mapped", None)
-        return (mapped or parsed).is_loopback
+
+def is_local(address: str, host: str) -> bool:
+    """Whether a peer at `address` is on the machine of a directory bound to `host`."""
+    if not address:
+        return False
+    if address == host:
+        return True
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_loopback

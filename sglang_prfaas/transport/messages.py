@@ -19,8 +19,10 @@ T = TypeVar("T")
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 1 << 20
 
-Text = Annotated[str, Meta(max_length=4096)]
-ShortText = Annotated[str, Meta(max_length=256)]
+MAX_REASON_CHARACTERS = 4096
+
+Text = Annotated[str, Meta(max_length=MAX_REASON_CHARACTERS)]
+ShortText = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
 Room = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 TransferId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Rank = Annotated[int, Meta(ge=0, lt=65536)]
@@ -173,6 +175,11 @@ _from_directory: msgspec.msgpack.Decoder[FromDirectory] = msgspec.msgpack.Decode
 def encode(message: Message) -> bytes:
     """One message as bytes."""
     return _encoder.encode(message)
+
+
+def reason_text(text: str) -> str:
+    """A reason as a message may carry it: encodable, and of bounded length."""
+    return text.encode("utf-8", "replace").decode()[:MAX_REASON_CHARACTERS]
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:

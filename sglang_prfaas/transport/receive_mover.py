@@ -36,6 +36,7 @@ from sglang_prfaas.transport.messages import (
     Welcome,
     decode_to_decode,
     encode,
+    reason_text,
 )
 from sglang_prfaas.transport.receive_session import Incoming, PeerSession
 from sglang_prfaas.transport.resolver import resolve_in_background
@@ -256,7 +257,7 @@ class ReceiveMover:
             return
         session.control.setsockopt(zmq.LINGER, FAREWELL_MS)
         for room in rooms:
-            self._tell(session, Abort(room, session.failure[:4096]))
+            self._tell(session, Abort(room, reason_text(session.failure)))
         self._loop.remove(session.control)
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ class ReceiveMover:
 
     def abort_room(self, session: PeerSession, room: int, reason: str) -> None:
         """Tell prefill that a room has ended, also when nothing was ever expected for it."""
-        self._loop.call(lambda: self._tell(session, Abort(room, reason[:4096])))
+        self._loop.call(lambda: self._tell(session, Abort(room, reason_text(reason))))
 
     def release(self, item: Incoming) -> None:
         """Forget a request; ends it first where it is still live. Late chunks of it are drained and dropped."""

@@ -35,6 +35,7 @@ from sglang_prfaas.transport.messages import (
     Welcome,
     decode_to_prefill,
     encode,
+    reason_text,
 )
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.send_session import SendSession, Task
@@ -188,7 +189,7 @@ class SendMover:
             if transfer.state is not State.FAILED or transfer.peer_knows or expected is None:
                 return
             transfer.peer_knows = True
-            message = Failed(expected.transfer_id, transfer.room, transfer.reason[:4096])
+            message = Failed(expected.transfer_id, transfer.room, reason_text(transfer.reason))
         with self._lock:
             session = self._rooms.home(transfer)
         if session is not None:
@@ -204,7 +205,7 @@ class SendMover:
             message = decode_to_prefill(frames[1].bytes)
         except ProtocolError as error:
             logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
-            self._reply(identity, Refuse(str(error)[:4096]))
+            self._reply(identity, Refuse(reason_text(str(error))))
             if session is not None:
                 self._lose(session, str(error))
             return
@@ -233,7 +234,7 @@ class SendMover:
             reason = "the prefill server is stopping"
         if reason:
             logger.error("prfaas: decode %s refused: %s", who, reason)
-            self._reply(identity, Refuse(reason[:4096]))
+            self._reply(identity, Refuse(reason_text(reason)))
             return
         old = self._sessions.get(identity)
         if old is not None:
@@ -266,7 +267,7 @@ class SendMover:
                 if not transfer.expect(message):
                     reason = transfer.reason or f"another decode rank has asked for room {message.room} before"
         if reason:
-            self._reply(session.identity, Failed(message.transfer_id, message.room, reason[:4096]))
+            self._reply(session.identity, Failed(message.transfer_id, message.room, reason_text(reason)))
 
     def _done(self, session: SendSession, message: Done) -> None:
         transfer = session.transfers.get(message.transfer_id)

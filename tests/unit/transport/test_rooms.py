@@ -1,0 +1,208 @@
+"""Rooms of a prefill rank, and the chunks that wait for a decode rank."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_prfaas.clock import VirtualClock
+from sglang_prfaas.errors import LocalError
+from sglang_prfaas.transport import rooms
+from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.messages import Expect, Hello
+from sglang_prfaas.transport.rooms import Rooms
+from sglang_prfaas.transport.send_session import SendSession, Task, TaskQueue
+from sglang_prfaas.transport.session import OutgoingTransfer, State
+from sglang_prfaas.transport.streams import ChunkSpan
+
+HELLO = Hello(1, "pd", "decode-0", Layout("m", "f", 1, 1, "", (), ()), 4, 1 << 20)
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    return VirtualClock(50.0)
+
+
+@pytest.fixture
+def held(clock: VirtualClock) -> Rooms:
+    return Rooms(clock, 300.0)
+
+
+def a_session(name: bytes = b"D1") -> SendSession:
+    return SendSession(name, HELLO, 0.0)
+
+
+def test_prefill_first(held: Rooms) -> None:
+    session = a_session()
+    transfer = held.open(5)
+    assert held.home(transfer) is None
+    assert held.asked_for(5, session, 1) is transfer
+    assert held.home(transfer) is session
+    assert session.transfers == {1: transfer}
+    assert held.forget(transfer) is session
+    assert session.transfers == {}
+    assert held.forget(transfer) is None
+
+
+def test_decode_first(held: Rooms) -> None:
+    session = a_session()
+    transfer = held.asked_for(5, session, 1)
+    assert held.open(5) is transfer
+    assert held.home(transfer) is session
+
+
+def test_a_room_in_use(held: Rooms) -> None:
+    held.open(5)
+    with pytest.raises(LocalError, match="room 5 is in use"):
+        held.open(5)
+
+
+def test_releasing_twice_does_not_touch_a_later_request_of_the_same_room(held: Rooms) -> None:
+    first = held.open(5)
+    held.asked_for(5, a_session(), 1)
+    held.forget(first)
+    session = a_session(b"D2")
+    second = held.asked_for(5, session, 7)
+    held.forget(first)
+    assert held.open(5) is second
+    assert held.home(second) is session
+
+
+def test_the_first_decode_rank_to_ask_is_home(held: Rooms) -> None:
+    one, two = a_session(b"D1"), a_session(b"D2")
+    transfer = held.asked_for(5, one, 1)
+    assert held.asked_for(5, two, 1) is transfer
+    assert held.home(transfer) is one
+    assert two.transfers == {}
+
+
+def test_nobody_ends_the_request_of_another(held: Rooms) -> None:
+    one, two = a_session(b"D1"), a_session(b"D2")
+    transfer = held.open(5)
+    held.asked_for(5, one, 1)
+    assert held.aborted(5, two, "x") is None
+    assert held.aborted(5, None, "x") is None
+    assert held.aborted(5, one, "x") is transfer
+
+
+def test_a_request_that_nobody_asked_for_can_be_ended_without_a_session(held: Rooms) -> None:
+    transfer = held.open(5)
+    assert held.aborted(5, None, "no session") is transfer
+
+
+def test_an_end_that_comes_before_the_request(held: Rooms) -> None:
+    assert held.aborted(5, None, "client gone") is None
+    transfer = held.open(5)
+    assert (transfer.state, transfer.reason) == (State.FAILED, "client gone")
+
+
+def test_an_early_room_that_is_ended(held: Rooms) -> None:
+    session = a_session()
+    early = held.asked_for(5, session, 1)
+    assert held.aborted(5, session, "client gone") is early
+    assert session.transfers == {}
+    assert held.open(5).reason == "client gone"
+
+
+def test_an_early_room_whose_session_is_lost(held: Rooms) -> None:
+    session = a_session()
+    early = held.asked_for(5, session, 1)
+    own = held.open(6)
+    held.asked_for(6, session, 2)
+    assert held.lost(session, "decode died") == [early, own]
+    assert held.open(5).reason == "decode died"
+    assert held.home(own) is session, "prefill has not released it yet"
+
+
+def test_ends_remembered_have_a_bound_and_do_not_push_out_early_rooms(
+    held: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "MAX_ABORTED_ROOMS", 3)
+    early = held.asked_for(1, a_session(), 1)
+    for room in range(10, 20):
+        held.aborted(room, None, f"end of {room}")
+    assert held.open(1) is early
+    assert held.open(19).reason == "end of 19"
+    assert held.open(10).live
+
+
+def test_expiry(held: Rooms, clock: VirtualClock) -> None:
+    session = a_session()
+    early = held.asked_for(1, session, 7)
+    own = held.open(2)
+    held.aborted(3, None, "x")
+    clock.advance(300.0)
+    assert held.expire() == []
+    clock.advance(1.0)
+    assert held.expire() == [(early, session, 7)]
+    assert session.transfers == {}
+    assert held.all() == [own]
+    assert held.open(3).live
+    assert held.open(1).live
+
+
+# --- chunks that wait -------------------------------------------------------------------------------------------------
+
+
+def tasks(transfer: OutgoingTransfer, *offsets: int) -> list[Task]:
+    return [Task(transfer, ChunkSpan(0, 0, at, 1), np.empty(0, np.int64), 0, lambda: None) for at in offsets]
+
+
+def taken(queue: TaskQueue, count: int) -> list[tuple[int, int]]:
+    found = [queue.take() for _ in range(count)]
+    return [(task.transfer.room, task.span.offset) for task in found if task is not None]
+
+
+def test_transfers_take_turns(clock: VirtualClock) -> None:
+    large, small = OutgoingTransfer(1, clock), OutgoingTransfer(2, clock)
+    queue = TaskQueue()
+    queue.put(tasks(large, 0, 1, 2, 3))
+    queue.put(tasks(small, 0))
+    queue.put(tasks(large, 4))
+    assert taken(queue, 6) == [(1, 0), (2, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=12))
+def test_every_chunk_is_taken_once_and_in_order_within_its_transfer(puts: list[tuple[int, int]]) -> None:
+    transfers = [OutgoingTransfer(room, VirtualClock()) for room in range(4)]
+    queue, count = TaskQueue(), [0] * 4
+    for room, n in puts:
+        queue.put(tasks(transfers[room], *range(count[room], count[room] + n)))
+        count[room] += n
+    assert len(queue) == sum(count)
+    got = taken(queue, sum(count))
+    for room in range(4):
+        assert [offset for r, offset in got if r == room] == list(range(count[room]))
+
+
+def test_chunks_of_a_released_transfer_are_dropped(clock: VirtualClock) -> None:
+    one, two = OutgoingTransfer(1, clock), OutgoingTransfer(2, clock)
+    queue = TaskQueue()
+    queue.put(tasks(one, 0, 1) + tasks(two, 0))
+    queue.drop(one)
+    assert taken(queue, 1) == [(2, 0)]
+    assert len(queue) == 0
+
+
+def test_closing_wakes_whoever_waits(clock: VirtualClock) -> None:
+    queue = TaskQueue()
+    results: list[Task | None] = []
+    threads = [threading.Thread(target=lambda: results.append(queue.take())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    queue.close()
+    for thread in threads:
+        thread.join(60.0)
+    assert results == [None] * 3
+    queue.put(tasks(OutgoingTransfer(1, clock), 0))
+    assert queue.take() is None
+    assert len(queue) == 0
+
+
+def test_names_of_sessions() -> None:
+    assert str(a_session()) == "decode pd/decode-0"
+    assert Expect(1, 2, (), 0).room == 2

@@ -210,7 +210,7 @@ class Exchange:
             self._surplus = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         self._status = status = self._parser.get_status_code()

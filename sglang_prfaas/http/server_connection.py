@@ -95,10 +95,7 @@ class ServerConnection(asyncio.Protocol):
             self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(HttpError(400, "Protocol upgrades are not supported; send plain HTTP/1.1."))
-            return
-        except httptools.HttpParserError as exc:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._refuse(self._error or HttpError(400, f"The request is not valid HTTP/1.1: {exc}"))
             return
         if self._error is not None:
@@ -143,7 +140,7 @@ class ServerConnection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value.rstrip(b" \t")))
         if len(self._headers) > _MAX_HEADERS:
             self._error = self._head_too_large()
 
@@ -168,6 +165,8 @@ class ServerConnection(asyncio.Protocol):
                 expect = 1
         if head_bytes > limits.max_header_bytes:
             self._error = self._head_too_large()
+        if self._parser.should_upgrade():
+            self._error = HttpError(400, "Protocol upgrades are not supported; send plain HTTP/1.1.")
         if hosts > 1 or (hosts == 0 and self._parser.get_http_version() == "1.1"):
             self._error = HttpError(400, f"A request needs exactly one Host header, got {hosts}.")
         if expect and self._error is None and self._task is None and not self._pending:

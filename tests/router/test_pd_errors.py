@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from pd_fakes import MODEL, FakeServer, WordCounter, cluster, header, raw_exchange, run, until
 
 from sglang_prfaas.config.schema import PolicyConfig, RouterConfig, RouterLimits, RouterSection, RouterSite
 from sglang_prfaas.http import Framing, HttpServer, Request, Response
 from sglang_prfaas.router.app import Router
+from tests.router.pd_fakes import MODEL, FakeServer, WordCounter, cluster, header, raw_exchange, run, until
 
 
 def error(body: bytes) -> dict[str, Any]:

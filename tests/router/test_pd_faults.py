@@ -8,10 +8,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from pd_fakes import DEADLINE_S, FakeServer, cluster, header, raw_exchange, run, until
 
 from sglang_prfaas.config.schema import RouterLimits
 from sglang_prfaas.http import Framing, Request, Response
+from tests.router.pd_fakes import DEADLINE_S, FakeServer, cluster, header, raw_exchange, run, until
 
 Behaviour = Callable[[Request, Response], Coroutine[Any, Any, bool]]
 

@@ -6,7 +6,8 @@ import asyncio
 import json
 
 import pytest
-from pd_fakes import MODEL, cluster, header, raw_exchange, run, until
+
+from tests.router.pd_fakes import MODEL, cluster, header, raw_exchange, run, until
 
 
 def test_short_goes_local_long_goes_remote() -> None:

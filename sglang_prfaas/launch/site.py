@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-status", action="store_true", help="when all servers are ready, print one JSON line on stdout"
     )
+    parser.add_argument(
+        "--python", metavar="EXE", default=sys.executable, help="interpreter that has SGLang (default: this one)"
+    )
     parser.description = (
         "Start one datacenter's servers and its agent, wait until all are ready, restart what dies.\n"
         "SIGTERM, SIGINT or SIGHUP stop it in order: prefill servers drain and end, then decode servers;\n"
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     print_warnings(checks.site_findings(config, load.name_of(args.file)))
     from sglang_prfaas.site import Site
 
-    return asyncio.run(_serve(Site(config), json_status=args.json_status))
+    return asyncio.run(_serve(Site(config, python=args.python), json_status=args.json_status))
 
 
 async def _serve(site: Site, *, json_status: bool) -> int:

@@ -1,0 +1,125 @@
+"""The agent over real sockets, in front of fake servers."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+
+from sglang_prfaas.config.schema import SiteRole
+from sglang_prfaas.site import Site, running
+from sglang_prfaas.site.lifecycle import State
+from sglang_prfaas.site.progress import Progress, silent
+from sglang_prfaas.site.threaded import RunningSite
+from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed, wait_until
+
+
+@contextmanager
+def site_with_agent(make_site: MakeSite, python: str, role: SiteRole) -> Iterator[RunningSite]:
+    roles = ("prefill",) if role == "prfaas" else ("prefill", "decode")
+    config = make_site("here", role, roles, changed(LIMITS, restart_backoff_s=PATIENCE_S), agent=True)
+    with running(Site(config, python=python, progress=Progress(write=silent))) as sites:
+        yield sites["here"]
+
+
+def ask(site: RunningSite, method: str, target: str, body: bytes | None = None) -> tuple[int, bytes]:
+    parts = urlsplit(site.agent_url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE_S)
+    try:
+        connection.request(method, target, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def test_the_site_is_described(make_site: MakeSite, fake_python: str) -> None:
+    with site_with_agent(make_site, fake_python, "pd") as site:
+        status, body = ask(site, "GET", "/site")
+        assert status == 200
+        report = json.loads(body)
+        prefill, decode = report["servers"]
+        assert (report["name"], report["role"], report["served_model_name"]) == ("here", "pd", "owner/model")
+        assert prefill == {
+            "name": "prefill_0",
+            "role": "prefill",
+            "state": "ready",
+            "path": "/servers/prefill_0",
+            "bootstrap_host": "127.0.0.1",
+            "bootstrap_port": site.server("prefill_0").command.bootstrap_port,
+            "restarts": 0,
+        }
+        assert decode["bootstrap_port"] == 0
+
+
+def test_health_and_metrics_follow_the_servers(make_site: MakeSite, fake_python: str) -> None:
+    with site_with_agent(make_site, fake_python, "prfaas") as site:
+        assert ask(site, "GET", "/health")[0] == 200
+        line = 'prfaas_server_state{site="here",server="prefill_0",role="prefill",state="%s"} 1'
+        assert line % "ready" in ask(site, "GET", "/metrics")[1].decode()
+        site.kill("prefill_0")
+        wait_until(lambda: site.server("prefill_0").state is State.RESTARTING, "the death to be noticed")
+        assert ask(site, "GET", "/health")[0] == 503
+        assert line % "restarting" in ask(site, "GET", "/metrics")[1].decode()
+        status, body = ask(site, "POST", "/servers/prefill_0/generate", b"{}")
+        assert status == 503
+        assert json.loads(body)["error"]["message"] == "Server prefill_0 is restarting."
+
+
+def test_bytes_are_relayed_as_they_are(make_site: MakeSite, fake_python: str) -> None:
+    with site_with_agent(make_site, fake_python, "pd") as site:
+        assert ask(site, "GET", "/servers/decode_1/a%20b?c=%2F") == (200, b"decode_1 /a%20b?c=%2F")
+        body = bytes(range(256)) * 4096
+        assert ask(site, "POST", "/servers/prefill_0/generate", body) == (200, body)
+        assert ask(site, "GET", "/servers/nobody/health")[0] == 404
+        assert ask(site, "GET", "/elsewhere")[0] == 404
+        assert ask(site, "POST", "/site", b"")[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/generate", 200),
+        ("POST", "/v1/chat/completions", 200),
+        ("GET", "/health", 200),
+        ("GET", "/server_info", 200),
+        ("GET", "/v1/models?x=1", 200),
+        ("POST", "/flush_cache", 403),
+        ("GET", "/flush_cache", 403),
+        ("POST", "/pd_role_switch", 403),
+        ("POST", "/update_weights_from_disk", 403),
+        ("GET", "/generate", 403),
+        ("POST", "/v1/../flush_cache", 403),
+        ("POST", "/generate/../flush_cache", 403),
+        ("POST", "/%66lush_cache", 403),
+        ("POST", "//generate", 403),
+        ("POST", "/Generate", 403),
+    ],
+)
+def test_a_prfaas_site_relays_no_administration(prfaas: RunningSite, method: str, path: str, status: int) -> None:
+    assert ask(prfaas, method, "/servers/prefill_0" + path, b"" if method == "POST" else None)[0] == status
+
+
+@pytest.fixture
+def prfaas(make_site: MakeSite, fake_python: str) -> Iterator[RunningSite]:
+    with site_with_agent(make_site, fake_python, "prfaas") as site:
+        yield site
+
+
+def test_requests_end_before_a_site_stops(make_site: MakeSite, fake_python: str) -> None:
+    """A stopping site relays nothing new; what is under way at a server that ends late is finished."""
+    config = make_site("here", "prfaas", ("prefill",), agent=True)
+    site = Site(config, python=fake_python, progress=Progress(write=silent))
+    with running(site, drain=True) as sites:
+        site.agent.draining = True
+        status, body = ask(sites["here"], "POST", "/servers/prefill_0/generate", b"{}")
+        assert status == 503
+        assert json.loads(body)["error"]["code"] == "draining"
+        (server,) = json.loads(ask(sites["here"], "GET", "/site")[1])["servers"]
+        assert server["state"] == "stopping"
+    assert site.servers["prefill_0"].exit_code == -signal.SIGTERM or site.servers["prefill_0"].exit_code == 0

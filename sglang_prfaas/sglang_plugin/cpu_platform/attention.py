@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+QUERY_BLOCK = 512  # Queries at a time: keys behind a block are not read, and its scores stay small.
+
 
 class _Rule(NamedTuple):
     """How a layer attends: ``window`` counts the tokens before the query that it sees (None: all)."""
@@ -91,9 +93,19 @@ def _run(
         rows = req_to_token[request, first_key:total].long()
         if rule.window is not None and backend.use_sliding_window_kv_pool:
             rows = backend.token_to_kv_pool.translate_loc_from_full_to_swa(rows).long()
-        output[begin:end] = _attend(
-            query[begin:end], k_cache[rows], v_cache[rows], first_query=prefix, first_key=first_key, rule=rule
-        )
+        keys, values = k_cache[rows], v_cache[rows]
+        for low in range(0, length, QUERY_BLOCK):
+            high = min(low + QUERY_BLOCK, length)
+            reach = first_key if rule.window is None else max(first_key, prefix + low - rule.window)
+            seen = slice(reach - first_key, (prefix + high if rule.causal else total) - first_key)
+            output[begin + low : begin + high] = _attend(
+                query[begin + low : begin + high],
+                keys[seen],
+                values[seen],
+                first_query=prefix + low,
+                first_key=reach,
+                rule=rule,
+            )
         begin = end
     return output.view(q.shape[0], -1)
 

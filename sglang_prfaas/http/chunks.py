@@ -71,6 +71,29 @@ class ChunkScanner:
         return b"".join(payload), max(0, boundary - before)
 
 
+def leading_payload(data: bytes, end: bytes) -> bytes | None:
+    """Payload of the first chunks of a body, up to the one that completes `end`; None while more bytes are needed.
+
+    The last chunk ends it too. Raises ProtocolError for bytes that are not chunks.
+    """
+    payload = b""
+    pos = 0
+    while True:
+        line = data.find(b"\r\n", pos)
+        if line < 0:
+            return None
+        try:
+            size = int(data[pos:line].partition(b";")[0], 16)
+        except ValueError:
+            raise ProtocolError(f"chunk size must be hexadecimal, got {data[pos:line][:40]!r}") from None
+        pos = line + 2 + size + 2
+        if size and pos > len(data):
+            return None
+        payload += data[line + 2 : line + 2 + size]
+        if not size or end in payload:
+            return payload
+
+
 def complete_chunks_length(data: bytes) -> int:
     """Bytes of `data`, which starts at a chunk boundary, that are complete data chunks (the last chunk not counted)."""
     pos = 0

@@ -29,6 +29,7 @@ HOP_BY_HOP = frozenset(
 # Set anew for every upstream request.
 _REQUEST_OWN = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 
+_NOTHING: frozenset[bytes] = frozenset()
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 
 
@@ -108,15 +109,13 @@ def strip_authority(target: bytes) -> bytes:
     return target[slash:] if slash >= 0 else b"/"
 
 
-def _named_by_connection(headers: Headers) -> set[bytes]:
+def _named_by_connection(headers: Headers) -> frozenset[bytes]:
     """Headers that a Connection header declares hop-by-hop."""
-    return {
-        token.strip().lower()
-        for name, value in headers
-        if name == b"connection"
-        for token in value.split(b",")
-        if token.strip().lower() not in (b"keep-alive", b"close")
-    }
+    named = _NOTHING
+    for name, value in headers:
+        if name == b"connection":
+            named |= frozenset(token.strip().lower() for token in value.split(b","))
+    return named
 
 
 def forwardable_request_headers(headers: Headers, drop_prefixes: tuple[bytes, ...] = ()) -> Headers:
@@ -157,4 +156,6 @@ def encode_request_head(method: bytes, target: bytes, authority: bytes, header_b
 
 def safe_header_value(text: str) -> bytes:
     """`text` as a header value: what is not printable ASCII becomes `?`, so no line can be injected."""
+    if text.isascii() and text.isprintable():
+        return text.encode("ascii")
     return "".join(c if " " <= c <= "~" else "?" for c in text).encode("ascii")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import signal
@@ -238,6 +239,8 @@ async def run_router(
     router = Router(config, counter)
     try:
         port = await router.start()
+        gc.collect()
+        gc.freeze()  # the tokenizer's libraries hold many objects: full collections over them would stall requests
         log.info(
             "router listens on http://%s:%d, t = %d tokens", config.router.host, port, config.policy.threshold_tokens
         )

@@ -21,7 +21,7 @@ from sglang_prfaas.http import (
     UpstreamStaleError,
     UpstreamTimeoutError,
 )
-from sglang_prfaas.http.chunks import LAST_CHUNK, ChunkScanner, complete_chunks_length, encode_chunk
+from sglang_prfaas.http.chunks import LAST_CHUNK, ChunkScanner, complete_chunks_length, encode_chunk, leading_payload
 from sglang_prfaas.http.relay import start_response
 from sglang_prfaas.router.logprobs import StreamMerger, merge_answers
 from sglang_prfaas.router.registry import Target
@@ -152,21 +152,17 @@ class Attempt:
 class _Peek:
     """Looks at the first event of a stream: errors of SGLang hide in it under status 200."""
 
-    __slots__ = ("_buffer", "_scanner", "failure")
+    __slots__ = ("_buffer", "failure")
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._scanner: ChunkScanner | None = None
         self.failure: tuple[int, str] | None = None
 
     def feed(self, data: bytes, framing: Framing) -> bool:
         """Take body bytes; True once the first event is known, with `failure` set if it is a server's error."""
-        if framing is Framing.CHUNKED:
-            if self._scanner is None:
-                self._scanner = ChunkScanner()
-            data = self._scanner.feed(data)[0]
         self._buffer += data
-        payload = first_event(self._buffer)
+        text = leading_payload(self._buffer, b"\n\n") if framing is Framing.CHUNKED else self._buffer
+        payload = first_event(text) if text is not None else None
         if payload is None:
             return len(self._buffer) > _MAX_PEEK_BYTES
         failure = event_failure(payload)

@@ -8,9 +8,10 @@ from typing import Any
 from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager, numeric_host
+from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.receiver import PrfaasKVReceiver
 from sglang_prfaas.sglang_plugin.sender import PrfaasKVSender
+from sglang_prfaas.transport.addresses import resolve
 from sglang_prfaas.transport.directory import DirectoryServer
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ class PrfaasKVBootstrapServer(BaseKVBootstrapServer):
     """The bootstrap directory of a prefill server. Raises LocalError, which ends the server, if its port is taken."""
 
     def __init__(self, host: str, port: int):
-        self._server = DirectoryServer(numeric_host(host), port, remote_ranks=get_parallel().nnodes > 1)
+        self._server = DirectoryServer(resolve(host), port, remote_ranks=get_parallel().nnodes > 1)
         logger.info("prfaas: bootstrap directory at %s:%d", host, port)
 
     def close(self) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import socket
 from typing import Any
 
 from sglang.srt.configs.model_config import ModelConfig
@@ -17,9 +15,10 @@ from sglang_prfaas import env
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.sglang_plugin.kv_pages import layout_of, memory_of, model_identity
+from sglang_prfaas.sglang_plugin.ranks import split_address
 from sglang_prfaas.transport import transfer_log
-from sglang_prfaas.transport.loop import dialable
-from sglang_prfaas.transport.messages import Directory, RankInfo
+from sglang_prfaas.transport.addresses import dialable, resolve
+from sglang_prfaas.transport.messages import RankInfo
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.registration import Registration
 from sglang_prfaas.transport.send_mover import SendMover
@@ -81,7 +80,7 @@ class PrfaasKVManager(BaseKVManager):
 
     def _start_prefill(self) -> None:
         parallel = get_parallel()
-        host = numeric_host(self.config.bind_host or get_serving().host)
+        host = resolve(self.config.bind_host or get_serving().host)
         base = env.port_from_env(os.environ)
         rank = self.dp_rank * int(parallel.attn_tp_size) + self.tp_rank
         self.send_mover = SendMover(
@@ -107,9 +106,9 @@ class PrfaasKVManager(BaseKVManager):
         """Enter this rank into its server's directory; repeated in the background until acknowledged."""
         assert self.send_mover is not None
         parallel = get_parallel()
-        directory_host = dialable(numeric_host(get_serving().host))
+        directory_host = dialable(resolve(get_serving().host))
         if parallel.dist_init_addr and parallel.nnodes > 1:
-            directory_host = numeric_host(split_address(parallel.dist_init_addr)[0])
+            directory_host = resolve(split_address(parallel.dist_init_addr)[0])
         advertised = self.config.advertise_host
         if not advertised and parallel.nnodes > 1:
             from sglang.srt.utils.network import get_local_ip_auto
@@ -163,43 +162,3 @@ class PrfaasKVManager(BaseKVManager):
             transfer_log.append(path, record)
         except OSError as error:
             logger.error("prfaas: transfer log %s cannot be written: %s", path, error)
-
-
-def find_rank(directory: Directory, room: int, dp_rank: int, tp_rank: int) -> RankInfo | str:
-    """The prefill rank that sends to decode TP rank `tp_rank`, or why there is none."""
-    if dp_rank == room:
-        if directory.dp_size > 1 and not directory.follow_bootstrap_room:
-            return (
-                f"prefill has {directory.dp_size} DP ranks and decode cannot tell which one holds the request; "
-                "start prefill with --load-balance-method follow_bootstrap_room"
-            )
-        dp_rank = room % directory.dp_size
-    for rank in directory.ranks:
-        if (rank.dp_rank, rank.tp_rank, rank.pp_rank) == (dp_rank, tp_rank, 0):
-            return rank
-    return (
-        f"prefill has no rank for DP rank {dp_rank}, TP rank {tp_rank}: it has {directory.dp_size} x "
-        f"{directory.tp_size}, and both sites must use the same attention TP width"
-    )
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`host:port` or `[host]:port`. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"bootstrap address {address!r}: expected HOST:PORT, or [HOST]:PORT for IPv6")
-    return host.strip("[]"), int(port)
-
-
-def numeric_host(host: str) -> str:
-    """An address to bind or dial: names are resolved, the empty one is every address. Raises ConfigError."""
-    if host in ("", "*"):
-        return "0.0.0.0"
-    try:
-        return str(ipaddress.ip_address(host.strip("[]")))
-    except ValueError:
-        pass
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ConfigError(f"host {host!r} cannot be resolved: {error}") from None

@@ -8,7 +8,8 @@ from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVPoll, KVTransf
 
 from sglang_prfaas.errors import ConfigError, LocalError, PeerGoneError
 from sglang_prfaas.sglang_plugin.kv_pages import component_indices
-from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager, find_rank, split_address
+from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
+from sglang_prfaas.sglang_plugin.ranks import find_rank, split_address
 from sglang_prfaas.sglang_plugin.sender import TransferFailedError
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession
 from sglang_prfaas.transport.session import State

@@ -367,11 +367,7 @@ class ReceiveMover:
         with transfer.lock:
             if not transfer.live:
                 return
-            try:
-                transfer.check(header)
-            except ProtocolError as error:
-                transfer.fail(str(error))
-                raise
+            transfer.check(header)
             self._memory.components[header.component][header.buffer].scatter(
                 item.indices[header.component], 0, header.offset, payload
             )

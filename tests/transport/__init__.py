@@ -1,0 +1,1 @@
+"""Tests of the KVCache mover over real sockets, on loopback."""

@@ -1,0 +1,30 @@
+"""Every test here must leave no thread and no descriptor behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.transport.rig import wait_until
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    gc.collect()
+    threads, open_before = set(threading.enumerate()), descriptors()
+    yield
+    gc.collect()
+    wait_until(
+        lambda: not [t for t in threading.enumerate() if t not in threads],
+        f"end of threads, there are {[t.name for t in threading.enumerate() if t not in threads]}",
+        20.0,
+    )
+    wait_until(lambda: descriptors() <= open_before, "all descriptors closed", 20.0)

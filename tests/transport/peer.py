@@ -1,0 +1,63 @@
+"""One end of a mover in a process of its own, driven over standard input and output:
+
+python -m tests.transport.peer prefill PORT     prints its control port; `half ROOM` and `rest ROOM` send
+python -m tests.transport.peer decode PORT      dials a control port; `expect ROOM` asks, `state ROOM` prints
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.transport.receive_mover import ReceiveMover
+from sglang_prfaas.transport.send_mover import SendMover
+from tests.transport.rig import CONFIG, PAGES, Memory, layout, some_slots, wait_until
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def prefill(port: int) -> None:
+    memory = Memory(layout(), 1)
+    mover = SendMover(layout(), memory.rank, CONFIG, MonotonicClock(), host="127.0.0.1", first_port=port)
+    mover.start()
+    say("port", mover.control_port)
+    transfers = {}
+    for line in sys.stdin:
+        command, room = line.split()[0], int(line.split()[1])
+        slots = some_slots(room)
+        if command == "half":
+            transfer = transfers[room] = mover.transfer(room)
+            wait_until(lambda transfer=transfer: transfer.expected, "decode asked")
+            with transfer.lock:
+                transfer.start(len(slots[PAGES]))
+            mover.send(transfer, PAGES, 0, slots[PAGES][:10])
+        else:
+            transfer = transfers[room]
+            mover.send(transfer, PAGES, 10, slots[PAGES][10:])
+            for component in (1, 2):
+                mover.send(transfer, component, 0, slots[component])
+            mover.finish(transfer)
+        say(command, room)
+    mover.close()
+
+
+def decode(port: int) -> None:
+    memory = Memory(layout(), None)
+    mover = ReceiveMover(layout(), memory.rank, CONFIG, MonotonicClock(), site="pd", server="decode-0")
+    mover.start()
+    items = {}
+    for line in sys.stdin:
+        command, room = line.split()[0], int(line.split()[1])
+        if command == "expect":
+            session = mover.session("127.0.0.1:1", "127.0.0.1", port)
+            items[room] = mover.expect(session, room, some_slots(room), 0)
+            say("expect", room)
+        else:
+            say(items[room].transfer.state.value, items[room].transfer.bytes)
+    mover.close()
+
+
+if __name__ == "__main__":
+    {"prefill": prefill, "decode": decode}[sys.argv[1]](int(sys.argv[2]))

@@ -1,0 +1,145 @@
+"""Peers that are killed, stopped or restarted: the other end is a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from sglang_prfaas.transport.session import State
+from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+AT_ONCE_S = 10.0
+"""A peer's death is noticed in milliseconds; this allows for a machine that is busy, and is below every timeout."""
+
+
+class Peer:
+    """A peer process; see `peer.py`."""
+
+    def __init__(self, role: str, port: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.transport.peer", role, str(port)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> list[str]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the peer process ended with {self.process.wait()}"
+        return line.split()
+
+    def do(self, command: str, room: int) -> list[str]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command} {room}\n")
+        self.process.stdin.flush()
+        return self.line()
+
+
+@contextmanager
+def peer(role: str, port: int = 0) -> Iterator[Peer]:
+    started = Peer(role, port)
+    try:
+        yield started
+    finally:
+        process = started.process
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+def test_between_two_processes() -> None:
+    with peer("prefill") as prefill, Pair() as pair:
+        pair.sender.control_port = int(prefill.line()[1])
+        slots = some_slots(7)
+        item = pair.receiver.expect(pair.session(), 7, slots, 0)
+        prefill.do("half", 7)
+        prefill.do("rest", 7)
+        wait_ended(item.transfer)
+        assert item.transfer.state is State.DONE
+        assert_moved(pair.source, slots, pair.target, slots)
+
+
+def test_prefill_is_killed_in_the_middle_and_restarted() -> None:
+    with Pair() as pair:
+        with peer("prefill") as prefill:
+            port = int(prefill.line()[1])
+            pair.sender.control_port = port
+            slots = some_slots(7)
+            session = pair.session()
+            item = pair.receiver.expect(session, 7, slots, 0)
+            prefill.do("half", 7)
+            wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
+            killed_s = time.monotonic()
+            prefill.process.kill()
+            wait_ended(item.transfer)
+            assert time.monotonic() - killed_s < AT_ONCE_S
+            assert item.transfer.state is State.FAILED
+            assert item.transfer.reason.startswith(f"prefill 127.0.0.1:{port}: ")
+            before = pair.target.copy()
+        with peer("prefill", port) as again:
+            assert int(again.line()[1]) == port
+            slots = some_slots(8)
+            item = pair.receiver.expect(pair.session(), 8, slots, 0)
+            assert item.session is not session
+            again.do("half", 8)
+            again.do("rest", 8)
+            wait_ended(item.transfer)
+            assert_moved(pair.source, slots, pair.target, slots)
+            assert len(before[PAGES]) == 2
+
+
+def test_decode_is_killed_in_the_middle() -> None:
+    with Pair() as pair, peer("decode", pair.sender.control_port) as decode:
+        slots = some_slots(7)
+        transfer = pair.sender.transfer(7)
+        waiting = pair.sender.transfer(8)
+        decode.do("expect", 7)
+        decode.do("expect", 8)
+        wait_until(lambda: transfer.expected and waiting.expected, "decode asked")
+        with transfer.lock:
+            transfer.start(20)
+        pair.sender.send(transfer, PAGES, 0, slots[PAGES][:10])
+        wait_until(lambda: decode.do("state", 7) == ["receiving", str(10 * 6000)], "half of the pages")
+        killed_s = time.monotonic()
+        decode.process.kill()
+        wait_ended(transfer, waiting)
+        assert time.monotonic() - killed_s < AT_ONCE_S
+        for ended in (transfer, waiting):
+            assert ended.reason.startswith("connection to decode pd/decode-0 lost: ")
+        wait_until(lambda: not pair.sender._sessions, "end of the session")
+
+
+def test_prefill_is_stopped_in_the_middle() -> None:
+    config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5)
+    with peer("prefill") as prefill, Pair(config=config) as pair:
+        pair.sender.control_port = int(prefill.line()[1])
+        item = pair.receiver.expect(pair.session(), 7, some_slots(7), 0)
+        prefill.do("half", 7)
+        wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
+        prefill.process.send_signal(signal.SIGSTOP)
+        wait_ended(item.transfer)
+        assert "silent for" in item.transfer.reason
+
+
+def test_decode_is_stopped_in_the_middle() -> None:
+    config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5)
+    memory = Memory(layout(), 1)
+    with Pair(config=config, send_memory=memory) as pair, peer("decode", pair.sender.control_port) as decode:
+        transfer = pair.sender.transfer(7)
+        decode.do("expect", 7)
+        wait_until(lambda: transfer.expected, "decode asked")
+        decode.process.send_signal(signal.SIGSTOP)
+        wait_ended(transfer)
+        assert "silent for" in transfer.reason

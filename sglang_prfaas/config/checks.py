@@ -110,7 +110,7 @@ def _server_ports(config: SiteConfig) -> Iterator[_Raw]:
             if server.role == "decode" and not switches and getattr(server, key):
                 text = "not used by a decode server without --enable-pd-role-switch; remove it"
                 yield f"{path}.{key}", text, False
-        last = server.mover_port + sglang_args.rank_count(args) - 1
+        last = server.mover_port + 2 * sglang_args.rank_count(args) - 1
         if server.mover_port and last > 65535:
             text = f"the last rank would listen on {last}; write at most {server.mover_port - (last - 65535)}"
             yield f"{path}.mover_port", text, True

@@ -79,7 +79,7 @@ def _server_claims(config: SiteConfig, server: ServerConfig, source: str) -> Ite
             server.host, port, port, f"the bootstrap of server {server.name}", f"{key}.bootstrap_port", source
         )
     if server.mover_port:
-        last = server.mover_port + sglang_args.rank_count(args) - 1
+        last = server.mover_port + 2 * sglang_args.rank_count(args) - 1
         host = config.transport.bind_host or server.host
         yield PortClaim(
             host, server.mover_port, last, f"the mover of server {server.name}", f"{key}.mover_port", source

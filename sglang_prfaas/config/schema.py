@@ -45,7 +45,7 @@ class ServerConfig(_Config, frozen=True):
         Meta(
             ge=0,
             le=65535,
-            description="Prefill only: first port of the KVCache mover; rank r listens on mover_port + r. 0: any free.",
+            description="Prefill only: first port of the KVCache mover, two for each rank (control, data). 0: any free.",
         ),
     ] = 0
     args: Annotated[list[str], Meta(description="SGLang arguments of this server, after those of [site].")] = field(
@@ -71,9 +71,6 @@ class TransportConfig(_Config, frozen=True):
     chunk_bytes: Annotated[
         int, Meta(ge=4096, le=64 << 20, description="Largest payload of one chunk on the wire, in bytes.")
     ] = 1 << 20
-    max_inflight_bytes: Annotated[
-        int, Meta(ge=1 << 20, description="Bytes queued to one peer before sending waits (high-water mark).")
-    ] = 256 << 20
     handshake_timeout_s: Annotated[
         float, Meta(gt=0, description="Seconds to reach a prefill server and agree on the layout.")
     ] = 30.0

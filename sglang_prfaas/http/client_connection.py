@@ -277,6 +277,7 @@ class Exchange:
                 connection.release()
             else:
                 connection.abandon()
+        self._parser = None  # it refers back to this exchange
         self.sink.on_end()
 
     def _broken(self, message: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import secrets
 import signal
 from collections.abc import Callable
 
@@ -25,6 +24,7 @@ from sglang_prfaas.http import (
 )
 from sglang_prfaas.http.messages import safe_header_value
 from sglang_prfaas.router.access_log import AccessLog
+from sglang_prfaas.router.body import new_request_id
 from sglang_prfaas.router.filters import (
     DROPPED_REQUEST_HEADERS,
     ENDPOINTS,
@@ -41,6 +41,7 @@ from sglang_prfaas.router.tokens import TokenCounter
 log = logging.getLogger(__name__)
 
 _MODELS_REFRESH_S = 1.0
+_GC_OBJECTS = 20_000  # some hundred requests' worth
 _JSON = ((b"content-type", b"application/json"),)
 
 
@@ -97,9 +98,10 @@ class Router:
 
     async def handle(self, request: Request, response: Response) -> None:
         """Every request of every client."""
-        request_id = safe_header_value((request.header(b"x-request-id") or b"").decode("latin-1")[:128])
+        own = request.header(b"x-request-id")
+        request_id = safe_header_value(own.decode("latin-1")[:128]) if own else b""
         if not request_id:
-            request_id = secrets.token_hex(16).encode()
+            request_id = new_request_id()
         response.extra_headers = [(b"x-request-id", request_id)]
         try:
             path = request.path
@@ -241,6 +243,7 @@ async def run_router(
         port = await router.start()
         gc.collect()
         gc.freeze()  # the tokenizer's libraries hold many objects: full collections over them would stall requests
+        gc.set_threshold(_GC_OBJECTS, 20, 20)
         log.info(
             "router listens on http://%s:%d, t = %d tokens", config.router.host, port, config.policy.threshold_tokens
         )

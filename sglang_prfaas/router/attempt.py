@@ -171,6 +171,10 @@ class _Peek:
         return True
 
 
+def _is_event_stream(head: ResponseHead) -> bool:
+    return (head.header(b"content-type") or b"").startswith(b"text/event-stream")
+
+
 class _Sink:
     """What both legs share: the head, collected bytes, and failures as causes."""
 
@@ -229,10 +233,12 @@ class _PrefillSink(_Sink):
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__(attempt)
-        self._peek: _Peek | None = _Peek()
+        self._peek: _Peek | None = None
 
     def on_head(self, head: ResponseHead) -> None:
         self.head = head
+        if _is_event_stream(head):
+            self._peek = _Peek()
 
     def on_body(self, data: bytes) -> None:
         assert self.head is not None
@@ -269,7 +275,7 @@ class _DecodeSink(_Sink):
         super().__init__(attempt)
         self._relaying = False
         self._aligned = True  # what the client has ends at a chunk boundary
-        self._peek = _Peek()
+        self._peek: _Peek | None = None
         self._ended = False
         self._sse = False
         self._held = b""
@@ -277,7 +283,9 @@ class _DecodeSink(_Sink):
 
     def on_head(self, head: ResponseHead) -> None:
         self.head = head
-        self._sse = (head.header(b"content-type") or b"").startswith(b"text/event-stream")
+        self._sse = _is_event_stream(head)
+        if self._sse:
+            self._peek = _Peek()
 
     def on_body(self, data: bytes) -> None:
         if self._relaying:
@@ -298,9 +306,11 @@ class _DecodeSink(_Sink):
             self._commit(data)
         else:
             self.parts.append(data)
-            if self._peek.feed(data, head.framing):
-                if self._peek.failure is not None:
-                    self.fail_event(*self._peek.failure)
+            peek = self._peek
+            assert peek is not None
+            if peek.feed(data, head.framing):
+                if peek.failure is not None:
+                    self.fail_event(*peek.failure)
                 else:
                     self._commit(self.body())
 

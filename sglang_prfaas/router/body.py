@@ -6,7 +6,7 @@ sends bootstrap fields of its own gets its object rebuilt (from raw values), so 
 
 from __future__ import annotations
 
-import secrets
+import os
 from typing import Any, Literal
 
 import msgspec
@@ -18,7 +18,8 @@ Endpoint = Literal["chat", "completions", "generate"]
 
 _BOOTSTRAP = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 # SGLang derives further rooms of a scalar room by adding small numbers: leave space below 2**63.
-_ROOM_RANGE = (1 << 63) - (1 << 20)
+_ROOM_LIMIT = (1 << 63) - (1 << 20)
+_RANDOM_BYTES = 4096
 
 
 _ABSENT = Raw()
@@ -108,7 +109,37 @@ def parse_body(endpoint: Endpoint, raw: bytes) -> ParsedBody:
 
 def new_rooms(body: ParsedBody) -> list[int]:
     """Fresh bootstrap rooms, 63 random bits each: one per prompt."""
-    return [secrets.randbelow(_ROOM_RANGE) for _ in range(body.batch or 1)]
+    return [_random.room() for _ in range(body.batch or 1)]
+
+
+class _Random:
+    """The system's random numbers, read many at a time."""
+
+    def __init__(self) -> None:
+        self._bytes = b""
+        self._pos = 0
+
+    def take(self, size: int) -> bytes:
+        """`size` random bytes."""
+        if self._pos + size > len(self._bytes):
+            self._bytes = os.urandom(_RANDOM_BYTES)
+            self._pos = 0
+        self._pos += size
+        return self._bytes[self._pos - size : self._pos]
+
+    def room(self) -> int:
+        while True:
+            room = int.from_bytes(self.take(8), "little") >> 1
+            if room < _ROOM_LIMIT:
+                return room
+
+
+_random = _Random()
+
+
+def new_request_id() -> bytes:
+    """32 random hexadecimal digits."""
+    return _random.take(16).hex().encode()
 
 
 def _prompt_of(endpoint: Endpoint, fields: _Fields) -> Raw | None:

@@ -15,11 +15,13 @@ def uncached_length(observation: Observation, request: RequestView) -> int:
     Scarce bandwidth: l_total - l_pd, caches judged apart. Ample: l_total - max(l_prfaas, l_pd), the longer prefix is
     fetched across.
     """
-    l_pd = max((s.cached_tokens for s in observation.sites if s.role == "pd"), default=0)
-    l_prefix = l_pd
-    if not observation.bandwidth_scarce:
-        l_prfaas = max((s.cached_tokens for s in observation.sites if s.role == "prfaas"), default=0)
-        l_prefix = max(l_prfaas, l_pd)
+    l_prfaas = l_pd = 0
+    for site in observation.sites:
+        if site.role == "pd":
+            l_pd = max(l_pd, site.cached_tokens)
+        else:
+            l_prfaas = max(l_prfaas, site.cached_tokens)
+    l_prefix = l_pd if observation.bandwidth_scarce else max(l_prfaas, l_pd)
     return max(0, request.l_total - l_prefix)
 
 

@@ -18,9 +18,12 @@ from sglang_prfaas.config.schema import (
     RouterLimits,
     RouterSection,
     RouterSite,
+    ServerRole,
+    SiteRole,
     TargetConfig,
 )
 from sglang_prfaas.http import Client, ClientLimits, FetchedResponse, Framing, HttpServer, Request, Response
+from sglang_prfaas.router.access_log import AccessLog
 from sglang_prfaas.router.app import Router
 from sglang_prfaas.router.body import ParsedBody
 from sglang_prfaas.router.tokens import TokenCount, TokenCounter
@@ -206,10 +209,14 @@ async def cluster(
     """Everything up and healthy; closed at the end. t is 10 words."""
     it = Cluster()
     sites = []
-    for site, role, members in (("far", "prfaas", prfaas), ("home", "pd", (*local, *decode))):
+    named: tuple[tuple[str, SiteRole, tuple[str, ...]], ...] = (
+        ("far", "prfaas", prfaas),
+        ("home", "pd", (*local, *decode)),
+    )
+    for site, role, members in named:
         targets = []
         for name in members:
-            kind = "decode" if name in decode else "prefill"
+            kind: ServerRole = "decode" if name in decode else "prefill"
             server = it.servers[name] = FakeServer(name, kind, it.rooms)
             await server.listen()
             bootstrap = 9000 + len(it.servers) if kind == "prefill" else 0
@@ -223,8 +230,6 @@ async def cluster(
         limits=limits or RouterLimits(health_interval_s=0.05, drain_timeout_s=1.0),
     )
     with open("/dev/null", "w") as sink:
-        from sglang_prfaas.router.access_log import AccessLog
-
         it.router = Router(config, counter or WordCounter(), AccessLog(sink))
         it.router.health.start()
         it.port = await it.router.server.start("127.0.0.1", 0)

@@ -81,7 +81,7 @@ def test_an_agent_lists_servers_and_changes_their_roles() -> None:
         }
         for back in backs.values():
             await back.listen()
-        listed = [
+        listed: list[dict[str, Any]] = [
             {"name": "l", "role": "prefill", "state": "ready", "path": "/servers/l", "bootstrap_port": 7000},
             {"name": "d", "role": "decode", "state": "ready", "path": "/servers/d"},
             {"name": "x", "role": "decode", "state": "starting", "path": "/servers/x", "later": 1},

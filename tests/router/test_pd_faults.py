@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
 from sglang_prfaas.config.schema import RouterLimits
-from sglang_prfaas.http import Framing, Request, Response
-from tests.router.pd_fakes import DEADLINE_S, FakeServer, cluster, header, raw_exchange, run, until
+from sglang_prfaas.errors import LocalError
+from sglang_prfaas.http import Framing, Request, Response, UpstreamConnectError
+from sglang_prfaas.router.app import run_router
+from tests.router.pd_fakes import DEADLINE_S, FakeServer, WordCounter, cluster, header, raw_exchange, run, until
 
 Behaviour = Callable[[Request, Response], Coroutine[Any, Any, bool]]
 
@@ -386,3 +390,47 @@ def test_stopping_finishes_requests_in_work() -> None:
             await stopping
 
     run(main)
+
+
+def test_run_router_listens_until_told_to_stop() -> None:
+    async def main() -> None:
+        async with cluster() as c:
+            config = msgspec.structs.replace(
+                c.router.config, router=msgspec.structs.replace(c.router.config.router, port=free_port())
+            )
+            stop = asyncio.Event()
+            ports: list[int] = []
+            running = asyncio.create_task(run_router(config, stop=stop, ready=ports.append, counter=WordCounter()))
+            await until(lambda: bool(ports), "ready was called")
+            upstream = c.client.upstream(f"http://127.0.0.1:{ports[0]}")
+            for _ in range(200):
+                if (await upstream.fetch("GET", "/health")).status == 200:
+                    break
+                await asyncio.sleep(0.02)
+            assert (await upstream.fetch("POST", "/generate", body=b'{"text": "a"}')).status == 200
+            stop.set()
+            await asyncio.wait_for(running, DEADLINE_S)
+            with pytest.raises(UpstreamConnectError):
+                await upstream.fetch("GET", "/health")
+
+    run(main)
+
+
+def test_a_taken_port_is_a_clear_error() -> None:
+    async def main() -> None:
+        async with cluster() as c:
+            config = msgspec.structs.replace(
+                c.router.config, router=msgspec.structs.replace(c.router.config.router, port=c.port)
+            )
+            with pytest.raises(LocalError, match=f"cannot listen on 127.0.0.1:{c.port}"):
+                await run_router(config, stop=asyncio.Event(), counter=WordCounter())
+
+    run(main)
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        assert isinstance(port, int)
+        return port

@@ -97,11 +97,11 @@ def test_pipelined_requests_wait_for_the_first() -> None:
         connection.data_received(POST + GET)
         await settle()
         assert running == ["/a"]
-        assert not transport.reading
+        states = [transport.reading]
         gate.set()
         await settle()
         assert running == ["/a", "/d"]
-        assert transport.reading
+        assert [*states, transport.reading] == [False, True]
         assert len(answers(transport.written)) == 2
         await server.close()
 

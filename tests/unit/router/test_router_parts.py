@@ -157,7 +157,7 @@ def test_a_log_line_is_one_json_object() -> None:
         record = AccessRecord(request(), 'a"\n', "generate", 1.0)
         record.error = "line\nbreak"
         record.status = 400
-        log.write(record, 1.5, 0.0)
+        log.write(record, 1.5, 0.25)
         log.flush()
         return stream.getvalue()
 
@@ -166,5 +166,5 @@ def test_a_log_line_is_one_json_object() -> None:
     line = json.loads(text)
     assert line["id"] == 'a"\n'
     assert line["total_ms"] == 500.0
-    assert line["time"] == "1970-01-01T00:00:00.000+00:00"
+    assert line["time"] == "1970-01-01T00:00:00.250Z"
     assert line["route"] == "none"

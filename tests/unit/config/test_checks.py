@@ -78,9 +78,9 @@ def test_a_prfaas_site_with_decode(write: WriteToml) -> None:
         ),
         (
             "mover_port = 31000\n",
-            'mover_port = 8995\nargs = ["--tp", "4"]\n',
+            'mover_port = 8995\nargs = ["--tp", "2"]\n',
             "servers.prefill-0.mover_port",
-            "wants ports 8995-9002",
+            "wants ports 8995-8998",
         ),
         (
             "mover_port = 31000\n",

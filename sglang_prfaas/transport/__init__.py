@@ -1,5 +1,7 @@
 """The KVCache mover: items of a layout, from one rank's memory into another's, over several TCP connections.
 
-It knows nothing of tokens or models. `messages`, `framing`, `layout`, `streams` and `session` are pure; `control_zmq`,
-`data_tcp`, `memory` and `mover` are the thin adapters around them. The wire is described in docs/protocol.md.
+It knows nothing of tokens or models. Pure: `messages`, `framing`, `layout`, `handshake`, `streams`, `session`, `rooms`.
+Around them: `send_mover` (with `acceptor`, `send_session`) on a prefill rank, `receive_mover` (with `receive_session`,
+`lookup`) on a decode rank, `directory` and `registration` for finding each other; `loop` owns ZeroMQ sockets,
+`data_tcp` the data connections, `memory` the pages. The wire is described in docs/protocol.md.
 """

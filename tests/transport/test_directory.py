@@ -19,9 +19,11 @@ from sglang_prfaas.transport.registration import Registration
 from tests.transport.rig import CONFIG, Memory, layout, wait_until
 
 
-def registration(port: int, tp_rank: int = 0, tp_size: int = 1, control_port: int = 7000) -> Registration:
+def registration(
+    port: int, tp_rank: int = 0, tp_size: int = 1, control_port: int = 7000, host: str = "127.0.0.1"
+) -> Registration:
     made = Registration(
-        "127.0.0.1",
+        host,
         port,
         RankInfo(0, tp_rank, 0, "", control_port),
         MonotonicClock(),
@@ -64,34 +66,26 @@ class Asker:
 
 
 @pytest.mark.parametrize(
-    ("bound", "asked"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1")]
+    ("bound", "asked"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1"), ("::", "::1")],
 )
 def test_ranks_register_are_found_and_leave(bound: str, asked: str) -> None:
     server = DirectoryServer(bound, 0)
+    ranks = [registration(server.port, r, 2, 7000 + 2 * r, asked) for r in (0, 1)]
     try:
-        if bound == "::1":
-            ranks = [Registration("::1", server.port, RankInfo(0, r, 0, "", 7000 + 2 * r), MonotonicClock(), dp_size=1, tp_size=2, pp_size=1, follow_bootstrap_room=True) for r in (0, 1)]  # fmt: skip
-            for rank in ranks:
-                rank.start()
-        else:
-            ranks = [registration(server.port, r, 2, 7000 + 2 * r) for r in (0, 1)]
-        try:
-            with Asker(asked, server.port) as asker:
-                found = asker.until(lambda answer: answer.complete)
-                assert {(r.tp_rank, r.control_port) for r in found.ranks} == {(0, 7000), (1, 7002)}
-                ranks[1].close()
-                assert not server.table.directory().complete
-                asker.mover.forget(asked, server.port)
-                assert asker.mover.directory(asked, server.port) is None
-                late = registration(server.port, 1, 2, 9000) if bound != "::1" else None
-                if late is not None:
-                    ranks.append(late)
-                    found = asker.until(lambda answer: answer.complete)
-                    assert {r.control_port for r in found.ranks} == {7000, 9000}
-        finally:
-            for rank in ranks:
-                rank.close()
+        with Asker(asked, server.port) as asker:
+            found = asker.until(lambda answer: answer.complete)
+            assert {(r.tp_rank, r.control_port) for r in found.ranks} == {(0, 7000), (1, 7002)}
+            ranks[1].close()
+            assert not server.table.directory().complete
+            asker.mover.forget(asked, server.port)
+            assert asker.mover.directory(asked, server.port) is None
+            ranks.append(registration(server.port, 1, 2, 9000, asked))
+            found = asker.until(lambda answer: answer.complete)
+            assert {r.control_port for r in found.ranks} == {7000, 9000}
     finally:
+        for rank in ranks:
+            rank.close()
         server.close()
 
 
@@ -132,9 +126,7 @@ def test_a_restarted_rank() -> None:
 def test_a_port_that_is_taken() -> None:
     server = DirectoryServer("127.0.0.1", 0)
     try:
-        with pytest.raises(
-            LocalError, match=rf"bootstrap port {server.port} on 127.0.0.1 cannot be used: .*bootstrap-port"
-        ):
+        with pytest.raises(LocalError, match=rf"port {server.port} on 127.0.0.1 cannot be used: .*bootstrap-port"):
             DirectoryServer("127.0.0.1", server.port)
     finally:
         server.close()

@@ -87,7 +87,6 @@ def test_prefill_is_killed_in_the_middle_and_restarted() -> None:
             assert time.monotonic() - killed_s < AT_ONCE_S
             assert item.transfer.state is State.FAILED
             assert item.transfer.reason.startswith(f"prefill 127.0.0.1:{port}: ")
-            before = pair.target.copy()
         with peer("prefill", port) as again:
             assert int(again.line()[1]) == port
             slots = some_slots(8)
@@ -97,7 +96,6 @@ def test_prefill_is_killed_in_the_middle_and_restarted() -> None:
             again.do("rest", 8)
             wait_ended(item.transfer)
             assert_moved(pair.source, slots, pair.target, slots)
-            assert len(before[PAGES]) == 2
 
 
 def test_decode_is_killed_in_the_middle() -> None:

@@ -1,0 +1,1 @@
+"""How fast the KVCache mover is, beside plain sockets."""

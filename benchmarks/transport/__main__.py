@@ -1,0 +1,130 @@
+"""The mover beside plain sockets on loopback: GB/s and CPU seconds per GB, arms interleaved in one run.
+
+    python -m benchmarks.transport --json OUT [--quick] [--rounds N] [--connections 1,4] [--congestion cubic]
+
+Two processes, one per end. A round moves one request: a prefill rank's pages and states, which lie scattered in its
+memory, to other places of a decode rank's. `prfaas` is the mover, with its checksums; `plain` sends the same items one
+by one with sendall and receives them in place with recv_into, over as many connections. GB are 1e9 bytes; the time is
+the receiver's, from its request to its last byte; CPU seconds are those of both processes. Every round's bytes are
+compared. Exits 1 where some differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy
+import xxhash
+import zmq
+
+from benchmarks.transport.ends import receiving_end, sending_end
+from benchmarks.transport.workload import WORKLOADS
+from sglang_prfaas.config.schema import TransportConfig
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, metavar="OUT", help="file for the results")
+    parser.add_argument("--quick", action="store_true", help="a smaller request and fewer rounds")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of every arm (default 7, quick 3)")
+    parser.add_argument("--connections", default="1,4", help="numbers of connections to try (default %(default)s)")
+    parser.add_argument("--congestion", default="", help="TCP congestion control (default: the system's)")
+    parser.add_argument("--chunk-bytes", type=int, default=TransportConfig().chunk_bytes, help="default %(default)s")
+    args = parser.parse_args()
+
+    name = "quick" if args.quick else "hybrid"
+    rounds = args.rounds or (3 if args.quick else 7)
+    configs = {
+        n: TransportConfig(connections=n, congestion_control=args.congestion, chunk_bytes=args.chunk_bytes)
+        for n in (int(text) for text in args.connections.split(","))
+    }
+    spawn = multiprocessing.get_context("spawn")
+    send_pipe, send_end = spawn.Pipe()
+    receive_pipe, receive_end = spawn.Pipe()
+    sender = spawn.Process(target=sending_end, args=(name, configs, send_end), daemon=True)
+    sender.start()
+    addresses = send_pipe.recv()
+    receiver = spawn.Process(target=receiving_end, args=(name, configs, addresses, receive_end), daemon=True)
+    receiver.start()
+    receive_pipe.recv()
+    congestion = send_pipe.recv()
+
+    arms = [(mover, n) for n in configs for mover in ("prfaas", "plain")]
+    samples: dict[tuple[str, int], list[dict[str, float]]] = {arm: [] for arm in arms}
+    gigabytes = WORKLOADS[name].total_bytes / 1e9
+    wrong = 0
+    for round_ in range(rounds + 1):  # the first warms up
+        for index, (mover, connections) in enumerate(arms):
+            command = (mover, connections, 1 + round_ * len(arms) + index)
+            receive_pipe.send(command)
+            send_pipe.send(command)
+            received, sent = receive_pipe.recv(), send_pipe.recv()
+            wrong += received["digest"] != addresses["digest"]
+            if round_:
+                samples[mover, connections].append(
+                    {
+                        "gb_per_s": gigabytes / received["wall_s"],
+                        "cpu_s_per_gb": (received["cpu_s"] + sent["cpu_s"]) / gigabytes,
+                        "send_cpu_s_per_gb": sent["cpu_s"] / gigabytes,
+                        "receive_cpu_s_per_gb": received["cpu_s"] / gigabytes,
+                    }
+                )
+    for pipe, process in ((receive_pipe, receiver), (send_pipe, sender)):
+        pipe.send(None)
+        process.join(30.0)
+
+    rows = [row(name, mover, connections, samples[mover, connections]) for mover, connections in arms]
+    result = {
+        "command": " ".join([sys.executable.rpartition("/")[2], "-m", "benchmarks.transport", *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            "pyzmq": zmq.__version__,
+            "numpy": numpy.__version__,
+            "xxhash": xxhash.VERSION,
+            "kernel": platform.release(),
+        },
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "congestion_control": congestion,
+        "chunk_bytes": args.chunk_bytes,
+        "gigabytes": gigabytes,
+        "rounds": rounds,
+        "wrong": wrong,
+        "rows": rows,
+    }
+    Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    print(f"{name}: {gigabytes:.3f} GB per request, {rounds} rounds, congestion control {congestion}, wrong: {wrong}")
+    for r in rows:
+        print(
+            f"{r['mover']:>7} x{r['connections']:<2} {r['gb_per_s']:6.2f} GB/s ({r['gb_per_s_min']:.2f} to "
+            f"{r['gb_per_s_max']:.2f})  {r['cpu_s_per_gb']:5.3f} CPU s/GB (send {r['send_cpu_s_per_gb']:.3f}, receive "
+            f"{r['receive_cpu_s_per_gb']:.3f})"
+        )
+    return int(wrong > 0)
+
+
+def row(workload: str, mover: str, connections: int, samples: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians of an arm, and the spread of its speed."""
+    speeds = [sample["gb_per_s"] for sample in samples]
+    medians = {key: round(statistics.median(sample[key] for sample in samples), 4) for key in samples[0]}
+    return {
+        "mover": mover,
+        "workload": workload,
+        "link": "loopback",
+        "connections": connections,
+        **medians,
+        "gb_per_s_min": round(min(speeds), 4),
+        "gb_per_s_max": round(max(speeds), 4),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The two processes of a run: each holds its memory once and takes part in every round, whichever mover it is for."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import xxhash
+
+from benchmarks.transport.workload import WORKLOADS, Memory
+from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.transport import data_tcp
+from sglang_prfaas.transport.receive_mover import ReceiveMover
+from sglang_prfaas.transport.send_mover import SendMover
+from sglang_prfaas.transport.session import State
+
+HOST = "127.0.0.1"
+SEND_SEED, RECEIVE_SEED = 1, 2
+POLL_S = 0.0005
+
+
+def digest(memory: Memory, seed: int) -> int:
+    """Of a request's items, in order."""
+    state = xxhash.xxh3_64()
+    for item in memory.items(seed):
+        state.update(item)
+    result: int = state.intdigest()
+    return result
+
+
+def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        time.sleep(POLL_S)
+
+
+def measured(work: Callable[[int, int], float], connections: int, room: int) -> dict[str, float]:
+    """Run `work`, which returns its seconds; adds the CPU seconds of this process."""
+    cpu_s = time.process_time()
+    wall_s = work(connections, room)
+    return {"wall_s": wall_s, "cpu_s": time.process_time() - cpu_s}
+
+
+def in_threads(work: Callable[[socket.socket, list[memoryview]], None], socks: list[Any], items: list[Any]) -> None:
+    """Items dealt out to the connections in turn, one thread each."""
+    threads = [
+        threading.Thread(target=work, args=(sock, items[index :: len(socks)])) for index, sock in enumerate(socks)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def send_plain(sock: socket.socket, items: list[memoryview]) -> None:
+    for item in items:
+        sock.sendall(item)
+
+
+def receive_plain(sock: socket.socket, items: list[memoryview]) -> None:
+    for item in items:
+        if not data_tcp.receive_exactly(sock, item):
+            raise ConnectionError("closed")
+
+
+def congestion_of(sock: socket.socket) -> str:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+def sending_end(workload: str, configs: dict[int, TransportConfig], pipe: Connection) -> None:
+    """Process of the sender. Commands on `pipe`: ("prfaas" or "plain", connections, room), None to end."""
+    memory = Memory(WORKLOADS[workload], 1)
+    slots = memory.slots(SEND_SEED)
+    movers = {
+        n: SendMover(memory.workload.layout, memory.rank, c, MonotonicClock(), host=HOST) for n, c in configs.items()
+    }
+    listeners = {n: data_tcp.listen(HOST, 0, config) for n, config in configs.items()}
+    for mover in movers.values():
+        mover.start()
+    pipe.send(
+        {
+            "control": {n: mover.control_port for n, mover in movers.items()},
+            "plain": {n: listener.getsockname()[1] for n, listener in listeners.items()},
+            "digest": digest(memory, SEND_SEED),
+        }
+    )
+    plain: dict[int, list[socket.socket]] = {}
+    for n, listener in listeners.items():
+        plain[n] = [listener.accept()[0] for _ in range(n)]
+        plain[n].sort(key=lambda sock: sock.recv(1))
+    pipe.send(congestion_of(next(iter(plain.values()))[0]))
+    items = list(memory.items(SEND_SEED))
+
+    def prfaas(connections: int, room: int) -> float:
+        mover = movers[connections]
+        transfer = mover.transfer(room)
+        until(lambda: transfer.expected)
+        began_s = time.monotonic()
+        with transfer.lock:
+            transfer.start(len(slots[0]))
+        for component in (0, 1):
+            mover.send(transfer, component, 0, slots[component])
+        mover.finish(transfer)
+        until(lambda: not transfer.live)
+        if transfer.state is not State.DONE:
+            raise RuntimeError(transfer.reason)
+        wall_s = time.monotonic() - began_s
+        mover.release(transfer)
+        return wall_s
+
+    def sockets(connections: int, _: int) -> float:
+        plain[connections][0].recv(1)
+        began_s = time.monotonic()
+        in_threads(send_plain, plain[connections], items)
+        return time.monotonic() - began_s
+
+    while (command := pipe.recv()) is not None:
+        work = {"prfaas": prfaas, "plain": sockets}[command[0]]
+        pipe.send(measured(work, *command[1:]))
+    for mover in movers.values():
+        mover.close()
+
+
+def receiving_end(
+    workload: str, configs: dict[int, TransportConfig], addresses: dict[str, Any], pipe: Connection
+) -> None:
+    """Process of the receiver; it takes the time, from its request until its last byte."""
+    memory = Memory(WORKLOADS[workload], None)
+    slots = memory.slots(RECEIVE_SEED)
+    movers = {n: ReceiveMover(memory.workload.layout, memory.rank, c, MonotonicClock()) for n, c in configs.items()}
+    plain: dict[int, list[socket.socket]] = {}
+    sessions = {}
+    for n, mover in movers.items():
+        mover.start()
+        sessions[n] = session = mover.session("", HOST, addresses["control"][n])
+        until(lambda session=session: session.up or session.failure)
+        plain[n] = []
+        for index in range(n):
+            connection = data_tcp.unconnected(HOST, configs[n])
+            data_tcp.connect(connection, HOST, addresses["plain"][n], configs[n])
+            connection.sock.sendall(bytes([index]))
+            plain[n].append(connection.sock)
+    items = list(memory.items(RECEIVE_SEED))
+
+    def prfaas(connections: int, room: int) -> float:
+        mover = movers[connections]
+        began_s = time.monotonic()
+        item = mover.expect(sessions[connections], room, slots, 0)
+        until(lambda: not item.transfer.live)
+        if item.transfer.state is not State.DONE:
+            raise RuntimeError(item.transfer.reason)
+        mover.release(item)
+        return item.transfer.last_byte_s - began_s
+
+    def sockets(connections: int, _: int) -> float:
+        began_s = time.monotonic()
+        plain[connections][0].sendall(b"g")
+        in_threads(receive_plain, plain[connections], items)
+        return time.monotonic() - began_s
+
+    pipe.send("ready")
+    while (command := pipe.recv()) is not None:
+        memory.clear()
+        work = {"prfaas": prfaas, "plain": sockets}[command[0]]
+        result = measured(work, *command[1:])
+        pipe.send({**result, "digest": digest(memory, RECEIVE_SEED)})
+    for mover in movers.values():
+        mover.close()

@@ -39,6 +39,21 @@ class ResponseSink(Protocol):
         """No complete answer will come."""
 
 
+class _NoSink:
+    """Takes nothing: for exchanges that are over."""
+
+    def on_head(self, head: ResponseHead) -> None: ...
+
+    def on_body(self, data: bytes) -> None: ...
+
+    def on_end(self) -> None: ...
+
+    def on_failure(self, error: UpstreamError) -> None: ...
+
+
+_NO_SINK = _NoSink()
+
+
 class Exchange:
     """One request on its way to an upstream and back. Parser callbacks for the raw flavour: chunks are only counted."""
 
@@ -112,8 +127,7 @@ class Exchange:
         gone. No callback of the sink follows."""
         if self._done:
             return
-        self._done = True
-        self.upstream.client.forget(self)
+        self._settle()
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None:
@@ -157,9 +171,7 @@ class Exchange:
 
     def fail(self, error: UpstreamError) -> None:
         if not self._done:
-            self._done = True
-            self.upstream.client.forget(self)
-            self.sink.on_failure(error)
+            self._settle().on_failure(error)
 
     def feed(self, data: bytes) -> None:
         """Bytes from the connection."""
@@ -268,8 +280,7 @@ class Exchange:
             self.sink.on_body(data)
 
     def _finish(self, *, keep_alive: bool) -> None:
-        self._done = True
-        self.upstream.client.forget(self)
+        sink = self._settle()
         connection = self._connection
         self._connection = None
         if connection is not None:
@@ -278,7 +289,15 @@ class Exchange:
             else:
                 connection.abandon()
         self._parser = None  # it refers back to this exchange
-        self.sink.on_end()
+        sink.on_end()
+
+    def _settle(self) -> ResponseSink:
+        """No more callbacks: returns the sink for the last one, and lets go of it (it refers back to this exchange)."""
+        sink = self.sink
+        self._done = True
+        self.sink = _NO_SINK
+        self.upstream.client.forget(self)
+        return sink
 
     def _broken(self, message: str) -> None:
         connection = self._connection

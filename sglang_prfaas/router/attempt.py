@@ -82,8 +82,8 @@ class Attempt:
         self._holds_prefill = False
         self._holds_decode = False
         self._succeeded = False
-        self._prefill_sink = _PrefillSink(self)
-        self._decode_sink = _DecodeSink(self)
+        # Only where the legs' answers are merged: sinks refer back to the attempt.
+        self._merging: tuple[_PrefillSink, _DecodeSink] | None = None
         self._exchanges: list[Exchange] = []
 
     def start(self, method: bytes, target: bytes, header_block: bytes, body: bytes) -> None:
@@ -93,8 +93,11 @@ class Attempt:
             server.inflight_requests += 1
             server.served += 1
         self.prefill.inflight_tokens += self._tokens
+        sinks = _PrefillSink(self), _DecodeSink(self)
+        if self.merge_logprobs:
+            self._merging = sinks
         # Decode first: it reserves its pages while prefill's queue takes the request.
-        for server, sink in ((self.decode, self._decode_sink), (self.prefill, self._prefill_sink)):
+        for server, sink in ((self.decode, sinks[1]), (self.prefill, sinks[0])):
             upstream = server.upstream
             head = upstream.request_head(method, target, header_block, len(body))
             exchange = upstream.send(head, body, sink, decode=self.merge_logprobs)
@@ -137,7 +140,8 @@ class Attempt:
             self._holds_prefill = False
             self.prefill.inflight_requests -= 1
             self.prefill.inflight_tokens -= self._tokens
-            self._decode_sink.prefill_ready()
+            if self._merging is not None:
+                self._merging[1].prefill_ready()
 
     def _decode_finished(self) -> None:
         if self._holds_decode:
@@ -146,7 +150,7 @@ class Attempt:
 
     def prefill_answer(self) -> bytes | None:
         """Prefill's whole answer, once it is there (only kept where logprobs are merged)."""
-        return None if self._holds_prefill else self._prefill_sink.body()
+        return None if self._holds_prefill or self._merging is None else self._merging[0].body()
 
 
 class _Peek:

@@ -16,11 +16,16 @@ from zmq.utils.monitor import parse_monitor_message
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.transport.addresses import dialable, endpoint
+from sglang_prfaas.transport.messages import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 
 __all__ = ["ZmqLoop", "dialable", "endpoint"]
 
 logger = logging.getLogger(__name__)
 
+MAX_REQUESTS_HELD = 256
+"""Messages of one peer that wait at a ROUTER before the peer has to."""
+MAX_MESSAGES_QUEUED = 8192
+"""Messages that wait for one peer, or at a DEALER; twice the requests that a decode rank may have open."""
 MESSAGES_PER_TURN = 256
 """Messages taken from one socket before the others, the calls and the ticks get their turn."""
 
@@ -53,11 +58,17 @@ class ZmqLoop:
         self._thread.start()
 
     def socket(self, kind: int, host: str) -> zmq.Socket[bytes]:
-        """A new socket with bounded queues that never lingers; IPv6 where the host is an IPv6 address."""
+        """A new socket that never lingers; IPv6 where the host is an IPv6 address.
+
+        What a peer may have us hold is bounded: a ROUTER, which anyone can reach, takes small messages and few of them.
+        """
         sock = self.context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.IPV6, int(":" in host))
-        sock.setsockopt(zmq.MAXMSGSIZE, 1 << 20)
+        serves = kind == zmq.ROUTER
+        sock.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES if serves else MAX_MESSAGE_BYTES)
+        sock.setsockopt(zmq.RCVHWM, MAX_REQUESTS_HELD if serves else MAX_MESSAGES_QUEUED)
+        sock.setsockopt(zmq.SNDHWM, MAX_MESSAGES_QUEUED)
         sock.setsockopt(zmq.RECONNECT_IVL, 100)
         sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         return sock

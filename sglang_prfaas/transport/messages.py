@@ -17,7 +17,10 @@ from sglang_prfaas.transport.layout import Layout
 T = TypeVar("T")
 
 PROTOCOL_VERSION = 1
+MAX_REQUEST_BYTES = 64 << 10
+"""Largest message to a prefill rank or a directory, which anyone can reach."""
 MAX_MESSAGE_BYTES = 1 << 20
+"""Largest answer; the directory of a server with thousands of ranks needs it."""
 
 MAX_REASON_CHARACTERS = 4096
 
@@ -71,6 +74,8 @@ class Abort(_Message, frozen=True):
 
     room: Room
     reason: Text
+    transfer_id: TransferId = 0
+    """The transfer that ended; 0 where nothing had been expected yet."""
 
 
 class Ping(_Message, frozen=True):
@@ -182,9 +187,9 @@ def reason_text(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:MAX_REASON_CHARACTERS]
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"control message of {len(data)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> T:
+    if len(data) > max_bytes:
+        raise ProtocolError(f"control message of {len(data)} bytes, at most {max_bytes} are allowed")
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -193,7 +198,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
 
 def decode_to_prefill(data: bytes) -> ToPrefill:
     """Parse what a decode rank sent. Raises ProtocolError."""
-    return _decode(_to_prefill, data)
+    return _decode(_to_prefill, data, MAX_REQUEST_BYTES)
 
 
 def decode_to_decode(data: bytes) -> ToDecode:
@@ -203,7 +208,7 @@ def decode_to_decode(data: bytes) -> ToDecode:
 
 def decode_to_directory(data: bytes) -> ToDirectory:
     """Parse what a rank sent to the directory. Raises ProtocolError."""
-    return _decode(_to_directory, data)
+    return _decode(_to_directory, data, MAX_REQUEST_BYTES)
 
 
 def decode_from_directory(data: bytes) -> FromDirectory:

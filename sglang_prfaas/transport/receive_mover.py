@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from sglang_prfaas.transport.lookup import DirectoryClient
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
 from sglang_prfaas.transport.messages import (
+    MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
     Abort,
     Directory,
@@ -141,7 +143,7 @@ class ReceiveMover:
     def leave(self, session: PeerSession, room: int) -> None:
         """The request of `room` does not need the session any more."""
         with session.lock:
-            session.rooms.discard(room)
+            session.rooms -= Counter((room,))
 
     @staticmethod
     def _enter(session: PeerSession, room: int | None) -> bool:
@@ -150,7 +152,7 @@ class ReceiveMover:
             if session.failure:
                 return False
             if room is not None:
-                session.rooms.add(room)
+                session.rooms[room] += 1
             return True
 
     def _open(self, session: PeerSession, host: str) -> None:
@@ -167,10 +169,11 @@ class ReceiveMover:
             self._lose(session, f"its control port cannot be dialled: {error}")
             return
         config = self._config
-        self._tell(
-            session,
-            Hello(PROTOCOL_VERSION, self._site, self._server, self.layout, config.connections, config.chunk_bytes),
-        )
+        hello = Hello(PROTOCOL_VERSION, self._site, self._server, self.layout, config.connections, config.chunk_bytes)
+        if len(encode(hello)) > MAX_REQUEST_BYTES:
+            self._lose(session, f"the layout of this rank takes more than the {MAX_REQUEST_BYTES} bytes of a message")
+            return
+        self._tell(session, hello)
         for message in session.unsent:
             self._tell(session, message)
         session.unsent.clear()
@@ -236,7 +239,9 @@ class ReceiveMover:
             session.failure = f"{session}: {reason}"
             session.up = False
             items = list(session.incoming.values())
-            rooms = list(session.rooms | {item.transfer.room for item in items if item.transfer.live})
+            ended = [(item.transfer.room, item.transfer.transfer_id) for item in items if item.transfer.live]
+            unexpected = session.rooms - Counter(item.transfer.room for item in items)
+            ended += [(room, 0) for room in unexpected.elements()]
             connections = list(session.connections)
         with self._lock:
             if self._sessions.get((session.host, session.control_port)) is session:
@@ -247,17 +252,17 @@ class ReceiveMover:
                 item.transfer.fail(session.failure)
         for connection in connections:
             connection.cut()
-        self._loop.call(lambda: self._end_control(session, rooms))
+        self._loop.call(lambda: self._end_control(session, ended))
         if not self._closing:
             logger.warning("prfaas: session with %s", session.failure)
 
-    def _end_control(self, session: PeerSession, rooms: list[int]) -> None:
+    def _end_control(self, session: PeerSession, ended: list[tuple[int, int]]) -> None:
         """Tell prefill, if it still listens, which requests ended with the session; then close the control socket."""
         if session.control is None:
             return
         session.control.setsockopt(zmq.LINGER, FAREWELL_MS)
-        for room in rooms:
-            self._tell(session, Abort(room, reason_text(session.failure)))
+        for room, transfer_id in ended:
+            self._tell(session, Abort(room, reason_text(session.failure), transfer_id))
         self._loop.remove(session.control)
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -289,11 +294,14 @@ class ReceiveMover:
         with item.transfer.lock:
             ended = item.transfer.fail(reason)
         if ended:
-            self.abort_room(item.session, item.transfer.room, reason)
+            self._tell_aborted(item.session, item.transfer.room, reason, item.transfer.transfer_id)
 
     def abort_room(self, session: PeerSession, room: int, reason: str) -> None:
-        """Tell prefill that a room has ended, also when nothing was ever expected for it."""
-        self._loop.call(lambda: self._tell(session, Abort(room, reason_text(reason))))
+        """Tell prefill that a request has ended for which nothing was expected yet."""
+        self._tell_aborted(session, room, reason, 0)
+
+    def _tell_aborted(self, session: PeerSession, room: int, reason: str, transfer_id: int) -> None:
+        self._loop.call(lambda: self._tell(session, Abort(room, reason_text(reason), transfer_id)))
 
     def release(self, item: Incoming) -> None:
         """Forget a request; ends it first where it is still live. Late chunks of it are drained and dropped."""

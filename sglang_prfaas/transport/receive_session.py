@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import Counter
 
 import zmq
 
@@ -37,7 +38,7 @@ class PeerSession:
         self.up = False
         self.failure = ""
         self.incoming: dict[int, Incoming] = {}
-        self.rooms: set[int] = set()
+        self.rooms: Counter[int] = Counter()
         """Requests that wait for this session or use it."""
         self.connections: list[Connection] = []
         self.lock = threading.Lock()

@@ -60,6 +60,8 @@ class Registration:
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Take the entry back, waiting at most `timeout_s` for the directory's word. Idempotent."""
+        if self._leaving:
+            return
         self._leaving = True
         self._loop.call(lambda: self._send(Deregister(self._rank, self._boot_id)))
         self._gone.wait(timeout_s)

@@ -12,32 +12,43 @@ from sglang_prfaas.transport.session import OutgoingTransfer
 MAX_ABORTED_ROOMS = 4096
 """Rooms remembered that decode ended before prefill's own request came; the oldest is forgotten first."""
 
+MAX_ROOM_TRANSFERS = 256
+"""Requests that may share a room."""
+
 
 class Rooms:
     """A plain value; the mover calls every method under its lock.
 
+    SGLang gives the samples of one prompt (`n` above 1) one room, so a room may hold several transfers at once. Their
+    prompts are the same, so any of prefill's may go to any of decode's: they are paired in the order they come.
+
     Decode may ask for a room before prefill's own request comes: the transfer then waits in `_early`, at most as many
-    of them as sessions may have transfers. It may also end a room early: that is remembered apart, within a bound of
-    its own, so that a flood of one cannot push out the other.
+    of them as sessions may have transfers. It may also end a request early: that is remembered apart, within a bound
+    of its own, so that a flood of one cannot push out the other.
     """
 
     def __init__(self, clock: Clock, waiting_timeout_s: float) -> None:
         self._clock = clock
         self._waiting_timeout_s = waiting_timeout_s
-        self._open: dict[int, OutgoingTransfer] = {}
-        self._early: dict[int, OutgoingTransfer] = {}
+        self._open: dict[int, list[OutgoingTransfer]] = {}
+        self._early: dict[int, list[OutgoingTransfer]] = {}
         self._homes: dict[OutgoingTransfer, tuple[SendSession, int]] = {}
-        self._aborted: OrderedDict[int, tuple[str, float]] = OrderedDict()
+        self._aborted: OrderedDict[int, tuple[list[str], float]] = OrderedDict()
 
     def open(self, room: int) -> OutgoingTransfer:
-        """Prefill's own request has come. Raises LocalError for a room in use."""
-        if room in self._open:
-            raise LocalError(f"bootstrap room {room} is in use by another request")
-        transfer = self._early.pop(room, None) or OutgoingTransfer(room, self._clock)
-        aborted = self._aborted.pop(room, None)
-        if aborted is not None:
-            transfer.fail(aborted[0])
-        self._open[room] = transfer
+        """Prefill's own request has come. Raises LocalError where too many share the room."""
+        held = self._open.get(room, [])
+        if len(held) >= MAX_ROOM_TRANSFERS:
+            raise LocalError(f"bootstrap room {room} is in use by {len(held)} requests, no more are allowed")
+        early = self._early.get(room)
+        if early:
+            transfer = early.pop(0)
+            if not early:
+                del self._early[room]
+        else:
+            transfer = OutgoingTransfer(room, self._clock)
+            self._fail_if_aborted(transfer)
+        self._open.setdefault(room, []).append(transfer)
         return transfer
 
     def home(self, transfer: OutgoingTransfer) -> SendSession | None:
@@ -46,28 +57,29 @@ class Rooms:
         return found[0] if found is not None else None
 
     def asked_for(self, room: int, session: SendSession, transfer_id: int) -> OutgoingTransfer:
-        """A decode rank asks for a room; the first to ask becomes its home. An end remembered for the room is void."""
-        self._aborted.pop(room, None)
-        transfer = self._open.get(room) or self._early.get(room)
+        """A decode rank asks for a room: it gets the first of prefill's requests that goes to nobody yet."""
+        transfer = next((t for t in self._open.get(room, ()) if t not in self._homes), None)
         if transfer is None:
-            transfer = self._early[room] = OutgoingTransfer(room, self._clock)
-        if transfer not in self._homes:
-            self._homes[transfer] = (session, transfer_id)
-            session.transfers[transfer_id] = transfer
+            transfer = OutgoingTransfer(room, self._clock)
+            self._early.setdefault(room, []).append(transfer)
+        self._homes[transfer] = (session, transfer_id)
+        session.transfers[transfer_id] = transfer
         return transfer
 
-    def aborted(self, room: int, session: SendSession | None, reason: str) -> OutgoingTransfer | None:
-        """Decode ended a room. Returns the transfer to fail; None where there is none, or where it goes to another
-        decode rank than the one that speaks: nobody ends the request of others."""
-        transfer = self._open.get(room) or self._early.get(room)
+    def aborted(self, room: int, session: SendSession | None, transfer_id: int, reason: str) -> OutgoingTransfer | None:
+        """Decode ended a request: the one of `transfer_id`, or for 0 one that nobody has asked for yet. Returns the
+        transfer to fail; None where there is none, or where it is another's: nobody ends the request of others."""
+        if transfer_id:
+            transfer = session.transfers.get(transfer_id) if session is not None else None
+            if transfer is None or transfer.room != room:
+                return None
+            if transfer in self._early.get(room, ()):
+                self.forget(transfer)
+                self._remember_end(room, reason)
+            return transfer
+        waiting = (t for t in self._open.get(room, ()) if t not in self._homes and t.live)
+        transfer = next(waiting, None)
         if transfer is None:
-            self._remember_end(room, reason)
-            return None
-        home = self.home(transfer)
-        if home is not None and home is not session:
-            return None
-        if room in self._early:
-            self.forget(transfer)
             self._remember_end(room, reason)
         return transfer
 
@@ -75,22 +87,35 @@ class Rooms:
         """A session has ended. Returns its transfers, to fail them."""
         transfers = list(session.transfers.values())
         for transfer in transfers:
-            if self._early.get(transfer.room) is transfer:
+            if transfer in self._early.get(transfer.room, ()):
                 self.forget(transfer)
                 self._remember_end(transfer.room, reason)
         return transfers
 
+    def _fail_if_aborted(self, transfer: OutgoingTransfer) -> None:
+        remembered = self._aborted.get(transfer.room)
+        if remembered is None:
+            return
+        transfer.fail(remembered[0].pop(0))
+        if not remembered[0]:
+            del self._aborted[transfer.room]
+
     def _remember_end(self, room: int, reason: str) -> None:
-        self._aborted.pop(room, None)
-        self._aborted[room] = (reason, self._clock.now_s())
+        reasons, _ = self._aborted.pop(room, ([], 0.0))
+        if len(reasons) < MAX_ROOM_TRANSFERS:
+            reasons.append(reason)
+        self._aborted[room] = (reasons, self._clock.now_s())
         if len(self._aborted) > MAX_ABORTED_ROOMS:
             self._aborted.popitem(last=False)
 
     def forget(self, transfer: OutgoingTransfer) -> SendSession | None:
         """Drop a request. Returns the session it went to."""
         for rooms in (self._open, self._early):
-            if rooms.get(transfer.room) is transfer:
-                del rooms[transfer.room]
+            held = rooms.get(transfer.room, [])
+            if transfer in held:
+                held.remove(transfer)
+                if not held:
+                    del rooms[transfer.room]
         session, transfer_id = self._homes.pop(transfer, (None, 0))
         if session is not None and session.transfers.get(transfer_id) is transfer:
             del session.transfers[transfer_id]
@@ -101,11 +126,11 @@ class Rooms:
         before_s = self._clock.now_s() - self._waiting_timeout_s
         while self._aborted and next(iter(self._aborted.values()))[1] < before_s:
             self._aborted.popitem(last=False)
-        late = [(t, *self._homes[t]) for t in self._early.values() if t.created_s < before_s]
+        late = [(t, *self._homes[t]) for held in self._early.values() for t in held if t.created_s < before_s]
         for transfer, _, _ in late:
             self.forget(transfer)
         return late
 
     def all(self) -> list[OutgoingTransfer]:
         """Every transfer there is."""
-        return [*self._open.values(), *self._early.values()]
+        return [t for rooms in (self._open, self._early) for held in rooms.values() for t in held]

@@ -128,7 +128,8 @@ class SendMover:
     # --- what the sender calls ------------------------------------------------------------------------------------
 
     def transfer(self, room: int) -> OutgoingTransfer:
-        """The transfer of a new request; decode may have spoken of it already. Raises LocalError for a room in use."""
+        """The transfer of a new request; decode may have spoken of it already. Requests of one room have one prompt
+        (parallel sampling), and are paired as they come. Raises LocalError for too many of them."""
         with self._lock:
             return self._rooms.open(room)
 
@@ -265,7 +266,7 @@ class SendMover:
                 transfer = self._rooms.asked_for(message.room, session, message.transfer_id)
             with transfer.lock:
                 if not transfer.expect(message):
-                    reason = transfer.reason or f"another decode rank has asked for room {message.room} before"
+                    reason = transfer.reason
         if reason:
             self._reply(session.identity, Failed(message.transfer_id, message.room, reason_text(reason)))
 
@@ -280,7 +281,7 @@ class SendMover:
     def _aborted(self, session: SendSession | None, message: Abort) -> None:
         reason = f"decode ended the request: {message.reason}"
         with self._lock:
-            transfer = self._rooms.aborted(message.room, session, reason)
+            transfer = self._rooms.aborted(message.room, session, message.transfer_id, reason)
         if transfer is not None:
             with transfer.lock:
                 transfer.fail(reason)
@@ -335,19 +336,22 @@ class SendMover:
     # --- data -----------------------------------------------------------------------------------------------------
 
     def admit(self, preface: Preface, connection: Connection) -> Callable[[], None]:
-        """A data connection has shown its token: it gets a thread. Raises ProtocolError. Called by the acceptor."""
+        """A data connection has shown its token: it gets a thread. Raises PrfaasError. Called by the acceptor."""
         with self._lock:
             session = self._tokens.get(preface.token)
             if session is None:
                 raise ProtocolError("its token belongs to no session")
             if preface.index >= session.hello.connections or preface.index in session.connections:
                 raise ProtocolError(f"{session} did not announce a data connection with index {preface.index}")
-            session.connections[preface.index] = connection
             thread = threading.Thread(
                 target=self._send_loop, args=(session, connection), name="prfaas-send-data", daemon=True
             )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise LocalError(f"no thread for a data connection of {session}: {error}") from None
+            session.connections[preface.index] = connection
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-            thread.start()
         return lambda: self._lose(session, "it closed a data connection")
 
     def _send_loop(self, session: SendSession, connection: Connection) -> None:

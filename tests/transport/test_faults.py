@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from typing import Any
@@ -258,8 +259,7 @@ def test_a_second_decode_rank_cannot_take_or_end_the_request_of_the_first() -> N
         decode.send(Abort(7, "without a session"))
         decode.open(pair.layout)
         decode.send(Expect(1, 7, (20, 2, 1), 0))
-        assert decode.receive(Failed).reason == "another decode rank has asked for room 7 before"
-        decode.send(Abort(7, "with a session"))
+        decode.send(Abort(7, "with a session", item.transfer.transfer_id + 1))
         decode.send(Done(item.transfer.transfer_id, 7))
         decode.send(Ping())
         decode.receive(Pong)
@@ -482,7 +482,8 @@ def test_a_data_connection_breaks_in_the_middle(how: str) -> None:
             reset((theirs.connections[1] if how == "reset by prefill" else item.session.connections[1]).sock)
         wait_ended(transfer, item.transfer)
         assert (transfer.state, item.transfer.state) == (State.FAILED, State.FAILED)
-        assert transfer.reason.startswith("connection to decode pd/decode-0 lost: ")
+        # Prefill notices itself, or decode tells it first.
+        assert re.match(r"connection to decode pd/decode-0 lost: |decode ended the request: ", transfer.reason)
         assert item.transfer.reason.startswith(f"prefill 127.0.0.1:{pair.sender.control_port}: ")
         for room in range(20, 26):
             works(pair, room)

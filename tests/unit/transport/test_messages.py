@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.transport import messages
 from sglang_prfaas.transport.layout import Component, Layout
-from sglang_prfaas.transport.messages import MAX_MESSAGE_BYTES, encode
+from sglang_prfaas.transport.messages import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, encode
 
 DECODERS = [
     messages.decode_to_prefill,
@@ -182,12 +182,24 @@ def test_text_that_is_not_utf8_is_refused() -> None:
 
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(ProtocolError):
-        messages.decode_to_prefill(b"\x94\xa5Hello" + b"\x91" * 500_000)
+        messages.decode_to_prefill(b"\x94\xa5Hello" + b"\x91" * 50_000)
 
 
-def test_oversize_is_refused_before_it_is_parsed() -> None:
-    with pytest.raises(ProtocolError, match=f"{MAX_MESSAGE_BYTES + 1} bytes, at most {MAX_MESSAGE_BYTES}"):
-        messages.decode_to_prefill(b"\x00" * (MAX_MESSAGE_BYTES + 1))
+@pytest.mark.parametrize("decode", DECODERS)
+def test_oversize_is_refused_before_it_is_parsed(decode: Any) -> None:
+    answers = decode in (messages.decode_to_decode, messages.decode_from_directory)
+    limit = MAX_MESSAGE_BYTES if answers else MAX_REQUEST_BYTES
+    with pytest.raises(ProtocolError, match=f"{limit + 1} bytes, at most {limit}"):
+        decode(b"\x00" * (limit + 1))
+    with pytest.raises(ProtocolError, match="refused"):
+        decode(b"\x00" * limit)
+
+
+def test_a_large_layout_and_a_long_reason_fit_into_a_message() -> None:
+    components = tuple(Component(name, (1 << 40,) * 512) for name in ("kv", "mamba", "swa", "aux"))
+    layout = Layout("m" * 256, "float16", 64, 8, "", tuple(range(512)), components)
+    assert len(encode(messages.Hello(1, "s" * 256, "d" * 256, layout, 64, 1 << 20))) < MAX_REQUEST_BYTES
+    assert len(encode(messages.Abort(1, messages.reason_text("\U0001f600" * 9999)))) < MAX_REQUEST_BYTES
 
 
 def test_a_message_for_the_other_side_is_refused() -> None:

@@ -55,9 +55,24 @@ def test_decode_first(held: Rooms) -> None:
     assert held.home(transfer) is session
 
 
-def test_a_room_in_use(held: Rooms) -> None:
+def test_requests_of_one_room_are_paired_as_they_come(held: Rooms) -> None:
+    one, two = a_session(b"D1"), a_session(b"D2")
+    first = held.open(5)
+    second = held.open(5)
+    assert held.asked_for(5, one, 1) is first
+    assert held.asked_for(5, two, 1) is second
+    third = held.asked_for(5, one, 2)
+    assert held.open(5) is third
+    assert [held.home(t) for t in (first, second, third)] == [one, two, one]
+    held.forget(second)
+    assert held.all() == [first, third]
+
+
+def test_a_room_has_a_bound(held: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "MAX_ROOM_TRANSFERS", 2)
     held.open(5)
-    with pytest.raises(LocalError, match="room 5 is in use"):
+    held.open(5)
+    with pytest.raises(LocalError, match="room 5 is in use by 2 requests"):
         held.open(5)
 
 
@@ -72,38 +87,41 @@ def test_releasing_twice_does_not_touch_a_later_request_of_the_same_room(held: R
     assert held.home(second) is session
 
 
-def test_the_first_decode_rank_to_ask_is_home(held: Rooms) -> None:
+def test_two_decode_ranks_never_share_a_transfer(held: Rooms) -> None:
     one, two = a_session(b"D1"), a_session(b"D2")
     transfer = held.asked_for(5, one, 1)
-    assert held.asked_for(5, two, 1) is transfer
-    assert held.home(transfer) is one
-    assert two.transfers == {}
+    other = held.asked_for(5, two, 1)
+    assert other is not transfer
+    assert (held.home(transfer), held.home(other)) == (one, two)
 
 
 def test_nobody_ends_the_request_of_another(held: Rooms) -> None:
     one, two = a_session(b"D1"), a_session(b"D2")
     transfer = held.open(5)
     held.asked_for(5, one, 1)
-    assert held.aborted(5, two, "x") is None
-    assert held.aborted(5, None, "x") is None
-    assert held.aborted(5, one, "x") is transfer
+    assert held.aborted(5, two, 1, "x") is None
+    assert held.aborted(5, None, 1, "x") is None
+    assert held.aborted(5, two, 0, "x") is None
+    assert held.aborted(6, one, 1, "x") is None
+    assert held.aborted(5, one, 1, "x") is transfer
 
 
 def test_a_request_that_nobody_asked_for_can_be_ended_without_a_session(held: Rooms) -> None:
     transfer = held.open(5)
-    assert held.aborted(5, None, "no session") is transfer
+    assert held.aborted(5, None, 0, "no session") is transfer
 
 
 def test_an_end_that_comes_before_the_request(held: Rooms) -> None:
-    assert held.aborted(5, None, "client gone") is None
+    assert held.aborted(5, None, 0, "client gone") is None
     transfer = held.open(5)
     assert (transfer.state, transfer.reason) == (State.FAILED, "client gone")
+    assert held.open(5).live, "one end is one request's"
 
 
 def test_an_early_room_that_is_ended(held: Rooms) -> None:
     session = a_session()
     early = held.asked_for(5, session, 1)
-    assert held.aborted(5, session, "client gone") is early
+    assert held.aborted(5, session, 1, "client gone") is early
     assert session.transfers == {}
     assert held.open(5).reason == "client gone"
 
@@ -124,7 +142,7 @@ def test_ends_remembered_have_a_bound_and_do_not_push_out_early_rooms(
     monkeypatch.setattr(rooms, "MAX_ABORTED_ROOMS", 3)
     early = held.asked_for(1, a_session(), 1)
     for room in range(10, 20):
-        held.aborted(room, None, f"end of {room}")
+        held.aborted(room, None, 0, f"end of {room}")
     assert held.open(1) is early
     assert held.open(19).reason == "end of 19"
     assert held.open(10).live
@@ -134,7 +152,7 @@ def test_expiry(held: Rooms, clock: VirtualClock) -> None:
     session = a_session()
     early = held.asked_for(1, session, 7)
     own = held.open(2)
-    held.aborted(3, None, "x")
+    held.aborted(3, None, 0, "x")
     clock.advance(300.0)
     assert held.expire() == []
     clock.advance(1.0)

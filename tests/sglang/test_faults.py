@@ -24,6 +24,12 @@ def test_prefill_killed_in_mid_transfer(cluster: Driver) -> None:
     # No token had been sent: the router prefills it elsewhere, and the client sees nothing of it.
     cluster.assert_equal(answer, prompt)
     assert answer.routing["prefill"] == "pd/" + LOCAL
+    # While no PrfaaS site is alive, everything goes local.
+    long = words("nobody far away", 300)
+    answer = cluster.ask(long)
+    cluster.assert_equal(answer, long)
+    assert answer.routing["route"] == "local"
+    assert "no PrfaaS prefill server is alive" in answer.routing["reason"]
     cluster.cluster.sites[PRFAAS].wait_ready(REMOTE)
     cluster.wait_idle(REMOTE, LOCAL, DECODE)
     assert cluster.loads(DECODE)["num_used_tokens"] == 0
@@ -50,28 +56,13 @@ def test_decode_killed_in_mid_transfer(cluster: Driver) -> None:
     _serves_remotely(cluster, "decode is back")
 
 
-def test_no_prfaas_site(cluster: Driver) -> None:
-    cluster.cluster.sites[PRFAAS].stop(REMOTE, at_once=True)
-    try:
-        prompt = words("nobody far away", 300)
-        answer = wait_for("a local answer", lambda: _local(cluster, prompt))
-        cluster.assert_equal(answer, prompt)
-        assert "no PrfaaS" in answer.routing["reason"] or "PrfaaS" in answer.routing["reason"]
-    finally:
-        cluster.cluster.sites[PRFAAS].start(REMOTE)
-        cluster.cluster.sites[PRFAAS].wait_ready(REMOTE)
-    _serves_remotely(cluster, "the site is back")
-
-
 def test_no_local_prefill(cluster: Driver) -> None:
-    cluster.cluster.sites[PD].stop(LOCAL, at_once=True)
-    try:
-        prompt = words("nobody at home", 20)
-        answer = wait_for("a remote answer", lambda: _remote(cluster, prompt))
-        cluster.assert_equal(answer, prompt)
-    finally:
-        cluster.cluster.sites[PD].start(LOCAL)
-        cluster.cluster.sites[PD].wait_ready(LOCAL)
+    cluster.cluster.sites[PD].kill(LOCAL)
+    prompt = words("nobody at home", 20)
+    answer = cluster.ask(prompt)
+    cluster.assert_equal(answer, prompt)
+    assert answer.routing["route"] == "prfaas"
+    cluster.cluster.sites[PD].wait_ready(LOCAL)
     prompt = words("home again", 20)
     answer = wait_for("a local answer", lambda: _local(cluster, prompt))
     cluster.assert_equal(answer, prompt)

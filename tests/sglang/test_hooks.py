@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from sglang_prfaas.sglang_plugin import hooks
-from sglang_prfaas.sglang_plugin.hooks import HOOKS, Hook, problems_with
+from sglang_prfaas.sglang_plugin.hooks import HOOKS
 from sglang_prfaas.tiny_models import cpu_server_env
 
 pytestmark = pytest.mark.sglang
@@ -54,10 +53,20 @@ def test_every_entry_has_a_reason_and_is_checked() -> None:
     assert len({hook.target for hook in HOOKS}) == len(HOOKS)
 
 
+CHANGED = """
+from sglang_prfaas.sglang_plugin.hooks import Hook, problems_with
+utils = "sglang.srt.disaggregation.utils"
+missing = Hook(utils + ".no_such_thing", "around", (), "is made up")
+changed = Hook(utils + ".get_kv_class", "around", ("backend",), "is made up")
+for line in problems_with((missing, changed)):
+    print("problem:", line)
+"""
+
+
 def test_a_changed_sglang_is_noticed() -> None:
-    missing = Hook("sglang.srt.disaggregation.utils.no_such_thing", "around", (), "is made up")
-    changed = Hook("sglang.srt.disaggregation.utils.get_kv_class", "around", ("backend",), "is made up")
-    found = problems_with((missing, changed))
+    result = _python(CHANGED)
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = [line for line in result.stdout.splitlines() if line.startswith("problem:")]
     assert "no_such_thing is missing" in found[0]
     assert "takes (transfer_backend, class_type), expected (backend)" in found[1]
 
@@ -86,15 +95,21 @@ def test_a_server_with_another_backend_is_left_alone() -> None:
     assert "went on" in result.stdout
 
 
+OTHER_VERSION = """
+import sglang
+assert sglang.__version__ in ("0.5.23",), sglang.__version__
+sglang.__version__ = "0.4.0"
+from sglang.srt.plugins import load_plugins
+load_plugins()
+print("went on")
+"""
+
+
 def test_another_version_of_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sglang
-
-    from sglang_prfaas.errors import LaunchError
-    from sglang_prfaas.sglang_plugin import plugin
-
-    assert sglang.__version__ in hooks.TESTED_SGLANG
-    monkeypatch.setattr(sglang, "__version__", "0.4.0")
-    with pytest.raises(LaunchError, match=r"SGLang 0\.4\.0 is installed, tested are 0\.5\.23"):
-        plugin._check_version()
-    monkeypatch.setenv(plugin.ALLOW_UNTESTED, "1")
-    plugin._check_version()
+    asked = ("--disaggregation-transfer-backend=prfaas",)
+    result = _python(OTHER_VERSION, *asked)
+    assert result.returncode == 3
+    assert "SGLang 0.4.0 is installed, tested are 0.5.23" in result.stderr
+    monkeypatch.setenv("PRFAAS_ALLOW_UNTESTED_SGLANG", "1")
+    result = _python(OTHER_VERSION, *asked)
+    assert "went on" in result.stdout, result.stderr[-4000:]

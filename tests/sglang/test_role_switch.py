@@ -57,4 +57,4 @@ def test_two_servers_change_places(cluster: Driver) -> None:
 def test_a_wrong_role_is_refused(cluster: Driver) -> None:
     status, _, answer = post(f"{cluster.url(LOCAL)}/pd_role_switch", {"new_role": "cook"})
     assert status == 400
-    assert "invalid new_role" in answer["message"]
+    assert "cook" in str(answer)

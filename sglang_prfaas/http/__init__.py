@@ -20,7 +20,6 @@ SGLang abort the request. Request bodies are read whole (limit `max_body_bytes`)
 """
 
 from sglang_prfaas.http.client import Client, ClientLimits, FetchedResponse, Upstream
-from sglang_prfaas.http.client_connection import Exchange, ResponseSink
 from sglang_prfaas.http.errors import (
     HttpError,
     UpstreamClosedError,
@@ -31,6 +30,7 @@ from sglang_prfaas.http.errors import (
     UpstreamTimeoutError,
     error_body,
 )
+from sglang_prfaas.http.exchange import Exchange, ResponseSink
 from sglang_prfaas.http.messages import Framing, Headers, Request, ResponseHead
 from sglang_prfaas.http.relay import RelaySink, relay
 from sglang_prfaas.http.response import Response

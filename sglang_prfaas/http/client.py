@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from sglang_prfaas.errors import ConfigError
-from sglang_prfaas.http.client_connection import ClientConnection, DecodingExchange, Exchange, ResponseSink
+from sglang_prfaas.http.client_connection import ClientConnection
 from sglang_prfaas.http.errors import UpstreamConnectError, UpstreamError, UpstreamProtocolError, UpstreamStaleError
+from sglang_prfaas.http.exchange import DecodingExchange, Exchange, ResponseSink
 from sglang_prfaas.http.messages import Headers, ResponseHead, encode_headers, encode_request_head
 
 _SWEEP_S = 0.25

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from sglang_prfaas.http.client import Upstream
-from sglang_prfaas.http.client_connection import Exchange
 from sglang_prfaas.http.errors import HttpError, UpstreamError, UpstreamStaleError
+from sglang_prfaas.http.exchange import Exchange
 from sglang_prfaas.http.messages import (
     Framing,
     Headers,

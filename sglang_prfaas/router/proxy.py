@@ -16,10 +16,11 @@ from sglang_prfaas.http.messages import (
     safe_header_value,
 )
 from sglang_prfaas.router.access_log import AccessLog, AccessRecord
-from sglang_prfaas.router.attempt import Attempt, Failure
+from sglang_prfaas.router.attempt import Attempt
 from sglang_prfaas.router.body import Endpoint, new_rooms, parse_body
 from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, ModelNames, forced_route
 from sglang_prfaas.router.metrics import Metrics
+from sglang_prfaas.router.outcome import Failure
 from sglang_prfaas.router.registry import Registry, Target
 from sglang_prfaas.router.tokens import TokenCount, TokenCounter
 from sglang_prfaas.scheduler import Decision, decide

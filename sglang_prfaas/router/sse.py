@@ -6,7 +6,10 @@ from typing import Any
 
 import msgspec
 
-from sglang_prfaas.http import error_body
+from sglang_prfaas.http import Framing, error_body
+from sglang_prfaas.http.chunks import leading_payload
+
+_MAX_PEEK_BYTES = 64 << 10
 
 
 def error_event(message: str, code: str) -> bytes:
@@ -53,3 +56,25 @@ def event_failure(payload: bytes) -> tuple[int, str] | None:
 
 def _status(code: object) -> int:
     return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+class FirstEvent:
+    """Looks at the first event of a stream: errors of SGLang hide in it under status 200."""
+
+    __slots__ = ("_buffer", "failure")
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self.failure: tuple[int, str] | None = None
+
+    def feed(self, data: bytes, framing: Framing) -> bool:
+        """Take body bytes; True once the first event is known, with `failure` set if it is a server's error."""
+        self._buffer += data
+        text = leading_payload(self._buffer, b"\n\n") if framing is Framing.CHUNKED else self._buffer
+        payload = first_event(text) if text is not None else None
+        if payload is None:
+            return len(self._buffer) > _MAX_PEEK_BYTES
+        failure = event_failure(payload)
+        if failure is not None and failure[0] >= 500:
+            self.failure = failure
+        return True

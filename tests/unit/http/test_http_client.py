@@ -21,7 +21,8 @@ from sglang_prfaas.http import (
     UpstreamStaleError,
     UpstreamTimeoutError,
 )
-from sglang_prfaas.http.client_connection import ClientConnection, DecodingExchange, Exchange
+from sglang_prfaas.http.client_connection import ClientConnection
+from sglang_prfaas.http.exchange import DecodingExchange, Exchange
 from tests.unit.http.http_fakes import FakeTransport
 
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nContent-Length: 5\r\n\r\nhello"

@@ -55,7 +55,7 @@ class Hello(_Message, frozen=True):
 class Expect(_Message, frozen=True):
     """Decode has reserved room for a request and says how many items of each component it expects."""
 
-    transfer_id: TransferId
+    transfer_id: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
     room: Room
     counts: Annotated[tuple[Count, ...], Meta(max_length=64)]
     cached_prefix_tokens: Count

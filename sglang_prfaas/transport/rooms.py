@@ -9,8 +9,8 @@ from sglang_prfaas.errors import LocalError
 from sglang_prfaas.transport.send_session import SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer
 
-MAX_ABORTED_ROOMS = 4096
-"""Rooms remembered that decode ended before prefill's own request came; the oldest is forgotten first."""
+MAX_ABORTED = 4096
+"""Ends remembered that came before prefill's own request; those of the oldest room are forgotten first."""
 
 MAX_ROOM_TRANSFERS = 256
 """Requests that may share a room."""
@@ -34,6 +34,7 @@ class Rooms:
         self._early: dict[int, list[OutgoingTransfer]] = {}
         self._homes: dict[OutgoingTransfer, tuple[SendSession, int]] = {}
         self._aborted: OrderedDict[int, tuple[list[str], float]] = OrderedDict()
+        self._aborted_count = 0
 
     def open(self, room: int) -> OutgoingTransfer:
         """Prefill's own request has come. Raises LocalError where too many share the room."""
@@ -97,6 +98,7 @@ class Rooms:
         if remembered is None:
             return
         transfer.fail(remembered[0].pop(0))
+        self._aborted_count -= 1
         if not remembered[0]:
             del self._aborted[transfer.room]
 
@@ -104,9 +106,14 @@ class Rooms:
         reasons, _ = self._aborted.pop(room, ([], 0.0))
         if len(reasons) < MAX_ROOM_TRANSFERS:
             reasons.append(reason)
+            self._aborted_count += 1
         self._aborted[room] = (reasons, self._clock.now_s())
-        if len(self._aborted) > MAX_ABORTED_ROOMS:
-            self._aborted.popitem(last=False)
+        if self._aborted_count > MAX_ABORTED:
+            self._forget_oldest_end()
+
+    def _forget_oldest_end(self) -> None:
+        _, (reasons, _) = self._aborted.popitem(last=False)
+        self._aborted_count -= len(reasons)
 
     def forget(self, transfer: OutgoingTransfer) -> SendSession | None:
         """Drop a request. Returns the session it went to."""
@@ -125,7 +132,7 @@ class Rooms:
         """Drop what has waited too long for prefill's own request; returns those a decode rank still waits for."""
         before_s = self._clock.now_s() - self._waiting_timeout_s
         while self._aborted and next(iter(self._aborted.values()))[1] < before_s:
-            self._aborted.popitem(last=False)
+            self._forget_oldest_end()
         late = [(t, *self._homes[t]) for held in self._early.values() for t in held if t.created_s < before_s]
         for transfer, _, _ in late:
             self.forget(transfer)

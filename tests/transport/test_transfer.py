@@ -174,6 +174,32 @@ class Gate:
         self.inner.scatter(*args)  # type: ignore[attr-defined]
 
 
+def test_requests_that_share_a_room() -> None:
+    """Samples of one prompt come with one bootstrap room; they are paired as they come, and one may end alone."""
+    with Pair() as pair:
+        session = pair.session()
+        ours = some_slots(1, (4, 1, 1))
+        theirs = [[np.arange(4) + 4 * i, np.array([i]), np.array([i])] for i in range(3)]
+        items = [pair.receiver.expect(session, 7, slots, 0) for slots in theirs]
+        transfers = [pair.sender.transfer(7) for _ in range(3)]
+        pair.receiver.abort(items[1], "client gone")
+        wait_ended(transfers[1])
+        for transfer in (transfers[0], transfers[2]):
+            wait_until(lambda transfer=transfer: transfer.expected, "decode asked")
+            with transfer.lock:
+                transfer.start(4)
+            pair.send_all(transfer, ours)
+        wait_ended(*transfers, *(item.transfer for item in items))
+        assert [item.transfer.state for item in items] == [State.DONE, State.FAILED, State.DONE]
+        assert [transfer.state for transfer in transfers] == [State.DONE, State.FAILED, State.DONE]
+        for index in (0, 2):
+            assert_moved(pair.source, ours, pair.target, theirs[index])
+        assert not pair.target.arrays[PAGES][0][theirs[1][PAGES]].any()
+        for transfer in transfers:
+            pair.sender.release(transfer)
+        assert pair.sender._rooms.all() == []
+
+
 def test_a_slow_receiver_does_not_hold_up_another() -> None:
     of = layout(components=(Component("kv", (1 << 20,)),))
     config = TransportConfig(connections=2, chunk_bytes=1 << 18, socket_buffer_bytes=1 << 16)
@@ -262,8 +288,6 @@ def test_wrong_calls() -> None:
             pair.receiver.expect(session, 7, [np.array([64]), np.array([0]), np.array([0])], 0)
         slots = some_slots(1)
         transfer, _ = pair.ready(7, slots)
-        with pytest.raises(LocalError, match="room 7 is in use"):
-            pair.sender.transfer(7)
         with pytest.raises(LocalError, match="0 to 63 exist"):
             pair.sender.send(transfer, PAGES, 0, np.array([-1]))
         pair.receiver.close()

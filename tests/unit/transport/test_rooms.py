@@ -139,13 +139,22 @@ def test_an_early_room_whose_session_is_lost(held: Rooms) -> None:
 def test_ends_remembered_have_a_bound_and_do_not_push_out_early_rooms(
     held: Rooms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rooms, "MAX_ABORTED_ROOMS", 3)
+    monkeypatch.setattr(rooms, "MAX_ABORTED", 3)
     early = held.asked_for(1, a_session(), 1)
     for room in range(10, 20):
         held.aborted(room, None, 0, f"end of {room}")
     assert held.open(1) is early
     assert held.open(19).reason == "end of 19"
     assert held.open(10).live
+
+
+def test_ends_of_one_room_have_a_bound_too(held: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "MAX_ABORTED", 4)
+    for number in range(10):
+        held.aborted(number // 3, None, 0, f"end {number}")
+    assert held._aborted_count == sum(len(reasons) for reasons, _ in held._aborted.values()) <= 4
+    assert held.open(3).reason == "end 9"
+    assert held._aborted_count == sum(len(reasons) for reasons, _ in held._aborted.values())
 
 
 def test_expiry(held: Rooms, clock: VirtualClock) -> None:

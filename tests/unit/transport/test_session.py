@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -242,6 +245,15 @@ def test_final_states_have_no_way_out_and_every_state_can_fail() -> None:
     for state, following in TRANSITIONS.items():
         assert (State.FAILED in following) == (state not in FINAL)
         assert bool(following) == (state not in FINAL)
+
+
+def test_the_document_lists_the_same_changes_of_state() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text()
+    rows = re.findall(r"^\| `([A-Z]+)`[^|]*\| ([^|]+) \|$", text, re.MULTILINE)
+    documented = {
+        State[name]: frozenset(State[n] for n in re.findall(r"[A-Z]+", following)) for name, following in rows
+    }
+    assert documented == {state: following for state, following in TRANSITIONS.items() if following}
 
 
 def test_the_first_reason_is_kept() -> None:

@@ -109,7 +109,8 @@ def test_a_forced_route(cluster: Driver) -> None:
 
 def test_errors_keep_the_openai_shape(cluster: Driver) -> None:
     status, _, answer = post(f"{cluster.router_url}/v1/completions", {"model": "nobody", "prompt": "x"})
-    assert (status, answer["error"]["type"]) == (404, "invalid_request_error")
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
     status, _, answer = post(
         f"{cluster.router_url}/v1/completions", {"model": MODEL_NAME, "prompt": "x", "max_tokens": -5}
     )

@@ -1,0 +1,34 @@
+"""Environment variables of the plugin."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.env import port_from_env, transport_from_env, transport_to_env
+from sglang_prfaas.errors import ConfigError
+
+
+def test_round_trip() -> None:
+    config = TransportConfig(connections=7, bind_host="::", waiting_timeout_s=1.5, congestion_control="cubic")
+    assert transport_from_env(transport_to_env(config)) == config
+
+
+def test_nothing_set_means_defaults() -> None:
+    assert transport_from_env({}) == TransportConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PRFAAS_CONNECTIONS", "80"), ("PRFAAS_CONNECTIONS", "x"), ("PRFAAS_WAITING_TIMEOUT_S", "-1")]
+)
+def test_a_bad_value_names_its_variable(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: .*{value}"):
+        transport_from_env({name: value})
+
+
+def test_ports() -> None:
+    assert port_from_env({}) == 0
+    assert port_from_env({"PRFAAS_MOVER_PORT": "31000"}) == 31000
+    for text in ("-1", "70000", "any", ""):
+        with pytest.raises(ConfigError, match="expected a port from 0 to 65535"):
+            port_from_env({"PRFAAS_MOVER_PORT": text})

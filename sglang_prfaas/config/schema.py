@@ -45,7 +45,7 @@ class ServerConfig(_Config, frozen=True):
         Meta(
             ge=0,
             le=65535,
-            description="Prefill only: first port of the KVCache mover, two for each rank (control, data). 0: any free.",
+            description="Prefill only: first port of the KVCache mover, two a rank (control, data). 0: any free.",
         ),
     ] = 0
     args: Annotated[list[str], Meta(description="SGLang arguments of this server, after those of [site].")] = field(

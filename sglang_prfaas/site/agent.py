@@ -10,6 +10,7 @@ A PrfaaS site is reached over a WAN: there only inference and read-only endpoint
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from urllib.parse import unquote_to_bytes
 
@@ -18,6 +19,7 @@ import msgspec
 from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.http import Client, ClientLimits, HttpError, HttpServer, Request, Response, ServerLimits, relay
 from sglang_prfaas.site.lifecycle import State
+from sglang_prfaas.site.roles import Roles
 from sglang_prfaas.site.server import Server
 
 WAN_PATHS: Mapping[str, frozenset[str]] = {
@@ -86,6 +88,8 @@ class Agent:
         self._servers = servers
         self._server: HttpServer | None = None
         self._client: Client | None = None
+        self._roles = Roles(servers, config.limits.health_interval_s)
+        self._watching: asyncio.Task[None] | None = None
         self._relayed = dict.fromkeys(servers, 0)
         self.draining = False
         """While set, nothing new is relayed; requests under way go on."""
@@ -93,6 +97,7 @@ class Agent:
     async def start(self) -> int:
         """Listen; returns the port. Raises LocalError when the address is taken."""
         self._client = Client(_CLIENT_LIMITS)
+        self._watching = asyncio.create_task(self._roles.watch(self._client))
         self._server = HttpServer(self._handle, _LIMITS)
         agent = self._config.agent
         return await self._server.start(agent.host, agent.port)
@@ -103,6 +108,10 @@ class Agent:
         if self._server is not None:
             await self._server.drain(timeout_s)
             self._server = None
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+            self._watching = None
         if self._client is not None:
             await self._client.close()
             self._client = None
@@ -119,7 +128,7 @@ class Agent:
             servers=[
                 ServerReport(
                     name=server.name,
-                    role=server.role,
+                    role=self._roles.of(server.name),
                     state=str(State.STOPPING if self.draining else self._servers[server.name].state),
                     path=_PREFIX + server.name,
                     bootstrap_host=self._config.transport.advertise_host or _reachable(server.host),
@@ -135,7 +144,7 @@ class Agent:
         site = self._config.site.name
         lines = ["# HELP prfaas_server_state Whether a server is in a state.", "# TYPE prfaas_server_state gauge"]
         for server in self._servers.values():
-            labels = f'site="{site}",server="{server.name}",role="{server.command.role}"'
+            labels = f'site="{site}",server="{server.name}",role="{self._roles.of(server.name)}"'
             lines += [
                 f'prfaas_server_state{{{labels},state="{state}"}} {int(server.state is state)}' for state in State
             ]

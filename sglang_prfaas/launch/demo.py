@@ -117,15 +117,20 @@ def run(args: argparse.Namespace) -> int:
             rows = _all_requests(cluster, args.output_tokens)
         except Exception as error:
             raise LaunchError(f"{error}\n{cluster.tails()}") from error
-        _print_table(rows)
-        equal = sum(row.equal for row in rows)
-        print(f"{equal} of {len(rows)} equal", flush=True)
         if args.json is not None:
             _write_json(args.json, args.model, rows)
-        _say(f"done after {time.monotonic() - started:.0f} s")
+        _say(f"all requests answered after {time.monotonic() - started:.0f} s")
         if args.keep:
+            _print_result(rows)
             _keep(cluster)
-    return 0 if equal == len(rows) else 1
+    if not args.keep:
+        _print_result(rows)
+    return 0 if all(row.equal for row in rows) else 1
+
+
+def _print_result(rows: list[Row]) -> None:
+    _print_table(rows)
+    print(f"{sum(row.equal for row in rows)} of {len(rows)} equal", flush=True)
 
 
 def _all_requests(cluster: LocalCluster, output_tokens: int) -> list[Row]:
@@ -170,7 +175,7 @@ def _row(cluster: LocalCluster, case: Case, answer: Answer, reference: Answer) -
     moved = received.bytes if received else 0
     return Row(
         request=case.name,
-        prompt_tokens=int(answer.routing["input-tokens"]),
+        prompt_tokens=answer.prompt_tokens,
         output_tokens=len(answer.token_ids),
         route=answer.routing["route"],
         prefill=answer.routing["prefill"],

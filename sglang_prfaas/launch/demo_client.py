@@ -22,6 +22,7 @@ class Answer(Struct, kw_only=True):
     status: int
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    prompt_tokens: int = 0
     first_token_s: float = 0.0
     total_s: float = 0.0
     routing: dict[str, str] = field(default_factory=dict)
@@ -48,6 +49,7 @@ def complete(
         "max_tokens": max_tokens,
         "temperature": 0,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "ignore_eos": True,
         **options,
     }
@@ -87,6 +89,8 @@ def complete(
 
 
 def _take(answer: Answer, event: dict[str, Any], chat: bool, elapsed_s: float) -> None:
+    if usage := event.get("usage"):
+        answer.prompt_tokens = int(usage["prompt_tokens"])
     if chat and (ids := (event.get("sglext") or {}).get("output_ids")):
         answer.token_ids = list(ids[0])
     for choice in event.get("choices", ()):

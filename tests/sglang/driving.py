@@ -124,6 +124,10 @@ class Driver:
 
         wait_for(f"{', '.join(names)} idle", idle)
 
+    def wait_empty(self, name: str) -> None:
+        """Wait until a server holds no KVCache, not even that of a health check."""
+        wait_for(f"{name} without KVCache", lambda: self.loads(name)["num_used_tokens"] == 0)
+
     def switch_role(self, name: str, role: str) -> None:
         """`/pd_role_switch`, again while a health check keeps the server busy."""
 

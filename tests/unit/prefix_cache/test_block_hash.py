@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_prfaas.prefix_cache.block_hash import SHARED, Namespace, PromptHashes
@@ -48,6 +48,7 @@ def test_only_whole_blocks() -> None:
     assert PromptHashes([], 8).all.tolist() == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=60), st.integers(1, 9), st.lists(st.integers(0, 70), max_size=4))
 def test_in_steps_as_at_once(tokens: list[int], block_tokens: int, steps: list[int]) -> None:
     whole = PromptHashes(tokens, block_tokens, SALTED).all
@@ -57,6 +58,7 @@ def test_in_steps_as_at_once(tokens: list[int], block_tokens: int, steps: list[i
     assert np.array_equal(stepwise.all, whole)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20))
 def test_a_hash_stands_for_the_whole_prefix(one: list[int], two: list[int]) -> None:
     for end, (a, b) in enumerate(zip(PromptHashes(one, 2).all, PromptHashes(two, 2).all, strict=False), start=1):

@@ -58,6 +58,8 @@ _ARGS = (
     "--attention-backend",
     "torch_native",
     "--disable-overlap-schedule",
+    # Several servers share a few cores here: an idle scheduler must not spin.
+    "--sleep-on-idle",
     "--mem-fraction-static",
     "0.1",
     "--max-total-tokens",

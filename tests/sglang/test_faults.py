@@ -13,7 +13,7 @@ pytestmark = pytest.mark.sglang
 
 def test_prefill_killed_in_mid_transfer(cluster: Driver) -> None:
     cluster.wait_idle(REMOTE, DECODE)
-    prompt = words("prefill dies", 1800)
+    prompt = words("prefill dies", 3500)
     offset = cluster.log_size(REMOTE)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(cluster.ask, prompt)
@@ -40,7 +40,7 @@ def test_decode_killed_in_mid_transfer(cluster: Driver) -> None:
     cluster.wait_idle(REMOTE, DECODE)
     offset = cluster.log_size(REMOTE)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(cluster.ask, words("decode dies", 1800))
+        asked = pool.submit(cluster.ask, words("decode dies", 3500))
         wait_for("the third prefill chunk", lambda: cluster.prefill_batches_since(REMOTE, offset) >= 3)
         cluster.cluster.sites[PD].kill(DECODE)
         answer = asked.result()

@@ -35,14 +35,12 @@ WAN_PATHS: Mapping[str, frozenset[str]] = {
     "GET": frozenset(
         (
             "/get_model_info",
-            "/get_server_info",
             "/health",
             "/health_generate",
             "/metrics",
             "/model_info",
             "/ping",
             "/ready",
-            "/server_info",
             "/v1/loads",
             "/v1/models",
         )

@@ -87,7 +87,7 @@ def test_bytes_are_relayed_as_they_are(make_site: MakeSite, fake_python: str) ->
         ("POST", "/generate", 200),
         ("POST", "/v1/chat/completions", 200),
         ("GET", "/health", 200),
-        ("GET", "/server_info", 200),
+        ("GET", "/server_info", 403),
         ("GET", "/v1/models?x=1", 200),
         ("POST", "/flush_cache", 403),
         ("GET", "/flush_cache", 403),

@@ -91,9 +91,9 @@ def _others(servers: list[ServerView], avoid: frozenset[ServerKey]) -> list[Serv
 
 
 def _least_loaded(servers: list[ServerView], *, by_tokens: bool) -> ServerView:
-    """Prefill is loaded by the tokens it has in work, decode by its requests."""
+    """Prefill is loaded by the time and the tokens that it has in work, decode by its requests."""
     if len(servers) == 1:
         return servers[0]
     if by_tokens:
-        return min(servers, key=lambda s: (s.inflight_tokens, s.inflight_requests, s.served, s.site, s.name))
+        return min(servers, key=lambda s: (s.wait_s, s.inflight_tokens, s.inflight_requests, s.served, s.site, s.name))
     return min(servers, key=lambda s: (s.inflight_requests, s.served, s.site, s.name))

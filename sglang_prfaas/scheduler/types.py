@@ -36,6 +36,7 @@ class ServerView(Struct, eq=False):
     inflight_requests: int = 0
     inflight_tokens: int = 0  # uncached prompt tokens that prefill has in work
     served: int = 0  # requests sent so far: breaks ties, so that equal servers take turns
+    wait_s: float = 0.0  # seconds until prefill has worked off its queue, where whoever watches knows its speed
 
     @property
     def key(self) -> tuple[str, str]:

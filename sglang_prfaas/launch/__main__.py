@@ -1,4 +1,4 @@
-"""`python -m sglang_prfaas.launch`: start sites and routers, check their configurations, run the demo.
+"""`python -m sglang_prfaas.launch`: start sites and routers, check their configurations, plan, run the demo.
 
 Exit status: 0 done, or stopped on request; 1 something could not be started or was given up; 2 the configuration or the
 command line is wrong.
@@ -19,6 +19,8 @@ COMMANDS = {
     "router": "start a router",
     "check": "check configuration files and print what would run",
     "schema": "print the JSON Schema of the configuration files",
+    "plan": "find the best threshold and roles for a fleet, and what they give",
+    "simulate": "compare policies on a virtual clock",
     "demo": "two datacenters on this machine, compared with a single server",
 }
 """Subcommands; each is a module of this package with `add_arguments(parser)` and `run(args) -> int`."""

@@ -110,7 +110,7 @@ class ThresholdController:
         self._solved_for: tuple[float, float, float] = (0.0, 0.0, 0.0)
         self._t_balanced, self._busy_s, self._rate = float(start_t_tokens), 0.0, 0.0
         self._grid = np.geomspace(16.0, 2.0**20, 256)
-        self._gain = np.maximum.accumulate(self._local.over(self._grid) - self._prfaas.over(self._grid))
+        self._gain = self._grid
         self._choice = ThresholdChoice(start_t_tokens, float(start_t_tokens), 0.0, "start")
 
     def observe(self, now_s: float, local_tokens: int, prfaas_tokens: int) -> None:
@@ -124,7 +124,7 @@ class ThresholdController:
         higher by the length that makes up for it.
         """
         resources = (state.prfaas.servers, state.local.servers, state.link_gbps)
-        if resources != self._solved_for or state.now_s - self._solved_at_s >= self._solve_interval_s:
+        if state.now_s - self._solved_at_s >= self._solve_interval_s or self._differs(resources):
             self._solve(state, resources)
         if state.prfaas.servers <= 0 or state.link_gbps <= 0:
             what = "no PrfaaS server is alive" if state.prfaas.servers <= 0 else "the link is down"
@@ -132,14 +132,12 @@ class ThresholdController:
         if state.local.servers <= 0:
             return self._settle(0.0, 1.0, "no local prefill server is alive")
         rho = min(1.0, self._rate * self._busy_s)
-        bytes_per_s = gbps_to_bytes_per_s(state.link_gbps)
-        far_s = max(state.prfaas.wait_s, state.link_backlog_bytes / bytes_per_s)
-        exposed_s = self._kv.state_bytes / bytes_per_s
-        price = rho * max(0.0, self._gain_at(self._t_balanced) - exposed_s)
+        far_s = max(state.prfaas.wait_s, state.link_backlog_bytes / gbps_to_bytes_per_s(state.link_gbps))
+        price = rho * max(0.0, self._gain_at(self._t_balanced))
         again_s = self._prfaas.at(float(prfaas_tokens)) - self._prfaas.at(float(local_tokens))
         near_s = state.local.wait_s
         damping = 1 + self._damping_per_s * min(far_s, near_s)
-        needed = price + exposed_s + again_s + (far_s - self._local_weight * near_s) / damping
+        needed = price + again_s + (far_s - self._local_weight * near_s) / damping
         reason = (
             f"t* {self._t_balanced:.0f}, rho {rho:.2f}, wait {far_s:.2f} s PrfaaS, {state.local.wait_s:.2f} s local"
         )
@@ -147,6 +145,8 @@ class ThresholdController:
 
     def _solve(self, state: LiveState, resources: tuple[float, float, float]) -> None:
         self._solved_at_s, self._solved_for = state.now_s, resources
+        if state.link_gbps > 0:
+            self._gain = self._gains(state.link_gbps)
         if len(self._sample) < self._min_sample:
             return
         sample = np.array(self._sample)
@@ -159,11 +159,22 @@ class ThresholdController:
         span_s = state.now_s - self._sample[0][0]
         self._rate = len(self._sample) / span_s if span_s > 0 else 0.0
 
+    def _differs(self, resources: tuple[float, float, float]) -> bool:
+        """Whether servers or link are more than a twentieth away from what t* was solved for."""
+        return any(abs(new - old) > 0.05 * old for new, old in zip(resources, self._solved_for, strict=True))
+
+    def _gains(self, link_gbps: float) -> Floats:
+        """D over the grid of lengths: KV that the link cannot carry during prefill is exposed, and the state always."""
+        bytes_per_s = gbps_to_bytes_per_s(link_gbps)
+        sending_s = (self._kv.sizes_bytes(self._grid) - self._kv.state_bytes) / bytes_per_s
+        far_s = np.maximum(self._prfaas.over(self._grid), sending_s) + self._kv.state_bytes / bytes_per_s
+        return np.asarray(np.maximum.accumulate(self._local.over(self._grid) - far_s), dtype=np.float64)
+
     def _gain_at(self, tokens: float) -> float:
         return float(np.interp(tokens, self._grid, self._gain))
 
     def _length_of_gain(self, gain_s: float) -> float:
-        """The shortest length that offloading gains this much, before transfer."""
+        """The shortest length that offloading gains this much."""
         if gain_s <= self._gain[0]:
             return 0.0
         if gain_s > self._gain[-1]:

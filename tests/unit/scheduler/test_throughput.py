@@ -31,15 +31,6 @@ def test_curve_of_h200_is_the_least_squares_fit_of_table_5() -> None:
     assert c == pytest.approx(9.936e-11, rel=1e-3)
 
 
-def test_curve_of_h200_is_the_least_squares_fit_of_table_5() -> None:
-    a, b, c = paper.PAPER_PROFILE.prefill["H200"].time_s.coefficients
-    assert (a, b, c) == (
-        pytest.approx(0.3891, abs=1e-4),
-        pytest.approx(4.2055e-5, rel=1e-4),
-        pytest.approx(9.936e-11, rel=1e-3),
-    )
-
-
 def test_curve_of_h20_passes_its_anchors() -> None:
     curve = paper.PAPER_PROFILE.prefill["H20"].time_s
     for tokens, seconds in paper.H20_ANCHORS:

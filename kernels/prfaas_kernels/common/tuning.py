@@ -1,0 +1,43 @@
+"""Launch settings per GPU and Triton version. A table, never tuned online: kernels write the state pool in place.
+
+``kernels/bench`` measures candidates on copies and prints entries for :data:`TABLE`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Settings(NamedTuple):
+    """``prep_block``: key channels per step of prep; ``*_warps``: warps per program; ``scan_block``: value columns per
+    program of the scan; ``scan_stages``: depth of its software pipeline.
+    """
+
+    prep_block: int = 64
+    prep_warps: int = 8
+    solve_block: int = 64
+    solve_warps: int = 4
+    scan_block: int = 32
+    scan_warps: int = 4
+    scan_stages: int = 2
+
+
+DEFAULT = Settings()
+
+#: (name of the GPU, Triton's major.minor) -> settings. Empty until measured: see kernels/README.md.
+TABLE: dict[tuple[str, str], Settings] = {}
+
+
+@functools.cache
+def _lookup(gpu: str, version: str) -> Settings:
+    return TABLE.get((gpu, version), DEFAULT)
+
+
+def settings_for(device: torch.device) -> Settings:
+    """The table's entry for ``device``, else :data:`DEFAULT`."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return _lookup(gpu, ".".join(triton.__version__.split(".")[:2]))

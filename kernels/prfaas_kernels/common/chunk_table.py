@@ -63,3 +63,8 @@ def build_chunk_table(cu_seqlens: torch.Tensor, total_tokens: int) -> ChunkTable
     block = triton.next_power_of_2(max(sequences, 1))
     chunk_table_kernel[(sequences + 1,)](cu_seqlens, chunks, first, sequences, bound, C=CHUNK, BLOCK=block, ROWS=128)
     return ChunkTable(chunks, first, bound, cu_seqlens)
+
+
+def real_chunks(cu_seqlens: torch.Tensor) -> int:
+    """Chunks in use. Waits for the device."""
+    return int(((cu_seqlens.diff() + CHUNK - 1) // CHUNK).sum())

@@ -9,6 +9,7 @@ import torch
 from prfaas_kernels.common.chunk_table import CHUNK, ChunkTable
 from prfaas_kernels.common.delta_solve import delta_solve_kernel
 from prfaas_kernels.common.precision import Precision
+from prfaas_kernels.common.scalar_prep import scalar_prep_kernel
 from prfaas_kernels.common.state_scan import state_scan_kernel
 from prfaas_kernels.common.tuning import Settings
 
@@ -30,7 +31,8 @@ class Workspace(NamedTuple):
 
 class StateIo(NamedTuple):
     """``pool`` ``[slots, H, V, K]`` by ``slots`` ``[N]``; ``warm`` ``[N]`` or None; ``key_dim`` and ``value_dim``: which
-    dimension of ``pool`` is which. ``track_state`` ``[N, H, V, K]`` with ``track_index`` ``[N]``, or None.
+    dimension of ``pool`` and ``track_state`` is which. Where ``track_index[n]`` ``[N]`` names a chunk, the state at its start
+    goes to row ``n`` of ``track_state``, or to row ``track_slots[n]``.
     """
 
     pool: torch.Tensor
@@ -42,6 +44,7 @@ class StateIo(NamedTuple):
     chunk_states: torch.Tensor | None = None
     track_state: torch.Tensor | None = None
     track_index: torch.Tensor | None = None
+    track_slots: torch.Tensor | None = None
 
 
 def make_workspace(
@@ -61,6 +64,62 @@ def make_workspace(
         scores=tiles(CHUNK, CHUNK),
         lower=tiles(CHUNK, CHUNK, dtype=torch.float32) if delta_rule else None,
         decay=tiles(width, dtype=torch.float32),
+    )
+
+
+def run_scalar_prep(
+    work: Workspace,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor | None,
+    table: ChunkTable,
+    precision: Precision,
+    settings: Settings,
+    *,
+    heads: int,
+    scale: float,
+    l2norm: bool,
+) -> None:
+    """``q``, ``k`` ``[T, Hk, K]``, ``beta`` ``[T, HV]`` or None (no delta rule), ``g`` ``[T, HV]`` log decay or ``[HV]``
+    slopes: fills all of ``work`` but ``u``.
+    """
+    if table.bound == 0:
+        return
+    fixed = g.dim() == 1
+    scalar_prep_kernel[(table.bound, heads)](
+        q,
+        k,
+        g,
+        beta,
+        table.chunks,
+        table.cu_seqlens,
+        work.qg,
+        work.kg,
+        work.w,
+        work.scores,
+        work.lower,
+        work.decay,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        0 if fixed else g.stride(0),
+        0 if fixed else g.stride(1),
+        0 if beta is None else beta.stride(0),
+        0 if beta is None else beta.stride(1),
+        heads,
+        scale,
+        GROUP=heads // q.shape[1],
+        K=q.shape[2],
+        C=CHUNK,
+        BK=min(settings.prep_block, q.shape[2]),
+        DELTA=beta is not None,
+        FIXED=fixed,
+        L2NORM=l2norm,
+        DOT=precision.dot,
+        PREC=precision.prec,
+        num_warps=settings.prep_warps,
     )
 
 
@@ -117,7 +176,9 @@ def run_scan(
     sequences = table.cu_seqlens.shape[0] - 1
     block = min(settings.scan_block, value_width)
     pool, track = state.pool, state.track_state
-    track_strides = (0, 0, 0, 0) if track is None else (track.stride(0), track.stride(1), track.stride(3), track.stride(2))
+    track_strides = (0, 0, 0, 0)
+    if track is not None:
+        track_strides = (*track.stride()[:2], track.stride(state.key_dim), track.stride(state.value_dim))
     state_scan_kernel[(value_width // block, sequences * heads)](
         work.qg,
         work.kg,
@@ -134,6 +195,7 @@ def run_scan(
         state.chunk_states,
         track,
         state.track_index,
+        state.track_slots,
         v.stride(0),
         v.stride(1),
         out.stride(0),
@@ -153,6 +215,7 @@ def run_scan(
         STORE_STATE=state.store,
         KEEP_STARTS=state.chunk_states is not None,
         TRACK=track is not None,
+        TRACK_SLOTS=state.track_slots is not None,
         DOT=precision.dot,
         PREC=precision.prec,
         STAGES=settings.scan_stages,

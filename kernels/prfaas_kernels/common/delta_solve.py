@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prfaas_kernels.common.operand import narrow, operand
+
 
 @triton.jit
 def _merge(inverse, lower, C: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr):
@@ -59,9 +61,7 @@ def delta_solve_kernel(
 
     blk = tl.arange(0, C // 16)
     small = tl.arange(0, 16)
-    inverse = tl.zeros([C // 16, 16, 16], tl.float32) + tl.where(
-        small[None, :, None] == small[None, None, :], 1.0, 0.0
-    )
+    inverse = tl.zeros([C // 16, 16, 16], tl.float32) + tl.where(small[None, :, None] == small[None, None, :], 1.0, 0.0)
     corner = lower + (blk[:, None] * 16) * C + blk[:, None] * 16 + small[None, :]
     for i in range(1, 16):
         weights = -tl.load(corner + i * C)
@@ -80,15 +80,15 @@ def delta_solve_kernel(
     rate = tl.load(beta + token.to(tl.int64) * beta_t + head * beta_h, mask=live, other=0.0).to(tl.float32)
     if RAW_BETA:
         rate = 1.0 / (1.0 + tl.exp(-rate))
-    full = (full * rate[None, :]).to(DOT)
+    full = operand(full * rate[None, :], DOT)
 
     part = tl.arange(0, BLOCK)
     for at in range(0, K, BLOCK):
         place = w + tile * K + ids[:, None] * K + at + part[None, :]
-        keys = tl.load(place).to(DOT)
-        tl.store(place, tl.dot(full, keys, input_precision=PREC).to(w.dtype.element_ty))
+        keys = operand(tl.load(place), DOT)
+        tl.store(place, narrow(tl.dot(full, keys, input_precision=PREC), w.dtype.element_ty, DOT))
     for at in range(0, V, BLOCK):
         place = v + token.to(tl.int64)[:, None] * v_t + head * v_h + at + part[None, :]
-        values = tl.load(place, mask=live[:, None], other=0.0).to(DOT)
+        values = operand(tl.load(place, mask=live[:, None], other=0.0), DOT)
         out = u + tile * V + ids[:, None] * V + at + part[None, :]
-        tl.store(out, tl.dot(full, values, input_precision=PREC).to(u.dtype.element_ty))
+        tl.store(out, narrow(tl.dot(full, values, input_precision=PREC), u.dtype.element_ty, DOT))

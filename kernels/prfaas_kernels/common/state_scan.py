@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prfaas_kernels.common.operand import narrow, operand
+
 
 @triton.jit
 def state_scan_kernel(
@@ -30,6 +32,7 @@ def state_scan_kernel(
     chunk_states,
     track_state,
     track_index,
+    track_slots,
     u_t,
     u_h,
     o_t,
@@ -52,6 +55,7 @@ def state_scan_kernel(
     STORE_STATE: tl.constexpr,
     KEEP_STARTS: tl.constexpr,
     TRACK: tl.constexpr,
+    TRACK_SLOTS: tl.constexpr,
     DOT: tl.constexpr,
     PREC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -61,7 +65,7 @@ def state_scan_kernel(
     ``qg``, ``kg``, ``w`` ``[.., C, K]``, ``u`` ``[.., C, V]`` (without W: v itself, ``[T, H, V]`` strided), ``scores``
     ``[.., C, C]``, ``decay`` ``[chunks, H, K]``; ``pool`` ``[slots, H, ., .]`` by strides, read and written where
     ``slots[n] >= 0``; ``o`` ``[T, H, V]``. ``chunk_states`` ``[chunks, H, V, K]`` receives S at each chunk's start,
-    ``track_state`` S at the start of chunk ``track_index[n]``.
+    ``track_state`` (row n, or ``track_slots[n]``) S at the start of chunk ``track_index[n]``.
     """
     n = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -82,6 +86,10 @@ def state_scan_kernel(
         state = tl.load(home).to(tl.float32)
     if TRACK:
         tracked = tl.load(track_index + n).to(tl.int32)
+        target = n.to(tl.int64)
+        if TRACK_SLOTS:
+            target = tl.load(track_slots + n).to(tl.int64)
+        spot = target * track_s + head * track_h + key[:, None] * track_k + value[None, :] * track_v
 
     tile = tl.load(first + n).to(tl.int64) * heads + head
     for i in tl.range(0, count, num_stages=STAGES):
@@ -94,23 +102,22 @@ def state_scan_kernel(
             tl.store(chunk_states + at * (V * K) + value[None, :] * K + key[:, None], state)
         if TRACK:
             if i == tracked:
-                spot = n.to(tl.int64) * track_s + head * track_h + key[:, None] * track_k + value[None, :] * track_v
-                tl.store(track_state + spot, state.to(track_state.dtype.element_ty))
-        rounded = state.to(DOT)
+                tl.store(track_state + spot, narrow(state, track_state.dtype.element_ty, DOT))
+        rounded = operand(state, DOT)
         if HAS_W:
             fresh = tl.load(u + at * (C * V) + row[:, None] * V + value[None, :]).to(tl.float32)
-            fresh -= tl.dot(tl.load(w + wide).to(DOT), rounded, input_precision=PREC)
+            fresh -= tl.dot(operand(tl.load(w + wide), DOT), rounded, input_precision=PREC)
         else:
             fresh = tl.load(u + token * u_t + head * u_h + value[None, :], mask=live, other=0.0).to(tl.float32)
-        fresh = fresh.to(DOT)
-        pairs = tl.load(scores + at * (C * C) + row[:, None] * C + tl.arange(0, C)[None, :]).to(DOT)
-        out = tl.dot(tl.load(qg + wide).to(DOT), rounded, input_precision=PREC)
+        fresh = operand(fresh, DOT)
+        pairs = operand(tl.load(scores + at * (C * C) + row[:, None] * C + tl.arange(0, C)[None, :]), DOT)
+        out = tl.dot(operand(tl.load(qg + wide), DOT), rounded, input_precision=PREC)
         out = tl.dot(pairs, fresh, acc=out, input_precision=PREC)
-        tl.store(o + token * o_t + head * o_h + value[None, :], out.to(o.dtype.element_ty), mask=live)
+        tl.store(o + token * o_t + head * o_h + value[None, :], narrow(out, o.dtype.element_ty, DOT), mask=live)
         state *= tl.load(decay + at * K + key)[:, None]
-        keys = tl.load(kg + wide).to(DOT)
+        keys = operand(tl.load(kg + wide), DOT)
         state = tl.dot(tl.trans(keys), fresh, acc=state, input_precision=PREC)
 
     if STORE_STATE:
         if slot >= 0:
-            tl.store(home, state.to(pool.dtype.element_ty))
+            tl.store(home, narrow(state, pool.dtype.element_ty, DOT))

@@ -1,19 +1,16 @@
-"""KDA chunkwise in Triton: prep, triangular solve, scan with the output fused. Three launches and a chunk table."""
+"""KDA chunkwise in Triton: prep, triangular solve, scan with the output fused. Four launches and a chunk table."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from prfaas_kernels.common.chunk_table import CHUNK, build_chunk_table
+from prfaas_kernels.common.chunk_table import CHUNK, build_chunk_table, real_chunks
 from prfaas_kernels.common.delta_chunks import StateIo, Workspace, make_workspace, run_scan, run_solve
 from prfaas_kernels.common.precision import precision_of
 from prfaas_kernels.common.tuning import Settings, settings_for
 from prfaas_kernels.kda.prep import GATE_LOG_DECAY, GATE_SIGMOID, GATE_SOFTPLUS, kda_prep_kernel
-
-
-def real_chunks(cu_seqlens: torch.Tensor) -> int:
-    """Chunks in use. Waits for the device."""
-    return int(((cu_seqlens.diff() + CHUNK - 1) // CHUNK).sum())
 
 
 def chunk_kda(
@@ -55,7 +52,9 @@ def chunk_kda(
     work = make_workspace(table, heads, width, value_width, precision) if workspace is None else workspace
     gate = GATE_LOG_DECAY if a_log is None else GATE_SOFTPLUS if lower_bound is None else GATE_SIGMOID
     if table.bound > 0:
-        kda_prep_kernel[(table.bound, heads)](
+        strong = torch.empty(table.bound, heads, dtype=torch.int32, device=v.device)
+        launch = functools.partial(
+            kda_prep_kernel[(table.bound, heads)],
             q,
             k,
             g,
@@ -70,6 +69,7 @@ def chunk_kda(
             work.scores,
             work.lower,
             work.decay,
+            strong,
             q.stride(0),
             q.stride(1),
             k.stride(0),
@@ -94,6 +94,8 @@ def chunk_kda(
             PREC=precision.prec,
             num_warps=settings.prep_warps,
         )
+        launch(STRONG=False, maxnreg=settings.prep_max_registers)
+        launch(STRONG=True)
     run_solve(work, v, beta, table, precision, settings, raw_beta=beta_is_raw)
     starts = None
     if return_chunk_states:

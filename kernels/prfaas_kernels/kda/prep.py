@@ -5,17 +5,20 @@ G is the cumulative log2 decay inside the chunk, per key channel. Written per ch
     Qg = scale q 2^G     Kg = k 2^(G_end - G)     Ke = k 2^G     decay = 2^G_end
     A  = tril(scale sum q_i k_j 2^(G_i - G_j))    L = strict_tril(beta_i sum k_i k_j 2^(G_i - G_j))
 
-Decay between two tokens is never formed from a clamped or overflowing exponent. Where every channel of a slice decays
-by less than SPAN powers of two over the chunk, one product with both factors rescaled at mid-chunk is exact. Otherwise
-pairs are split at block boundaries, halving blocks (64, 32, ... 2) until a block's decay fits, and each block's
-factors are rescaled at its own middle: all exponents kept are <= 0 or within SPAN. G is then held in float64, so a
-spike does not spoil the small differences behind it.
+Decay between two tokens is never formed from a clamped or overflowing exponent. Where every channel decays by less
+than SPAN powers of two over the chunk, one product with both factors rescaled at mid-chunk is exact. The launch with
+STRONG = False does that, and marks the other (chunk, head) pairs in ``strong``; the launch with STRONG = True does those
+again and leaves at once elsewhere. There, pairs are split at block boundaries, halving blocks (64, 32, ... 2) until a
+block's decay fits; each block's factors are rescaled at its own middle, so the exponents kept are <= 0 or within
+SPAN. G is then held in float64, so that a spike does not spoil the small differences behind it.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from prfaas_kernels.common.operand import narrow, operand
 
 GATE_LOG_DECAY = 0
 GATE_SOFTPLUS = 1
@@ -63,11 +66,11 @@ def _block_scores(
         down = 1 - late + fits > 0
         rise = tl.where(up, tl.exp2(tl.where(up, shift, 0.0)), 0.0)
         fall = tl.where(down, tl.exp2(tl.where(down, -shift, 0.0)), 0.0)
-        keys = tl.trans((k * fall).to(DOT))
+        keys = tl.trans(operand(k * fall, DOT))
         block = row // (2 * HALF)
         pair = (block[:, None] == block[None, :]) & (row[:, None] >= row[None, :])
-        scores += tl.where(pair, tl.dot((q * rise).to(DOT), keys, input_precision=PREC), 0.0)
-        lower += tl.where(pair, tl.dot((k * rise).to(DOT), keys, input_precision=PREC), 0.0)
+        scores += tl.where(pair, tl.dot(operand(q * rise, DOT), keys, input_precision=PREC), 0.0)
+        lower += tl.where(pair, tl.dot(operand(k * rise, DOT), keys, input_precision=PREC), 0.0)
         todo = 1 - fits
     return scores, lower, todo
 
@@ -115,6 +118,7 @@ def kda_prep_kernel(
     scores_out,
     lower_out,
     decay,
+    strong,
     q_t,
     q_h,
     k_t,
@@ -134,6 +138,7 @@ def kda_prep_kernel(
     HAS_BIAS: tl.constexpr,
     RAW_BETA: tl.constexpr,
     L2NORM: tl.constexpr,
+    STRONG: tl.constexpr,
     SPAN: tl.constexpr,
     DOT: tl.constexpr,
     PREC: tl.constexpr,
@@ -147,6 +152,9 @@ def kda_prep_kernel(
     n = tl.load(table + 2 * chunk)
     if n < 0:
         return
+    if STRONG:
+        if tl.load(strong + chunk * heads + head) == 0:
+            return
     begin = tl.load(cu_seqlens + n).to(tl.int32) + tl.load(table + 2 * chunk + 1) * C
     end = tl.load(cu_seqlens + n + 1).to(tl.int32)
     row = tl.arange(0, C)
@@ -177,7 +185,7 @@ def kda_prep_kernel(
     if GATE > 0:
         rate = tl.exp(tl.load(a_log + head).to(tl.float32))
 
-    causal = row[:, None] >= row[None, :]
+    least = tl.zeros([BK], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
     lower = tl.zeros([C, C], tl.float32)
     for at in range(0, K, BK):
@@ -188,32 +196,34 @@ def kda_prep_kernel(
         queries = tl.load(q_rows + at, mask=mask, other=0.0).to(tl.float32) * q_scale[:, None]
         keys = tl.load(k_rows + at, mask=mask, other=0.0).to(tl.float32) * k_scale[:, None]
         last = tl.sum(x, axis=0)
-        if tl.min(last, 0) >= -SPAN:
+        if STRONG:
+            total = tl.cumsum(x.to(tl.float64), axis=0)
+            bottom = tl.sum(tl.where(row[:, None] == C - 1, total, 0.0), axis=0)
+            kept = tl.exp2(total.to(tl.float32))
+            rest = tl.exp2((bottom[None, :] - total).to(tl.float32))
+            scores, lower = _split_scores(scores, lower, queries, keys, total, C, BK, SPAN, DOT, PREC)
+        else:
+            least = tl.minimum(least, last)
             total = tl.cumsum(x, axis=0)
             pivot = tl.sum(tl.where(row[:, None] == C // 2 - 1, total, 0.0), axis=0)
             kept = tl.exp2(total)
             rest = tl.exp2(last[None, :] - total)
-            tail = tl.trans((keys * rest * tl.exp2(pivot - last)[None, :]).to(DOT))
+            tail = tl.trans(operand(keys * (rest * tl.exp2(pivot - last)[None, :]), DOT))
             lift = kept * tl.exp2(-pivot)[None, :]
-            pairs = tl.dot((queries * lift).to(DOT), tail, input_precision=PREC)
-            scores += tl.where(causal, pairs, 0.0)
-            pairs = tl.dot((keys * lift).to(DOT), tail, input_precision=PREC)
-            lower += tl.where(causal, pairs, 0.0)
-        else:
-            exact = tl.cumsum(x.to(tl.float64), axis=0)
-            bottom = tl.sum(tl.where(row[:, None] == C - 1, exact, 0.0), axis=0)
-            kept = tl.exp2(exact.to(tl.float32))
-            rest = tl.exp2((bottom[None, :] - exact).to(tl.float32))
-            scores, lower = _split_scores(scores, lower, queries, keys, exact, C, BK, SPAN, DOT, PREC)
-        tl.store(qg + place + at, (queries * kept).to(qg.dtype.element_ty))
-        tl.store(ke + place + at, (keys * kept).to(ke.dtype.element_ty))
-        tl.store(kg + place + at, (keys * rest).to(kg.dtype.element_ty))
+            scores = tl.dot(operand(queries * lift, DOT), tail, acc=scores, input_precision=PREC)
+            lower = tl.dot(operand(keys * lift, DOT), tail, acc=lower, input_precision=PREC)
+        tl.store(qg + place + at, narrow(queries * kept, qg.dtype.element_ty, DOT))
+        tl.store(ke + place + at, narrow(keys * kept, ke.dtype.element_ty, DOT))
+        tl.store(kg + place + at, narrow(keys * rest, kg.dtype.element_ty, DOT))
         tl.store(decay + tile * K + at + part, tl.exp2(last))
 
+    if not STRONG:
+        tl.store(strong + chunk * heads + head, tl.where(tl.min(least, 0) >= -SPAN, 0, 1))
+        scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
     strength = tl.load(beta + token * beta_t + head * beta_h, mask=live, other=0.0).to(tl.float32)
     if RAW_BETA:
         strength = 1.0 / (1.0 + tl.exp(-strength))
     lower = tl.where(row[:, None] > row[None, :], lower * strength[:, None], 0.0)
     square = tile * (C * C) + row[:, None] * C + row[None, :]
-    tl.store(scores_out + square, scores.to(scores_out.dtype.element_ty))
+    tl.store(scores_out + square, narrow(scores, scores_out.dtype.element_ty, DOT))
     tl.store(lower_out + square, lower)

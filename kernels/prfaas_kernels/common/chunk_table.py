@@ -55,7 +55,7 @@ def chunk_table_kernel(
 
 
 def build_chunk_table(cu_seqlens: torch.Tensor, total_tokens: int) -> ChunkTable:
-    """``cu_seqlens`` ``[N+1]`` int32 or int64 on the device of the launch, rising from 0 to at most ``total_tokens``."""
+    """``cu_seqlens`` ``[N+1]`` int32 or int64 on the launch's device, rising from 0 to at most ``total_tokens``."""
     sequences = cu_seqlens.shape[0] - 1
     bound = -(-total_tokens // CHUNK) if sequences == 1 else total_tokens // CHUNK + sequences
     chunks = torch.empty(max(bound, 1), 2, dtype=torch.int32, device=cu_seqlens.device)

@@ -30,9 +30,10 @@ class Workspace(NamedTuple):
 
 
 class StateIo(NamedTuple):
-    """``pool`` ``[slots, H, V, K]`` by ``slots`` ``[N]``; ``warm`` ``[N]`` or None; ``key_dim`` and ``value_dim``: which
-    dimension of ``pool`` and ``track_state`` is which. Where ``track_index[n]`` ``[N]`` names a chunk, the state at its start
-    goes to row ``n`` of ``track_state``, or to row ``track_slots[n]``.
+    """``pool`` ``[slots, H, V, K]`` by ``slots`` ``[N]``; ``warm`` ``[N]`` or None.
+
+    ``key_dim`` and ``value_dim``: which dimension of ``pool`` and ``track_state`` is which. Where ``track_index[n]``
+    names a chunk, the state at its start goes to row ``n`` of ``track_state``, or to row ``track_slots[n]``.
     """
 
     pool: torch.Tensor
@@ -81,8 +82,8 @@ def run_scalar_prep(
     scale: float,
     l2norm: bool,
 ) -> None:
-    """``q``, ``k`` ``[T, Hk, K]``, ``beta`` ``[T, HV]`` or None (no delta rule), ``g`` ``[T, HV]`` log decay or ``[HV]``
-    slopes: fills all of ``work`` but ``u``.
+    """``q``, ``k`` ``[T, Hk, K]``, ``beta`` ``[T, HV]`` or None (no delta rule), ``g`` ``[T, HV]`` log decay or
+    ``[HV]`` slopes: fills all of ``work`` but ``u``.
     """
     if table.bound == 0:
         return
@@ -175,6 +176,8 @@ def run_scan(
     heads, value_width, width = v.shape[1], v.shape[2], work.qg.shape[3]
     sequences = table.cu_seqlens.shape[0] - 1
     block = min(settings.scan_block, value_width)
+    if sequences * heads == 0:
+        return
     pool, track = state.pool, state.track_state
     track_strides = (0, 0, 0, 0)
     if track is not None:

@@ -21,7 +21,7 @@ def _nearest_bf16(x):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr, DOT: tl.constexpr):
     """float32 ``x`` in DTYPE, to be stored."""
-    if DTYPE == tl.bfloat16 and DOT == "bf16_in_fp32":
+    if DOT == "bf16_in_fp32" and DTYPE == tl.bfloat16:  # noqa: SIM300
         x = _nearest_bf16(x)
     return x.to(DTYPE)
 

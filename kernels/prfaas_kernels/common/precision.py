@@ -12,8 +12,10 @@ FULL_SPAN = 64.0
 
 
 class Precision(NamedTuple):
-    """``store``: dtype of workspace tiles; ``dot``: how factors of dots are held (see ``operand``); ``prec``, ``merge_prec``: what ``tl.dot``
-    does with float32 operands; ``span``: the decay in powers of two that one rescaled product may cover.
+    """``store``: dtype of workspace tiles; ``dot``: how factors of dots are held (see ``operand``).
+
+    ``prec``, ``merge_prec``: what ``tl.dot`` does with float32 factors; ``span``: the decay in powers of two that one
+    rescaled product may cover.
     """
 
     store: torch.dtype

@@ -49,8 +49,10 @@ def scalar_prep_kernel(
     DOT: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Grid (chunks, HV). ``q``, ``k`` ``[T, HV // GROUP, K]``, ``beta`` ``[T, HV]`` activated; ``g`` ``[T, HV]`` log decay,
-    or with FIXED ``[HV]``: minus the log decay of every token. Without DELTA ``ke`` and ``lower_out`` are not written.
+    """Grid (chunks, HV). ``q``, ``k`` ``[T, HV // GROUP, K]``, ``beta`` ``[T, HV]`` activated.
+
+    ``g`` ``[T, HV]`` log decay, or with FIXED ``[HV]``: minus the log decay of every token. Without DELTA ``ke`` and
+    ``lower_out`` are not written.
     """
     chunk = tl.program_id(0)
     head = tl.program_id(1)

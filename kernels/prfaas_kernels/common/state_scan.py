@@ -100,7 +100,7 @@ def state_scan_kernel(
         token = (begin + token).to(tl.int64)[:, None]
         if KEEP_STARTS:
             tl.store(chunk_states + at * (V * K) + value[None, :] * K + key[:, None], state)
-        if TRACK:
+        if TRACK:  # noqa: SIM102
             if i == tracked:
                 tl.store(track_state + spot, narrow(state, track_state.dtype.element_ty, DOT))
         rounded = operand(state, DOT)
@@ -118,6 +118,6 @@ def state_scan_kernel(
         keys = operand(tl.load(kg + wide), DOT)
         state = tl.dot(tl.trans(keys), fresh, acc=state, input_precision=PREC)
 
-    if STORE_STATE:
+    if STORE_STATE:  # noqa: SIM102
         if slot >= 0:
             tl.store(home, narrow(state, pool.dtype.element_ty, DOT))

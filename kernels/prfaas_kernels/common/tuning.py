@@ -13,9 +13,9 @@ import triton
 
 
 class Settings(NamedTuple):
-    """``prep_block``: key channels per step of prep; ``*_warps``: warps per program;
-    ``prep_max_registers``: cap for the mild-gate prep, so that two programs fit a multiprocessor; ``scan_block``: value columns per
-    program of the scan; ``scan_stages``: depth of its software pipeline.
+    """``prep_block``: key channels per step of prep; ``*_warps``: warps per program; ``prep_max_registers``: cap for
+    KDA's mild-gate prep, so that two programs fit a multiprocessor; ``scan_block``: value columns per program of the
+    scan; ``scan_stages``: depth of its software pipeline.
     """
 
     prep_block: int = 32

@@ -7,9 +7,9 @@ G is the cumulative log2 decay inside the chunk, per key channel. Written per ch
 
 Decay between two tokens is never formed from a clamped or overflowing exponent. Where every channel decays by less
 than SPAN powers of two over the chunk, one product with both factors rescaled at mid-chunk is exact. The launch with
-STRONG = False does that, and marks the other (chunk, head) pairs in ``strong``; the launch with STRONG = True does those
-again and leaves at once elsewhere. There, pairs are split at block boundaries, halving blocks (64, 32, ... 2) until a
-block's decay fits; each block's factors are rescaled at its own middle, so the exponents kept are <= 0 or within
+STRONG = False does that, and marks the other (chunk, head) pairs in ``strong``; the launch with STRONG = True does
+those again and leaves at once elsewhere. There, pairs are split at block boundaries, halving blocks (64, 32, ... 2)
+until a block's decay fits; each block's factors are rescaled at its own middle, so the exponents kept are <= 0 or within
 SPAN. G is then held in float64, so that a spike does not spoil the small differences behind it.
 """
 
@@ -152,7 +152,7 @@ def kda_prep_kernel(
     n = tl.load(table + 2 * chunk)
     if n < 0:
         return
-    if STRONG:
+    if STRONG:  # noqa: SIM102  (a constexpr: the load must not be compiled otherwise)
         if tl.load(strong + chunk * heads + head) == 0:
             return
     begin = tl.load(cu_seqlens + n).to(tl.int32) + tl.load(table + 2 * chunk + 1) * C

@@ -121,6 +121,7 @@ def run_scalar_prep(
         DOT=precision.dot,
         PREC=precision.prec,
         num_warps=settings.prep_warps,
+        num_stages=settings.prep_stages,
     )
 
 
@@ -223,4 +224,5 @@ def run_scan(
         PREC=precision.prec,
         STAGES=settings.scan_stages,
         num_warps=settings.scan_warps,
+        num_stages=settings.scan_stages,
     )

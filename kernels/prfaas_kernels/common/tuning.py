@@ -13,13 +13,14 @@ import triton
 
 
 class Settings(NamedTuple):
-    """``prep_block``: key channels per step of prep; ``*_warps``: warps per program; ``prep_max_registers``: cap for
-    KDA's mild-gate prep, so that two programs fit a multiprocessor; ``scan_block``: value columns per program of the
-    scan; ``scan_stages``: depth of its software pipeline.
+    """``prep_block``: key channels per step of prep; ``*_warps``: warps per program;
+    ``*_stages``: depth of the software pipeline; ``prep_max_registers``: cap for
+    KDA's mild-gate prep, so that two programs fit a multiprocessor; ``scan_block``: value columns per program of the scan.
     """
 
     prep_block: int = 32
     prep_warps: int = 8
+    prep_stages: int = 2
     prep_max_registers: int = 128
     solve_block: int = 64
     solve_warps: int = 4

@@ -93,6 +93,7 @@ def chunk_kda(
             DOT=precision.dot,
             PREC=precision.prec,
             num_warps=settings.prep_warps,
+            num_stages=settings.prep_stages,
         )
         launch(STRONG=False, maxnreg=settings.prep_max_registers)
         launch(STRONG=True)

@@ -9,8 +9,8 @@ Decay between two tokens is never formed from a clamped or overflowing exponent.
 than SPAN powers of two over the chunk, one product with both factors rescaled at mid-chunk is exact. The launch with
 STRONG = False does that, and marks the other (chunk, head) pairs in ``strong``; the launch with STRONG = True does
 those again and leaves at once elsewhere. There, pairs are split at block boundaries, halving blocks (64, 32, ... 2)
-until a block's decay fits; each block's factors are rescaled at its own middle, so the exponents kept are <= 0 or within
-SPAN. G is then held in float64, so that a spike does not spoil the small differences behind it.
+until a block's decay fits; each block's factors are rescaled at its own middle, so the exponents kept are <= 0 or
+within SPAN. G is then held in float64, so that a spike does not spoil the small differences behind it.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ import triton
 
 
 class Settings(NamedTuple):
-    """``prep_block``: key channels per step of prep; ``*_warps``: warps per program;
-    ``*_stages``: depth of the software pipeline; ``prep_max_registers``: cap for
-    KDA's mild-gate prep, so that two programs fit a multiprocessor; ``scan_block``: value columns per program of the scan.
+    """``prep_block``: key channels per step of prep; ``scan_block``: value columns per program of the scan.
+
+    ``*_warps``: warps per program; ``*_stages``: depth of the software pipeline; ``prep_max_registers``: cap for KDA's
+    mild-gate prep, so that two programs fit a multiprocessor.
     """
 
     prep_block: int = 32

@@ -75,12 +75,9 @@ def quantise_rows_kernel(
     mask = at < WIDTH
     x = tl.load(place + group * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), 0)
-    scale = tl.where(largest > 0.0, largest / LARGEST, 1.0)
-    x = x / scale
-    if ROUND:
-        x = tl.floor(x + 0.5)
-    else:
-        x = _nearest_e4m3(x)
+    scale = tl.where(largest > 0.0, tl.div_rn(largest, LARGEST), 1.0)
+    x = tl.div_rn(x, scale)
+    x = tl.floor(x + 0.5) if ROUND else _nearest_e4m3(x)
     out = (pool * rows + row) * groups + group
     tl.store(packed + out * WIDTH + at, x.to(packed.dtype.element_ty), mask=mask)
     tl.store(scales + out, scale)

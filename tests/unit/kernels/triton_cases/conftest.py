@@ -1,14 +1,7 @@
-"""Inputs shared by the cases; on the GPU where there is one, else in the interpreter."""
-
-import os
+"""Inputs shared by the cases; on the GPU where there is one, else in the interpreter (TRITON_INTERPRET=1)."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(1)
-torch.backends.cuda.matmul.allow_tf32 = False
 
 #: Limits of relative L2 error against the float64 recurrence.
 FULL_LIMIT, HALF_LIMIT = 1e-5, 1e-2

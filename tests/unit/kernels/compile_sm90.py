@@ -1,0 +1,118 @@
+"""Compiles the kernels for sm_90 without a GPU; prints registers, spilled bytes and shared memory of each as JSON.
+
+Run with TRITON_INTERPRET=0. ``--write`` puts the figures of the installed Triton into ``sm90_table.json``.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from prfaas_kernels.common.delta_solve import delta_solve_kernel
+from prfaas_kernels.common.scalar_prep import scalar_prep_kernel
+from prfaas_kernels.common.state_scan import state_scan_kernel
+from prfaas_kernels.common.tuning import DEFAULT
+from prfaas_kernels.kda.prep import kda_prep_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TABLE = Path(__file__).with_name("sm90_table.json")
+VERSION = ".".join(triton.__version__.split(".")[:2])
+
+HALF, FULL, INDEX = "*bf16", "*fp32", "*i32"
+POINTERS = {
+    **dict.fromkeys(("q", "k", "g", "beta", "v", "qg", "kg", "ke", "w", "u", "scores", "scores_out", "o"), HALF),
+    **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool"), FULL),
+    **dict.fromkeys(("table", "cu_seqlens", "strong", "slots", "first"), INDEX),
+}
+NUMBERS = {"heads": "i32", "scale": "fp32", "lower_bound": "fp32"}
+STRIDE = re.compile(r".*_[thskv]$")
+SHAPE = {"K": 128, "V": 128, "C": 64, "GROUP": 1, "DOT": "bf16", "PREC": "tf32"}
+PREP = {"BK": DEFAULT.prep_block, "L2NORM": True}
+KDA = {**SHAPE, **PREP, "GATE": 1, "HAS_BIAS": True, "RAW_BETA": True, "SPAN": 112.0}
+SOLVE = {**SHAPE, "BLOCK": DEFAULT.solve_block, "RAW_BETA": True, "MERGE_PREC": "tf32"}
+SCAN = {
+    **SHAPE,
+    "BV": DEFAULT.scan_block,
+    "STAGES": DEFAULT.scan_stages,
+    "HAS_WARM": False,
+    "STORE_STATE": True,
+    "KEEP_STARTS": False,
+    "TRACK": False,
+    "TRACK_SLOTS": False,
+}
+PREP_OPTIONS = {"num_warps": DEFAULT.prep_warps, "num_stages": DEFAULT.prep_stages}
+SCAN_OPTIONS = {"num_warps": DEFAULT.scan_warps, "num_stages": DEFAULT.scan_stages}
+
+#: name -> (kernel, constexpr arguments, pointers that are None, launch options)
+KERNELS = {
+    "kda_prep_mild": (
+        kda_prep_kernel,
+        {**KDA, "STRONG": False},
+        (),
+        {**PREP_OPTIONS, "maxnreg": DEFAULT.prep_max_registers},
+    ),
+    "kda_prep_strong": (kda_prep_kernel, {**KDA, "STRONG": True}, (), PREP_OPTIONS),
+    "delta_solve": (delta_solve_kernel, SOLVE, (), {"num_warps": DEFAULT.solve_warps}),
+    "state_scan": (state_scan_kernel, {**SCAN, "HAS_W": True}, (), SCAN_OPTIONS),
+    "state_scan_lightning": (state_scan_kernel, {**SCAN, "HAS_W": False}, ("w",), SCAN_OPTIONS),
+    "gdn_prep": (scalar_prep_kernel, {**SHAPE, **PREP, "DELTA": True, "FIXED": False}, (), PREP_OPTIONS),
+    "lightning_prep": (
+        scalar_prep_kernel,
+        {**SHAPE, **PREP, "DELTA": False, "FIXED": True, "L2NORM": False},
+        ("beta", "ke", "lower_out"),
+        PREP_OPTIONS,
+    ),
+}
+
+
+def signature_of(kernel, constants, absent):
+    """Types by argument; strides as runtime int32, the innermost dimension assumed contiguous as on the GPU."""
+    names, signature, values = kernel.arg_names, {}, {}
+    for index, name in enumerate(names):
+        if name in POINTERS and name not in absent:
+            signature[name] = POINTERS[name]
+        elif name in NUMBERS or (STRIDE.match(name) and name not in POINTERS):
+            signature[name] = NUMBERS.get(name, "i32")
+        else:
+            signature[name] = "constexpr"
+            values[(index,)] = constants.get(name)
+    # What the launcher finds by itself: addresses and strides divisible by 16.
+    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or (STRIDE.match(n) and n in signature)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]] != "constexpr"}
+    return ASTSource(kernel, signature, values, attributes)
+
+
+def measure(name):
+    """Registers per thread, bytes spilled, shared memory per program in bytes, whether wgmma is used."""
+    kernel, constants, absent, options = KERNELS[name]
+    source = signature_of(kernel, constants, absent)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = built.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
+        "shared_bytes": built.metadata.shared,
+        "wgmma": "wgmma.mma_async" in ptx,
+    }
+
+
+def main():
+    figures = {name: measure(name) for name in KERNELS}
+    if "--write" in sys.argv:
+        table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        table[VERSION] = figures
+        TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+    print(json.dumps({"triton": VERSION, "kernels": figures}))
+
+
+if __name__ == "__main__":
+    main()

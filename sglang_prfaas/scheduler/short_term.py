@@ -6,7 +6,7 @@ PrfaaS section 3.4.3, with a fixed t. A pure function: it reads the observation 
 from __future__ import annotations
 
 from sglang_prfaas.core.request import RequestView, Route, ServerKey
-from sglang_prfaas.scheduler.types import Decision, Observation, ReasonClass, ServerView
+from sglang_prfaas.scheduler.types import Decision, Observation, ReasonClass, ServerRole, ServerView, SiteView
 
 
 def uncached_length(observation: Observation, request: RequestView) -> int:
@@ -32,68 +32,98 @@ def decide(observation: Observation, request: RequestView) -> Decision:
     it has no server alive, or only ones that failed for this request. A forced route falls back on nothing.
     """
     t = observation.t_tokens
+    avoid = request.avoid
     uncached = uncached_length(observation, request)
     about = "" if request.exact else "about "
-    local: list[ServerView] = []
-    remote: list[ServerView] = []
-    decodes: list[ServerView] = []
-    for site in observation.sites:
-        for server in site.servers:
-            if not server.alive:
-                continue
-            if server.role == "prefill":
-                (remote if site.role == "prfaas" else local).append(server)
-            elif site.role == "pd":
-                decodes.append(server)
+    pd = [site for site in observation.sites if site.role == "pd"]
 
-    if not decodes:
+    fresh, any_decode = _least_loaded(pd, "decode", avoid)
+    decode = fresh or any_decode
+    if decode is None:
         reason = "no decode server of the PD site is alive"
         return Decision(None, None, None, reason, "no_decode", t, uncached)
-    decode = _least_loaded(_others(decodes, request.avoid) or decodes, by_tokens=False)
-    # With several PD sites, local means the datacenter that decodes.
-    local = [s for s in local if s.site == decode.site] or local
 
     is_long = uncached > t
     wanted: Route = request.forced or ("prfaas" if is_long else "local")
-    first, second = (remote, local) if wanted == "prfaas" else (local, remote)
+    fallback: Route = "local" if wanted == "prfaas" else "prfaas"
     comparison = f"uncached {about}{uncached} {'>' if is_long else '<='} t {t}"
     place = "PrfaaS" if wanted == "prfaas" else "local"
+    prefill, again = _prefill(observation, wanted, decode, avoid)
 
     if request.forced is not None:
-        servers = _others(first, request.avoid) or first
-        if not servers:
+        if (chosen := prefill or again) is None:
             reason = f"route {wanted} was forced, but no {place} prefill server is alive"
             return Decision(None, None, decode, reason, "no_prefill", t, uncached)
-        prefill = _least_loaded(servers, by_tokens=True)
-        return Decision(wanted, prefill, decode, f"forced by header; {comparison}", "forced", t, uncached)
+        return Decision(wanted, chosen, decode, f"forced by header; {comparison}", "forced", t, uncached)
 
-    if servers := _others(first, request.avoid):
-        reason_class: ReasonClass = "long" if is_long else "short"
-        return Decision(wanted, _least_loaded(servers, by_tokens=True), decode, comparison, reason_class, t, uncached)
-    fallback: Route = "local" if wanted == "prfaas" else "prfaas"
+    usual: ReasonClass = "long" if is_long else "short"
+    if prefill is not None:
+        return Decision(wanted, prefill, decode, comparison, usual, t, uncached)
     missing: ReasonClass = "no_prfaas" if wanted == "prfaas" else "no_local"
-    state = "failed for this request" if first else "is alive"
-    why = f"{comparison}, but {'every' if first else 'no'} {place} prefill server {state}"
-    if servers := _others(second, request.avoid):
-        return Decision(fallback, _least_loaded(servers, by_tokens=True), decode, why, missing, t, uncached)
-    if first:
-        prefill = _least_loaded(first, by_tokens=True)
-        again: ReasonClass = "long" if is_long else "short"
-        return Decision(wanted, prefill, decode, f"{why}: tried again", again, t, uncached)
-    if second:
-        prefill = _least_loaded(second, by_tokens=True)
-        return Decision(fallback, prefill, decode, f"{why}: tried again", missing, t, uncached)
+    state = "failed for this request" if again else "is alive"
+    why = f"{comparison}, but {'every' if again else 'no'} {place} prefill server {state}"
+    other, other_again = _prefill(observation, fallback, decode, avoid)
+    if other is not None:
+        return Decision(fallback, other, decode, why, missing, t, uncached)
+    if again is not None:
+        return Decision(wanted, again, decode, f"{why}: tried again", usual, t, uncached)
+    if other_again is not None:
+        return Decision(fallback, other_again, decode, f"{why}: tried again", missing, t, uncached)
     return Decision(None, None, decode, "no prefill server of any site is alive", "no_prefill", t, uncached)
 
 
-def _others(servers: list[ServerView], avoid: frozenset[ServerKey]) -> list[ServerView]:
-    return [s for s in servers if s.key not in avoid] if avoid else servers
+Pair = tuple[ServerView | None, ServerView | None]
 
 
-def _least_loaded(servers: list[ServerView], *, by_tokens: bool) -> ServerView:
-    """Prefill is loaded by the time and the tokens that it has in work, decode by its requests."""
-    if len(servers) == 1:
-        return servers[0]
-    if by_tokens:
-        return min(servers, key=lambda s: (s.wait_s, s.inflight_tokens, s.inflight_requests, s.served, s.site, s.name))
-    return min(servers, key=lambda s: (s.inflight_requests, s.served, s.site, s.name))
+def _prefill(observation: Observation, route: Route, decode: ServerView, avoid: frozenset[ServerKey]) -> Pair:
+    """The least loaded prefill server of a route. With several PD sites, local means the datacenter that decodes."""
+    if route == "prfaas":
+        return _least_loaded([site for site in observation.sites if site.role == "prfaas"], "prefill", avoid)
+    pd = [site for site in observation.sites if site.role == "pd"]
+    at_home = _least_loaded([site for site in pd if site.name == decode.site], "prefill", avoid)
+    return at_home if at_home[1] is not None else _least_loaded(pd, "prefill", avoid)
+
+
+def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[ServerKey]) -> Pair:
+    """The least loaded server that is alive: among those not to avoid, and among all.
+
+    Prefill is loaded by the time and then the tokens that it has in work, decode by its requests. One pass and few
+    attributes for each server: this runs for every request, over all servers.
+    """
+    best: ServerView | None = None
+    load = second = float("inf")
+    skipped: list[ServerView] = []
+    for site in sites:
+        for server in site.servers:
+            if not server.alive or server.role != role:
+                continue
+            if avoid and server.key in avoid:
+                skipped.append(server)
+                continue
+            if role == "prefill":
+                own = server.wait_s
+                if own > load:
+                    continue
+                own_second = server.inflight_tokens
+            else:
+                own = server.inflight_requests
+                if own > load:
+                    continue
+                own_second = 0
+            if own == load and (
+                own_second > second or (own_second == second and best and _order(best) < _order(server))
+            ):
+                continue
+            best, load, second = server, own, own_second
+    if best is None and skipped:
+        return None, min(skipped, key=_prefill_load) if role == "prefill" else min(skipped, key=_order)
+    return best, best
+
+
+def _order(server: ServerView) -> tuple[int, int, str, str]:
+    """What decides between servers of the same load; the names make it repeatable."""
+    return (server.inflight_requests, server.served, server.site, server.name)
+
+
+def _prefill_load(server: ServerView) -> tuple[float, int, int, int, str, str]:
+    return (server.wait_s, server.inflight_tokens, *_order(server))

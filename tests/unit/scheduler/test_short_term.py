@@ -156,3 +156,24 @@ def test_a_decision_names_alive_servers_of_the_right_role_and_changes_nothing(
     assert decision.prefill is not None
     assert decision.prefill.site == ("far" if decision.route == "prfaas" else "home")
     assert forced in (None, decision.route)
+
+
+@given(
+    loads=st.lists(
+        st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=8
+    ),
+    avoided=st.sets(st.integers(0, 7)),
+)
+def test_the_prefill_server_that_is_free_first(loads: list[tuple[bool, int, int, int]], avoided: set[int]) -> None:
+    far = [server("far", f"p{index}", "prefill", alive=load[0], tokens=load[2]) for index, load in enumerate(loads)]
+    for view, (_, wait_s, _, served) in zip(far, loads, strict=True):
+        view.wait_s, view.served = float(wait_s), served
+    avoid = frozenset(("far", f"p{index}") for index in avoided)
+    decision = decide(observation(far), RequestView(l_total=500, avoid=avoid))
+    usable = [view for view in far if view.alive and view.key not in avoid]
+    if not usable:
+        assert decision.reason_class == "no_prfaas"
+        assert decision.route == "local"
+        return
+    best = min(usable, key=lambda view: (view.wait_s, view.inflight_tokens, view.served, view.name))
+    assert decision.prefill is best

@@ -100,7 +100,7 @@ class ThresholdController:
         damping_per_s: float = 3.0,
     ) -> None:
         """`window`: requests in the sample. `hysteresis`: relative change of t below which it stays as it is.
-        `local_weight`, `damping_per_s`: w and d; the defaults did best over the scenarios of docs/reproduction.md.
+        `local_weight`, `damping_per_s`: w and d; the defaults were chosen on the scenarios of docs/reproduction.md.
         """
         self._local, self._prfaas, self._kv = local.time_s, prfaas.time_s, kv
         self._sample: deque[tuple[float, float, float]] = deque(maxlen=window)

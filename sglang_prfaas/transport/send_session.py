@@ -83,11 +83,14 @@ class SendSession:
 
     `connections`, `transfers` and `closed` are guarded by the mover's lock."""
 
-    def __init__(self, identity: bytes, hello: Hello, now_s: float) -> None:
+    def __init__(self, identity: bytes, hello: Hello, now_s: float, site: str = "") -> None:
         self.identity = identity
         self.hello = hello
+        self.site = site
+        """The site that the decode rank has proved to be of; empty without keys."""
         self.token = secrets.token_bytes(16)
         self.opened_s = now_s
+        """Since when it may have been without some of its data connections."""
         self.seen_s = now_s
         self.connections: dict[int, Connection] = {}
         self.transfers: dict[int, OutgoingTransfer] = {}

@@ -22,17 +22,19 @@ pytestmark = pytest.mark.sglang
 
 
 @pytest.fixture
-def stranger(tmp_path: Path) -> Iterator[str]:
-    """URL of a decode server of another model, started by hand: no launcher, no settings, only the backend's name."""
+def stranger(cluster: Driver, tmp_path: Path) -> Iterator[str]:
+    """URL of a decode server of another model, started by hand: no launcher, only the backend's name and the keys."""
     held = HeldPort()
     held.release()
     model = make_tiny_model("qwen3", tmp_path / "model")
     argv = (sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(held.port))
     argv += ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "prfaas")
     argv += tuple(cpu_server_args("qwen3"))
-    command = ServerCommand(
-        "stranger", argv, cpu_server_env("qwen3"), "decode", "127.0.0.1", held.port, needs_nccl_port=True
-    )
+    variables = {
+        **cpu_server_env("qwen3"),
+        "PRFAAS_KEYS_DIR": str(cluster.cluster.deployment.directory / "keys" / "pd"),
+    }
+    command = ServerCommand("stranger", argv, variables, "decode", "127.0.0.1", held.port, needs_nccl_port=True)
     supervisor = Supervisor([command], SiteLimits(startup_timeout_s=STARTUP_TIMEOUT_S), tmp_path)
     thread = LoopThread()
     try:

@@ -11,6 +11,7 @@ from msgspec import Struct
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerConfig, SiteConfig, TransportConfig
+from sglang_prfaas.config.security import NO_KEYS, beyond_this_machine
 
 Exists = Callable[[str], bool]
 
@@ -41,6 +42,7 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
             *_links(config),
             *_arguments(config),
             *_environment(config),
+            *_security(config),
             *_model("site.model", config.site.model, exists),
             *_port_clashes(config),
         )
@@ -151,6 +153,33 @@ def _environment(config: SiteConfig) -> Iterator[_Raw]:
         for name in table:
             if name in owned:
                 yield f"{path}.{name}", f"is set by the key {owned[name]}; write it there and remove it here", True
+
+
+def _security(config: SiteConfig) -> Iterator[_Raw]:
+    transport = config.transport
+    if config.site.transfer_backend != "prfaas":
+        return
+    if transport.security == "keys" and not transport.keys_dir:
+        yield "transport.security", 'needs keys; write for example keys_dir = "/etc/sglang-prfaas/keys"', True
+    if transport.keys_dir.startswith("~"):
+        yield "transport.keys_dir", "starts with '~', which is not expanded; write the whole path", True
+    if transport.security == "off" and transport.keys_dir:
+        yield "transport.security", '"off": the keys in keys_dir are not used', False
+    if transport.security != "off" and transport.keys_dir:
+        return
+    for server in config.servers:
+        listens = server.role == "prefill" or server.bootstrap_port
+        hosts = (server.host, transport.bind_host or server.host) if listens else ()
+        host = next(filter(beyond_this_machine, hosts), None)
+        if host is None:
+            continue
+        what = f"the KVCache of server {server.name} is served on {host or 'every address'}"
+        if transport.security == "off":
+            text = f'"off", and {what}: whoever reaches it can read and forge KVCache'
+            yield "transport.security", text, False
+        else:
+            yield "transport.keys_dir", f"{what}, {NO_KEYS}", True
+        return
 
 
 def _model(path: str, model: str, exists: Exists) -> Iterator[_Raw]:

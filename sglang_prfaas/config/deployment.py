@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from sglang_prfaas.config import ports
 from sglang_prfaas.config.checks import Finding
-from sglang_prfaas.config.schema import RouterConfig, RouterSite, SiteConfig
+from sglang_prfaas.config.schema import RouterConfig, RouterSite, SiteConfig, TransportConfig
 
 
 def deployment_findings(sites: Mapping[str, SiteConfig], routers: Mapping[str, RouterConfig]) -> list[Finding]:
@@ -15,6 +15,7 @@ def deployment_findings(sites: Mapping[str, SiteConfig], routers: Mapping[str, R
     return [
         *_site_names(sites),
         *_links(sites),
+        *_security(sites),
         *_router_sites(sites, routers),
         *_models(sites, routers),
         *_ports(sites, routers),
@@ -39,6 +40,19 @@ def _links(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:
             if link.to_site not in names:
                 text = f"none of the given files describes that site; they describe {', '.join(sorted(names))}"
                 yield Finding(source, f"links.{link.to_site}.to_site", text, fatal=False)
+
+
+def _security(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:
+    """Ranks with keys and ranks without do not talk to each other."""
+
+    def secured(transport: TransportConfig) -> bool:
+        return bool(transport.keys_dir) and transport.security != "off"
+
+    with_keys = [source for source, config in sites.items() if secured(config.transport)]
+    for source in sites:
+        if with_keys and source not in with_keys:
+            text = f"no keys here, but in {', '.join(with_keys)}; give every site of a deployment its keys, or none"
+            yield Finding(source, "transport.keys_dir", text)
 
 
 def _router_sites(sites: Mapping[str, SiteConfig], routers: Mapping[str, RouterConfig]) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 
 SiteRole = Literal["prfaas", "pd"]
 ServerRole = Literal["prefill", "decode"]
+SecurityMode = Literal["auto", "keys", "off"]
 
 
 class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,6 +65,16 @@ class TransportConfig(_Config, frozen=True):
     ] = ""
     advertise_host: Annotated[
         str, Meta(description="Address other sites reach the mover at. Empty: the server's own host.")
+    ] = ""
+    security: Annotated[
+        SecurityMode,
+        Meta(
+            description="keys: CURVE and mutual TLS. off: neither. auto: keys where keys_dir is given, else off, and "
+            "then the mover and the bootstrap listen on loopback only."
+        ),
+    ] = "auto"
+    keys_dir: Annotated[
+        str, Meta(description="Directory with this site's keys, as `launch keys` makes it. Empty: no keys.")
     ] = ""
     connections: Annotated[
         int, Meta(ge=1, le=64, description="TCP connections between one prefill rank and one decode rank.")

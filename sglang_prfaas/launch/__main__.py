@@ -18,6 +18,7 @@ COMMANDS = {
     "site": "start one datacenter: its servers and its agent",
     "router": "start a router",
     "check": "check configuration files and print what would run",
+    "keys": "make the keys with which sites prove themselves to each other",
     "schema": "print the JSON Schema of the configuration files",
     "plan": "find the best threshold and roles for a fleet, and what they give",
     "simulate": "compare policies on a virtual clock",

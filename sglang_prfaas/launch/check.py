@@ -10,6 +10,7 @@ from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.deployment import deployment_findings
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
 from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.launch.key_check import key_findings
 from sglang_prfaas.launch.overrides import describe_keys, print_warnings
 
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         except ConfigError as error:
             problems += error.problems
     findings += deployment_findings(sites, routers)
+    findings += key_findings(sites)
     problems += checks.fatal(findings)
     print_warnings(findings)
     if problems:

@@ -12,6 +12,8 @@ import msgspec
 
 from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.launch.key_check import key_findings
 from sglang_prfaas.launch.overrides import describe_keys, log_to_stderr, print_warnings
 
 if TYPE_CHECKING:
@@ -41,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the site; returns the exit status."""
     config = load.load_site(args.file, args.overrides)
     log_to_stderr()
-    print_warnings(checks.site_findings(config, load.name_of(args.file)))
+    source = load.name_of(args.file)
+    keys = key_findings({source: config}, here=True)
+    print_warnings([*checks.site_findings(config, source), *keys])
+    if checks.fatal(keys):
+        raise ConfigError(checks.fatal(keys))
     from sglang_prfaas.site import Site
 
     return asyncio.run(_serve(Site(config, python=args.python), json_status=args.json_status))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_prfaas import env
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.receiver import PrfaasKVReceiver
 from sglang_prfaas.sglang_plugin.sender import PrfaasKVSender
@@ -18,10 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class PrfaasKVBootstrapServer(BaseKVBootstrapServer):
-    """The bootstrap directory of a prefill server. Raises LocalError, which ends the server, if its port is taken."""
+    """The bootstrap directory of a prefill server. Raises LocalError if its port is taken, ConfigError if others could
+    reach it without keys; either ends the server."""
 
     def __init__(self, host: str, port: int):
-        self._server = DirectoryServer(resolve(host), port, remote_ranks=get_parallel().nnodes > 1)
+        self._server = DirectoryServer(
+            resolve(host), port, remote_ranks=get_parallel().nnodes > 1, config=env.transport_from_env(os.environ)
+        )
         logger.info("prfaas: bootstrap directory at %s:%d", host, port)
 
     def close(self) -> None:

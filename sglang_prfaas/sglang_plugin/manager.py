@@ -123,6 +123,7 @@ class PrfaasKVManager(BaseKVManager):
             tp_size=int(parallel.attn_tp_size),
             pp_size=1,
             follow_bootstrap_room=parallel.dp_size == 1 or parallel.load_balance_method == "follow_bootstrap_room",
+            security=self.send_mover.security,
         )
         self._registration.start()
 

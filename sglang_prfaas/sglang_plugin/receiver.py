@@ -66,6 +66,9 @@ class PrfaasKVReceiver(BaseKVReceiver):
             return
         directory = self._mover.directory(host, port)
         if directory is None:
+            self._failure = self._mover.directory_problem(host, port)
+            if self._failure:
+                return
             limit_s = self.kv_mgr.config.handshake_timeout_s
             if now_s - self._created_s > limit_s:
                 self._failure = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import selectors
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import PrfaasError, ProtocolError
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import PREFACE, Preface, unpack_preface
+from sglang_prfaas.transport.security import PLAIN, Security
+from sglang_prfaas.transport.security.refusals import RefusalLog
+from sglang_prfaas.transport.security.tls import explain
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +34,38 @@ class Owner(Protocol):
         """Take the connection in, or raise PrfaasError. Returns what to call when the peer closes it or speaks."""
 
 
+class _Pending:
+    """A connection that has yet to shake hands (with TLS), or to send its preface."""
+
+    def __init__(self, address: str, since_s: float) -> None:
+        self.address = address
+        self.since_s = since_s
+        self.shaken = False
+        self.data = bytearray()
+
+
 class Acceptor:
     """Owns `listener` and the descriptors of all accepted connections until they are given to `discard`.
 
     A peer never sends after its preface: whatever makes a connection readable is its end.
     """
 
-    def __init__(self, listener: socket.socket, clock: Clock, preface_timeout_s: float, owner: Owner) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        clock: Clock,
+        preface_timeout_s: float,
+        owner: Owner,
+        security: Security = PLAIN,
+    ) -> None:
         self._listener = listener
         self._clock = clock
         self._preface_timeout_s = preface_timeout_s
         self._owner = owner
+        self._security = security
+        self._refusals = RefusalLog(logger, clock)
         self._selector = selectors.DefaultSelector()
-        self._pending: dict[Connection, tuple[bytearray, float]] = {}
+        self._pending: dict[Connection, _Pending] = {}
         self._admitted: dict[Connection, Callable[[], None]] = {}
         self._discarded: deque[Connection] = deque()
         self._paused_until_s = 0.0
@@ -118,8 +141,8 @@ class Acceptor:
             self._admitted.pop(connection, None)
             connection.close()
         now_s = self._clock.now_s()
-        for connection, (_, since_s) in list(self._pending.items()):
-            if now_s - since_s > self._preface_timeout_s:
+        for connection, pending in list(self._pending.items()):
+            if now_s - pending.since_s > self._preface_timeout_s:
                 self._refuse(connection, f"no preface within {self._preface_timeout_s:g} s")
         if self._paused_until_s and now_s >= self._paused_until_s:
             self._paused_until_s = 0.0
@@ -135,7 +158,7 @@ class Acceptor:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, address = self._listener.accept()
         except BlockingIOError:
             return  # it gave up before it was accepted
         except OSError as error:
@@ -146,8 +169,14 @@ class Acceptor:
         if len(self._pending) >= MAX_PENDING_CONNECTIONS:
             self._refuse(next(iter(self._pending)), f"no preface, and {MAX_PENDING_CONNECTIONS} others wait")
         sock.setblocking(False)
+        try:
+            sock = self._security.wrap(sock, server_side=True)
+        except OSError as error:
+            sock.close()
+            self._refusals.warn(f"data connection from {address[0]} refused: {explain(error)}")
+            return
         connection = Connection(sock)
-        self._pending[connection] = (bytearray(), self._clock.now_s())
+        self._pending[connection] = _Pending(address[0], self._clock.now_s())
         self._selector.register(sock, selectors.EVENT_READ, connection)
 
     def _unwatch(self, connection: Connection) -> None:
@@ -158,35 +187,41 @@ class Acceptor:
 
     def _refuse(self, connection: Connection, reason: str) -> None:
         self._unwatch(connection)
-        del self._pending[connection]
+        address = self._pending.pop(connection).address
         connection.close()
-        logger.warning("prfaas: data connection refused: %s", reason)
+        self._refusals.warn(f"data connection from {address} refused: {reason}")
 
     def _read_preface(self, connection: Connection) -> None:
-        data = self._pending[connection][0]
         try:
-            more = connection.sock.recv(PREFACE.size - len(data))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._refuse(connection, str(error))
-            return
-        if not more:
-            self._refuse(connection, "closed before its preface")
-            return
-        data += more
-        if len(data) < PREFACE.size:
-            return
-        try:
-            preface = unpack_preface(bytes(data))
-        except ProtocolError as error:
-            self._refuse(connection, str(error))
-            return
-        connection.sock.setblocking(True)
-        try:
+            preface = self._preface(connection, self._pending[connection])
+            self._selector.modify(connection.sock, selectors.EVENT_READ, connection)
+            if preface is None:
+                return
+            connection.sock.setblocking(True)
             gone = self._owner.admit(preface, connection)
+        except ssl.SSLWantWriteError:
+            self._selector.modify(connection.sock, selectors.EVENT_WRITE, connection)
         except PrfaasError as error:
             self._refuse(connection, str(error))
-            return
-        del self._pending[connection]
-        self._admitted[connection] = gone
+        except OSError as error:
+            self._refuse(connection, explain(error))
+        else:
+            del self._pending[connection]
+            self._admitted[connection] = gone
+
+    def _preface(self, connection: Connection, pending: _Pending) -> Preface | None:
+        """The preface once all of it is there. Raises PrfaasError for a peer that is not let in or sends another,
+        OSError."""
+        data = pending.data
+        try:
+            if not pending.shaken:
+                connection.site = self._security.handshake(connection.sock)
+                pending.shaken = True
+            while len(data) < PREFACE.size:
+                more = connection.sock.recv(PREFACE.size - len(data))
+                if not more:
+                    raise ProtocolError("closed before its preface")
+                data += more
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return None
+        return unpack_preface(bytes(data))

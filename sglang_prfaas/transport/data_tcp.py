@@ -1,12 +1,18 @@
-"""Plain blocking TCP sockets for chunks: tuning, listening, whole sends and whole receives."""
+"""Blocking TCP sockets for chunks, plain or with TLS: tuning, listening, whole sends and whole receives."""
 
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import ConfigError, LocalError, PeerGoneError
+from sglang_prfaas.errors import ConfigError, LocalError, PeerError, PeerGoneError
+from sglang_prfaas.transport.security import PLAIN, Security
+from sglang_prfaas.transport.security.tls import explain
+
+TLS_RECORD_BYTES = 1 << 14
+"""Plaintext of one TLS record at most (RFC 8446, section 5.1)."""
 
 
 class Connection:
@@ -18,6 +24,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.site = ""
+        """The site that the peer has proved to belong to; empty without keys."""
         self._lock = threading.Lock()
         self._closed = False
         self.was_cut = False
@@ -29,9 +37,15 @@ class Connection:
             if self._closed:
                 return
             try:
-                self.sock.shutdown(socket.SHUT_RDWR)
+                # Not SSLSocket's: it drops the TLS state first, and a thread that sends would send plain bytes.
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
             except OSError:
                 pass  # not connected, or not any more
+
+    def wrap(self, security: Security) -> None:
+        """Put TLS on a connection that was dialled, where there are keys. By the owner. Raises OSError."""
+        with self._lock:
+            self.sock = security.wrap(self.sock, server_side=False)
 
     def close(self) -> None:
         """Free the descriptor. By the owner. Idempotent."""
@@ -92,14 +106,24 @@ def unconnected(host: str, config: TransportConfig) -> Connection:
     return Connection(sock)
 
 
-def connect(connection: Connection, host: str, port: int, config: TransportConfig) -> None:
-    """Dial a data port. Raises PeerGoneError when it cannot be reached within the handshake timeout, or was cut."""
+def connect(
+    connection: Connection, host: str, port: int, config: TransportConfig, security: Security = PLAIN, site: str = ""
+) -> None:
+    """Dial a data port, and with keys make sure that it belongs to `site`. Raises PeerGoneError when it cannot be
+    reached within the handshake timeout, or was cut, PeerError for one that cannot prove its site."""
     try:
         connection.sock.settimeout(config.handshake_timeout_s)
         connection.sock.connect((host, port))
-        connection.sock.settimeout(None)
+        connection.wrap(security)
     except OSError as error:
-        raise PeerGoneError(f"data port {host}:{port} cannot be reached: {error}") from None
+        raise PeerGoneError(f"data port {host}:{port} cannot be reached: {explain(error)}") from None
+    try:
+        connection.site = security.handshake(connection.sock)
+    except PeerError as error:
+        raise PeerError(f"data port {host}:{port}: {error}") from None
+    if connection.site != site:
+        raise PeerError(f"data port {host}:{port} belongs to site {connection.site}, expected {site}")
+    connection.sock.settimeout(None)
     if connection.was_cut:
         raise PeerGoneError(f"data port {host}:{port}: given up while connecting")
 
@@ -108,6 +132,9 @@ def send_all(sock: socket.socket, *parts: bytes | memoryview) -> None:
     """Send all parts, in as few system calls as the kernel allows. Raises PeerGoneError."""
     views = [memoryview(part).cast("B") for part in parts if len(part)]
     try:
+        if isinstance(sock, ssl.SSLSocket):
+            _send_records(sock, views)
+            return
         while views:
             sent = sock.sendmsg(views)
             while views and sent >= len(views[0]):
@@ -116,7 +143,21 @@ def send_all(sock: socket.socket, *parts: bytes | memoryview) -> None:
             if views and sent:
                 views[0] = views[0][sent:]
     except OSError as error:
-        raise PeerGoneError(f"data connection lost while sending: {error}") from None
+        raise PeerGoneError(f"data connection lost while sending: {explain(error)}") from None
+
+
+def _send_records(sock: ssl.SSLSocket, views: list[memoryview]) -> None:
+    """Send over TLS: small parts share a record with the beginning of what follows, the rest is not copied."""
+    head = bytearray()
+    for view in views:
+        taken = min(len(view), TLS_RECORD_BYTES - len(head))
+        head += view[:taken]
+        if taken < len(view):
+            sock.sendall(head)
+            sock.sendall(view[taken:])
+            head = bytearray()
+    if head:
+        sock.sendall(head)
 
 
 def receive_exactly(sock: socket.socket, view: memoryview) -> bool:
@@ -131,5 +172,5 @@ def receive_exactly(sock: socket.socket, view: memoryview) -> bool:
                 raise PeerGoneError(f"data connection closed after {at} of {len(view)} bytes")
             at += count
     except OSError as error:
-        raise PeerGoneError(f"data connection lost while receiving: {error}") from None
+        raise PeerGoneError(f"data connection lost while receiving: {explain(error)}") from None
     return True

@@ -1,6 +1,7 @@
 """The bootstrap directory of a prefill server: its ranks register, decode ranks look them up. ZeroMQ, no HTTP.
 
-Registration is accepted from this host only, unless the server spans several nodes; lookups from anywhere.
+Registration is accepted from this host only, unless the server spans several nodes, and with keys from ranks of the own
+site only; lookups from anywhere, with keys from every site of peers.toml.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import zmq
 
 from sglang_prfaas.clock import Clock, MonotonicClock
+from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint, resolve
 from sglang_prfaas.transport.loop import ZmqLoop
@@ -24,6 +26,8 @@ from sglang_prfaas.transport.messages import (
     decode_to_directory,
     encode,
 )
+from sglang_prfaas.transport.security import load_security
+from sglang_prfaas.transport.security.refusals import RefusalLog
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +78,28 @@ def _sizes(message: Register) -> tuple[int, int, int]:
 
 
 class DirectoryServer:
-    """Serves a `RankTable` at `host:port`. Raises LocalError where the port is taken."""
+    """Serves a `RankTable` at `host:port`. Raises LocalError where the port is taken, ConfigError where others could
+    reach it without keys, or keys do not fit."""
 
-    def __init__(self, host: str, port: int, *, remote_ranks: bool = False, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        remote_ranks: bool = False,
+        clock: Clock | None = None,
+        config: TransportConfig | None = None,
+    ) -> None:
+        config = config or TransportConfig()
+        clock = clock or MonotonicClock()
         self.table = RankTable()
         host = resolve(host)
         self._host = host
         self._remote_ranks = remote_ranks
-        self._loop = ZmqLoop("prfaas-directory", clock or MonotonicClock())
+        self._security = load_security(config)
+        self._security.may_listen("the bootstrap directory", host, config)
+        self._refusals = RefusalLog(logger, clock)
+        self._loop = ZmqLoop("prfaas-directory", clock, self._security)
         self._socket = self._loop.socket(zmq.ROUTER, host)
         try:
             self._socket.bind(endpoint(host, port))
@@ -106,14 +124,14 @@ class DirectoryServer:
         try:
             message = decode_to_directory(body.bytes)
         except ProtocolError as error:
-            logger.warning("prfaas directory: %s", error)
+            self._refusals.warn(f"directory: {error}")
             return
         if isinstance(message, Lookup):
             self._socket.send_multipart([peer.bytes, encode(self.table.directory())], zmq.NOBLOCK)
             return
-        address = str(body.get("Peer-Address") or "")
-        if not self._remote_ranks and not is_local(address, self._host):
-            logger.warning("prfaas directory: %s from %s refused, not this host", type(message).__name__, address)
+        refusal = self._refusal(body)
+        if refusal:
+            self._refusals.warn(f"directory: {type(message).__name__} from {refusal} refused")
             return
         try:
             if isinstance(message, Register):
@@ -121,9 +139,18 @@ class DirectoryServer:
             else:
                 self.table.deregister(message)
         except ProtocolError as error:
-            logger.warning("prfaas directory: %s", error)
+            self._refusals.warn(f"directory: {error}")
             return
         self._socket.send_multipart([peer.bytes, encode(Registered())], zmq.NOBLOCK)
+
+    def _refusal(self, frame: zmq.Frame) -> str:
+        """Where a message came from, if that is not somebody who may change the table; else an empty string."""
+        address = str(frame.get("Peer-Address") or "")
+        if not self._remote_ranks and not is_local(address, self._host):
+            return f"{address}, not this host,"
+        if self._security.keys is not None and (site := str(frame.get("User-Id"))) != self._security.site:
+            return f"{address}, of site {site},"
+        return ""
 
 
 def is_local(address: str, host: str) -> bool:

@@ -10,11 +10,13 @@ MAX_CONNECTIONS = 4096
 """Data connections of all sessions together: each has a thread and one chunk's worth of memory."""
 
 
-def refusal(layout: Layout, hello: Hello, *, sessions: int, connections: int) -> str:
+def refusal(layout: Layout, hello: Hello, *, sessions: int, connections: int, proved_site: str = "") -> str:
     """Why `hello` is refused by a prefill rank of `layout` that has so many sessions and data connections already;
-    an empty string where it is not. Says both values of what differs."""
+    an empty string where it is not. Says both values of what differs. `proved_site`: whose key the sender has."""
     if hello.version != PROTOCOL_VERSION:
         return f"protocol version mismatch: prefill has {PROTOCOL_VERSION}, decode has {hello.version}"
+    if proved_site and hello.site not in ("", proved_site):
+        return f"it calls itself site {hello.site}, its key is of site {proved_site}"
     problems = differences(layout, hello.layout)
     if problems:
         return "layout mismatch: " + "; ".join(problems)

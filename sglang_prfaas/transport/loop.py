@@ -17,6 +17,9 @@ from zmq.utils.monitor import parse_monitor_message
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.transport.addresses import dialable, endpoint
 from sglang_prfaas.transport.messages import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+from sglang_prfaas.transport.security import PLAIN, Security, ServerKey, curve
+from sglang_prfaas.transport.security.curve import Loss
+from sglang_prfaas.transport.security.refusals import RefusalLog
 
 __all__ = ["ZmqLoop", "dialable", "endpoint"]
 
@@ -33,12 +36,16 @@ MESSAGES_PER_TURN = 256
 class ZmqLoop:
     """Polls sockets, runs calls handed over by other threads, and ticks. An error in a callback is logged, no more.
 
+    With keys in `security`, sockets speak CURVE, and this loop is the ZAP handler of its context that lets clients in.
+
     `stop()` joins the thread and closes what it owns, whether or not it was ever started.
     """
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, name: str, clock: Clock, security: Security = PLAIN) -> None:
         self.context = zmq.Context()
         self._clock = clock
+        self._security = security
+        self._refusals = RefusalLog(logger, clock)
         self._poller = zmq.Poller()
         self._handlers: dict[Any, Callable[[list[zmq.Frame]], None]] = {}
         self._monitors: dict[Any, zmq.Socket[bytes]] = {}
@@ -53,12 +60,15 @@ class ZmqLoop:
         self._lock = threading.Lock()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        if security.keys is not None:
+            self._let_in_by(security.keys.peers.site_of_curve_key)
 
     def start(self) -> None:
         self._thread.start()
 
-    def socket(self, kind: int, host: str) -> zmq.Socket[bytes]:
-        """A new socket that never lingers; IPv6 where the host is an IPv6 address.
+    def socket(self, kind: int, host: str, server: ServerKey | None = None) -> zmq.Socket[bytes]:
+        """A new socket that never lingers; IPv6 where the host is an IPv6 address. A ROUTER is to be bound, others dial
+        the server whose key is `server`: this site's where none is given.
 
         What a peer may have us hold is bounded: a ROUTER, which anyone can reach, takes small messages and few of them.
         """
@@ -71,6 +81,11 @@ class ZmqLoop:
         sock.setsockopt(zmq.SNDHWM, MAX_MESSAGES_QUEUED)
         sock.setsockopt(zmq.RECONNECT_IVL, 100)
         sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        if serves:
+            self._security.serve(sock)
+            self._watch_clients(sock)
+        else:
+            self._security.dial(sock, server or self._security.own_server_key)
         return sock
 
     def add(self, sock: zmq.Socket[bytes], handler: Callable[[list[zmq.Frame]], None]) -> None:
@@ -78,18 +93,65 @@ class ZmqLoop:
         self._handlers[sock] = handler
         self._poller.register(sock, zmq.POLLIN)
 
-    def on_disconnect(self, sock: zmq.Socket[bytes], lost: Callable[[], None]) -> None:
-        """Call `lost` when an established connection of `sock` breaks, after what came over it was delivered."""
-        monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    def on_loss(self, sock: zmq.Socket[bytes], lost: Callable[[Loss], None], server: ServerKey | None = None) -> None:
+        """Call `lost` when a connection that `sock` dialled breaks, after what came over it was delivered, or when its
+        handshake fails. `server` as for `socket`. ZeroMQ dials again by itself until the socket is removed."""
+        site = (server or self._security.own_server_key).site
+
+        def seen(event: int, value: int) -> None:
+            found = curve.loss(event, value, site)
+            if found is not None and sock in self._handlers:
+                self._drain(sock)
+                lost(found)
+
+        self._monitor(sock, zmq.EVENT_DISCONNECTED | curve.HANDSHAKE_FAILED, seen)
+
+    def _watch_clients(self, sock: zmq.Socket[bytes]) -> None:
+        """Log clients of a bound socket that fail the handshake. Their end follows the failure at once."""
+        addresses: dict[int, str] = {}
+        reasons: list[tuple[str, int]] = []
+
+        def seen(event: int, value: int) -> None:
+            if event == zmq.EVENT_ACCEPTED:
+                addresses[value] = curve.peer_address(value)
+            elif event == zmq.EVENT_DISCONNECTED:
+                address = addresses.pop(value, "an unknown address")
+                if reasons:
+                    reason, level = reasons.pop()
+                    self._refusals.warn(f"control connection from {address} refused: {reason}", level)
+            else:
+                reason = curve.refused_client(event, value, keys=self._security.keys is not None)
+                level = logging.INFO if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL else logging.WARNING
+                reasons[:] = [(reason, level)] if reason else []
+
+        self._monitor(sock, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | curve.HANDSHAKE_FAILED, seen)
+
+    def _monitor(self, sock: zmq.Socket[bytes], events: int, seen: Callable[[int, int], None]) -> None:
+        """Deliver events of `sock`, with their values. Unbounded, lest ZeroMQ waits for a loop that has stopped."""
+        address = f"inproc://monitor-{id(sock)}"
+        sock.monitor(address, events)
+        monitor = self.context.socket(zmq.PAIR)
+        monitor.setsockopt(zmq.RCVHWM, 0)
+        monitor.connect(address)
         self._monitors[sock] = monitor
 
-        def seen(frames: list[zmq.Frame]) -> None:
-            event = parse_monitor_message([frame.bytes for frame in frames])["event"]
-            if event == zmq.EVENT_DISCONNECTED and sock in self._handlers:
-                self._drain(sock)
-                lost()
+        def parse(frames: list[zmq.Frame]) -> None:
+            message = parse_monitor_message([frame.bytes for frame in frames])
+            seen(message["event"], message["value"])
 
-        self.add(monitor, seen)
+        self.add(monitor, parse)
+
+    def _let_in_by(self, site_of: Callable[[str], str]) -> None:
+        """Be the ZAP handler of this context (RFC 27)."""
+        handler = self.context.socket(zmq.ROUTER)
+        handler.bind(curve.ZAP_ENDPOINT)
+
+        def asked(frames: list[zmq.Frame]) -> None:
+            answer = curve.zap_answer([frame.bytes for frame in frames], site_of, self._refusals.warn)
+            if answer is not None:
+                handler.send_multipart(answer, zmq.NOBLOCK)
+
+        self.add(handler, asked)
 
     def remove(self, sock: zmq.Socket[bytes]) -> None:
         """Stop polling `sock` and close it, with the linger it was given. From within the loop. Idempotent."""

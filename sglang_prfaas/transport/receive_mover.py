@@ -42,6 +42,8 @@ from sglang_prfaas.transport.messages import (
 )
 from sglang_prfaas.transport.receive_session import Incoming, PeerSession
 from sglang_prfaas.transport.resolver import resolve_in_background
+from sglang_prfaas.transport.security import ServerKeys, load_security
+from sglang_prfaas.transport.security.curve import Loss
 from sglang_prfaas.transport.session import IncomingTransfer
 
 __all__ = ["Incoming", "PeerSession", "ReceiveMover"]
@@ -53,7 +55,9 @@ FAREWELL_MS = 1000
 
 
 class ReceiveMover:
-    """Receives items into `memory` from prefill ranks. Dials; listens on nothing. Safe to call from any thread."""
+    """Receives items into `memory` from prefill ranks. Dials; listens on nothing. Safe to call from any thread.
+
+    Raises ConfigError for keys that do not fit."""
 
     def __init__(
         self,
@@ -76,9 +80,11 @@ class ReceiveMover:
         self._sessions: dict[tuple[str, int], PeerSession] = {}
         self._threads: list[threading.Thread] = []
         self._closing = False
-        self._loop = ZmqLoop("prfaas-receive-control", clock)
+        self._security = load_security(config)
+        self._server_keys = ServerKeys(self._security.server_keys)
+        self._loop = ZmqLoop("prfaas-receive-control", clock, self._security)
         self._loop.every(min(config.heartbeat_interval_s, 1.0), self._tick)
-        self._directories = DirectoryClient(self._loop, clock, config.handshake_timeout_s)
+        self._directories = DirectoryClient(self._loop, clock, config.handshake_timeout_s, self._server_keys)
         self._last_ping_s = self._last_tick_s = clock.now_s()
 
     def start(self) -> None:
@@ -110,6 +116,10 @@ class ReceiveMover:
     def directory(self, host: str, port: int) -> Directory | None:
         """The ranks behind a bootstrap address, or None while they are being asked for. Never waits."""
         return self._directories.get(host, port)
+
+    def directory_problem(self, host: str, port: int) -> str:
+        """Why the directory will not answer for now, or an empty string."""
+        return self._directories.problem(host, port)
 
     def forget(self, host: str, port: int) -> None:
         """Ask the directory again before the next session."""
@@ -158,11 +168,16 @@ class ReceiveMover:
     def _open(self, session: PeerSession, host: str) -> None:
         if session.failure:
             return
-        sock = self._loop.socket(zmq.DEALER, host)
+        try:
+            session.server = self._server_keys.get(session.address)
+        except LocalError as error:
+            self._lose(session, str(error))
+            return
+        sock = self._loop.socket(zmq.DEALER, host, session.server)
         sock.setsockopt(zmq.ROUTING_ID, session.identity)
         session.control = sock
         self._loop.add(sock, lambda frames: self._receive(session, host, frames))
-        self._loop.on_disconnect(sock, lambda: self._lose(session, "the prefill server closed the control connection"))
+        self._loop.on_loss(sock, lambda loss: self._control_lost(session, loss), session.server)
         try:
             sock.connect(endpoint(host, session.control_port))
         except zmq.ZMQError as error:
@@ -177,6 +192,11 @@ class ReceiveMover:
         for message in session.unsent:
             self._tell(session, message)
         session.unsent.clear()
+
+    def _control_lost(self, session: PeerSession, loss: Loss) -> None:
+        if loss.refused and not session.failure:
+            self._server_keys.refused(session.address, session.server)
+        self._lose(session, loss.reason)
 
     def _tell(self, session: PeerSession, message: Message) -> None:
         """Send on the control socket, from within the loop; kept until there is one."""
@@ -339,7 +359,7 @@ class ReceiveMover:
                 if session.failure:
                     return
                 session.connections.append(connection)
-            data_tcp.connect(connection, host, welcome.data_port, self._config)
+            data_tcp.connect(connection, host, welcome.data_port, self._config, self._security, session.server.site)
             data_tcp.send_all(connection.sock, Preface(index, welcome.token).pack())
             with session.lock:
                 if next(connected) == self._config.connections and not session.failure:

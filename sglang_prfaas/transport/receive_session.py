@@ -12,6 +12,7 @@ from sglang_prfaas.clock import Deadline
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.messages import Message
+from sglang_prfaas.transport.security import ServerKey
 from sglang_prfaas.transport.session import IncomingTransfer
 
 
@@ -27,8 +28,8 @@ class Incoming:
 class PeerSession:
     """One prefill rank as decode sees it: connecting, up, or failed with a reason.
 
-    `lock` guards `up`, `failure`, `incoming`, `rooms` and `connections`; `control`, `deadline`, `unsent`, `dialled`
-    and `seen_s` belong to the control loop."""
+    `lock` guards `up`, `failure`, `incoming`, `rooms` and `connections`; `control`, `server`, `deadline`,
+    `unsent`, `dialled` and `seen_s` belong to the control loop."""
 
     def __init__(self, address: str, host: str, control_port: int, deadline: Deadline, now_s: float) -> None:
         self.address = address
@@ -43,6 +44,8 @@ class PeerSession:
         self.connections: list[Connection] = []
         self.lock = threading.Lock()
         self.control: zmq.Socket[bytes] | None = None
+        self.server = ServerKey("", b"")
+        """What the prefill rank has to prove."""
         self.deadline = deadline
         self.unsent: list[Message] = []
         """What is to be said once the control socket exists."""

@@ -10,7 +10,8 @@ import zmq
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import ProtocolError
-from sglang_prfaas.transport.loop import ZmqLoop, dialable, endpoint
+from sglang_prfaas.transport.addresses import dialable, endpoint
+from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.messages import (
     Deregister,
     RankInfo,
@@ -19,6 +20,9 @@ from sglang_prfaas.transport.messages import (
     decode_from_directory,
     encode,
 )
+from sglang_prfaas.transport.security import PLAIN, Security
+from sglang_prfaas.transport.security.curve import Loss
+from sglang_prfaas.transport.security.refusals import RefusalLog
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class Registration:
         tp_size: int,
         pp_size: int,
         follow_bootstrap_room: bool,
+        security: Security = PLAIN,
     ) -> None:
         self._rank = rank
         self._clock = clock
@@ -48,10 +53,12 @@ class Registration:
         self._acknowledged_s = -RENEW_S
         self._gone = threading.Event()
         self._leaving = False
-        self._loop = ZmqLoop("prfaas-register", clock)
+        self._refusals = RefusalLog(logger, clock)
+        self._loop = ZmqLoop("prfaas-register", clock, security)
         self._socket = self._loop.socket(zmq.DEALER, host)
-        self._socket.connect(endpoint(dialable(host), port))
         self._loop.add(self._socket, self._receive)
+        self._loop.on_loss(self._socket, self._lost)
+        self._socket.connect(endpoint(dialable(host), port))
         self._loop.every(RETRY_S, self._tick)
 
     def start(self) -> None:
@@ -76,6 +83,11 @@ class Registration:
             self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             pass  # the directory is not there yet; the next tick tries again
+
+    def _lost(self, loss: Loss) -> None:
+        """ZeroMQ dials again by itself."""
+        if loss.refused:
+            self._refusals.warn(f"this rank cannot register in its bootstrap directory: {loss.reason}")
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         try:

@@ -38,6 +38,7 @@ from sglang_prfaas.transport.messages import (
     reason_text,
 )
 from sglang_prfaas.transport.rooms import Rooms
+from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.send_session import SendSession, Task
 from sglang_prfaas.transport.session import OutgoingTransfer, State
 from sglang_prfaas.transport.streams import cut
@@ -54,7 +55,8 @@ class SendMover:
     """Sends items of `memory` to decode ranks that asked for them.
 
     Listens on two ports of `host`: control (ZeroMQ) and data (TCP); `first_port` and the one after it, or any free two
-    for 0. Raises LocalError where they are taken. Methods may be called from any thread.
+    for 0. Raises LocalError where they are taken, ConfigError where others could reach them without keys, or where keys
+    do not fit. Methods may be called from any thread.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class SendMover:
         self._closing = False
         self._last_expiry_s = clock.now_s()
         address = resolve(host)
+        self.security = load_security(config)
+        self.security.may_listen("the KVCache mover", address, config)
         listener = data_tcp.listen(address, first_port + 1 if first_port else 0, config)
         self.data_port: int = listener.getsockname()[1]
-        self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self)
-        self._loop = ZmqLoop("prfaas-send-control", clock)
+        self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self, self.security)
+        self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
             self._control.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -211,7 +215,8 @@ class SendMover:
                 self._lose(session, str(error))
             return
         if isinstance(message, Hello):
-            self._hello(identity, message)
+            site = str(frames[1].get("User-Id")) if self.security.keys else ""
+            self._hello(identity, message, site)
         elif isinstance(message, Abort):
             self._aborted(session, message)
         elif session is None:
@@ -225,12 +230,13 @@ class SendMover:
         if session is not None:
             session.seen_s = self._clock.now_s()
 
-    def _hello(self, identity: bytes, hello: Hello) -> None:
+    def _hello(self, identity: bytes, hello: Hello, site: str) -> None:
+        """A decode rank opens a session. `site`: the one that it has proved to be of, empty without keys."""
         who = f"{hello.site}/{hello.server}"
         with self._lock:
             sessions = len(self._sessions)
             connections = sum(session.hello.connections for session in self._sessions.values())
-        reason = refusal(self.layout, hello, sessions=sessions, connections=connections)
+        reason = refusal(self.layout, hello, sessions=sessions, connections=connections, proved_site=site)
         if self._closing:
             reason = "the prefill server is stopping"
         if reason:
@@ -240,7 +246,7 @@ class SendMover:
         old = self._sessions.get(identity)
         if old is not None:
             self._lose(old, "the decode server opened a new session")
-        session = SendSession(identity, hello, self._clock.now_s())
+        session = SendSession(identity, hello, self._clock.now_s(), site)
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session
@@ -341,6 +347,8 @@ class SendMover:
             session = self._tokens.get(preface.token)
             if session is None:
                 raise ProtocolError("its token belongs to no session")
+            if connection.site != session.site:
+                raise ProtocolError(f"it is of site {connection.site}, the session with its token of {session.site}")
             if preface.index >= session.hello.connections or preface.index in session.connections:
                 raise ProtocolError(f"{session} did not announce a data connection with index {preface.index}")
             thread = threading.Thread(

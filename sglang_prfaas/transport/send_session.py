@@ -83,9 +83,11 @@ class SendSession:
 
     `connections`, `transfers` and `closed` are guarded by the mover's lock."""
 
-    def __init__(self, identity: bytes, hello: Hello, now_s: float) -> None:
+    def __init__(self, identity: bytes, hello: Hello, now_s: float, site: str = "") -> None:
         self.identity = identity
         self.hello = hello
+        self.site = site
+        """The site that the decode rank has proved to be of; empty without keys."""
         self.token = secrets.token_bytes(16)
         self.opened_s = now_s
         self.seen_s = now_s

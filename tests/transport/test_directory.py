@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError
 from sglang_prfaas.transport import directory as directory_module
 from sglang_prfaas.transport.directory import DirectoryServer
@@ -70,7 +71,7 @@ class Asker:
     [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1"), ("::", "::1")],
 )
 def test_ranks_register_are_found_and_leave(bound: str, asked: str) -> None:
-    server = DirectoryServer(bound, 0)
+    server = DirectoryServer(bound, 0, config=TransportConfig(security="off"))
     ranks = [registration(server.port, r, 2, 7000 + 2 * r, asked) for r in (0, 1)]
     try:
         with Asker(asked, server.port) as asker:

@@ -1,0 +1,106 @@
+"""CURVE on ZeroMQ sockets (RFC 26), clients let in by ZAP (RFC 27), and what a socket's monitor tells of refusals."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import zmq
+import zmq.utils.z85
+from msgspec import Struct
+
+ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+ZAP_DOMAIN = b"prfaas"
+ZAP_VERSION = b"1.0"
+
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+class Loss(Struct, frozen=True):
+    """Why a connection that was dialled is gone. refused: by a peer that does not have, or does not accept, the key."""
+
+    reason: str
+    refused: bool
+
+
+def serve(sock: zmq.Socket[bytes], secret: bytes) -> None:
+    """Demand CURVE of whoever connects. With no ZAP handler at hand, as in a loop that ends, nobody is let in."""
+    sock.setsockopt(zmq.CURVE_SERVER, 1)
+    sock.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    sock.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+    sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+
+def dial(sock: zmq.Socket[bytes], public: bytes, secret: bytes, server: bytes) -> None:
+    """Prove the own key, and demand `server` of whoever is dialled."""
+    sock.setsockopt(zmq.CURVE_PUBLICKEY, public)
+    sock.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    sock.setsockopt(zmq.CURVE_SERVERKEY, server)
+
+
+def zap_answer(
+    request: list[bytes], site_of: Callable[[str], str], refused: Callable[[str], None]
+) -> list[bytes] | None:
+    """The reply to one ZAP request, as it came to a ROUTER: with its return path in front. The user id of a client that
+    is let in is its site. None for what is no request."""
+    if b"" not in request:
+        return None
+    cut = request.index(b"") + 1
+    path, body = request[:cut], request[cut:]
+    if len(body) < 6 or body[0] != ZAP_VERSION:
+        return None
+    request_id, address, mechanism = body[1], body[3].decode(errors="replace"), body[5]
+    reason = "no CURVE key"
+    if mechanism == b"CURVE" and len(body) == 7 and len(body[6]) == 32:
+        key = zmq.utils.z85.encode(body[6]).decode()
+        site = site_of(key)
+        if site:
+            return [*path, ZAP_VERSION, request_id, b"200", b"", site.encode(), b""]
+        reason = f"its key {key} is not in peers.toml"
+    refused(f"control connection from {address} refused: {reason}")
+    return [*path, ZAP_VERSION, request_id, b"400", b"unknown key", b"", b""]
+
+
+def refused_client(event: int, value: int, *, keys: bool) -> str:
+    """What a listening socket's monitor says of a client that failed the handshake; empty where it says nothing, or ZAP
+    has said it."""
+    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and keys:
+        return "it left during the handshake (without keys, or only to see whether the port is open)"
+    if event != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        return ""
+    if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+        return "it has no keys" if keys else "it uses keys, and this side has none (transport.keys_dir)"
+    if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+        return "it expects another key of this server than its own (an old peers.toml, or another site's address)"
+    return f"handshake broken (0x{value:x})"
+
+
+def loss(event: int, value: int, site: str) -> Loss | None:
+    """What a dialling socket's monitor says. `site`: whose key the server should have; empty without keys.
+
+    Where the server has closed before all of its answer was read, there is less to say."""
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return Loss("it does not let this site's key in", True)
+    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            text = "it works without keys" if site else "it demands keys, and this side has none (transport.keys_dir)"
+            return Loss(text, True)
+        return Loss(f"handshake broken (0x{value:x})", True)
+    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        other = f"it does not hold the key of site {site}" if site else "it demands keys (transport.keys_dir)"
+        return Loss(f"it closed during the handshake: {other}, or is about to end", True)
+    if event == zmq.EVENT_DISCONNECTED:
+        return Loss("it closed the control connection", False)
+    return None
+
+
+def peer_address(descriptor: int) -> str:
+    """The address of the peer at a connected descriptor of ZeroMQ's, as good as can be: it may be closed by now."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            return str(sock.getpeername()[0])
+    except OSError:
+        return "an unknown address"

@@ -1,0 +1,367 @@
+"""With keys: everything works; without them, or with others, nobody gets in or reads anything."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.errors import ConfigError, PeerError
+from sglang_prfaas.transport import data_tcp
+from sglang_prfaas.transport.addresses import endpoint
+from sglang_prfaas.transport.framing import Preface
+from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello, Refuse, Welcome, decode_to_decode, encode
+from sglang_prfaas.transport.receive_mover import PeerSession, ReceiveMover
+from sglang_prfaas.transport.security import load_security
+from sglang_prfaas.transport.security.tls import client_context
+from sglang_prfaas.transport.session import State
+from tests.transport.fakes import FakeDecode, at_end
+from tests.transport.keyring import Keyring, Relay
+from tests.transport.rig import (
+    CONFIG,
+    DEADLINE_S,
+    Memory,
+    Pair,
+    assert_moved,
+    layout,
+    some_slots,
+    wait_ended,
+    wait_until,
+)
+from tests.transport.test_faults import works
+
+AT_ONCE_S = 10.0
+"""Refusals come in milliseconds; this is below the handshake timeout of 20 s."""
+
+
+@pytest.fixture(scope="module")
+def keyring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
+    return Keyring(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
+    return Keyring(tmp_path_factory.mktemp("strangers"))
+
+
+@pytest.fixture
+def pair(keyring: Keyring) -> Iterator[Pair]:
+    with Pair(config=keyring.prfaas, decode_config=keyring.pd) as made:
+        yield made
+
+
+def lines(caplog: pytest.LogCaptureFixture, *parts: str) -> list[str]:
+    """Warnings that hold all of `parts`."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if all(part in message for part in parts)]
+
+
+def refused(receiver: ReceiveMover, pair: Pair) -> PeerSession:
+    """A session that fails at once."""
+    began_s = time.monotonic()
+    session = pair.dial(receiver)
+    wait_until(lambda: session.failure, "refusal")
+    assert time.monotonic() - began_s < AT_ONCE_S
+    assert not session.up
+    assert not pair.sender._sessions
+    return session
+
+
+# --- keys that fit ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "0.0.0.0"])
+def test_everything_works_with_keys(keyring: Keyring, host: str) -> None:
+    with Pair(host=host, config=keyring.prfaas, decode_config=keyring.pd) as pair:
+        pair.host = {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(host, host)
+        for room in (1, 2, 3):
+            works(pair, room)
+        (session,) = pair.sender._sessions.values()
+        assert session.site == "pd"
+        assert all(isinstance(c.sock, ssl.SSLSocket) and c.site == "pd" for c in session.connections.values())
+        versions = {c.sock.version() for c in session.connections.values() if isinstance(c.sock, ssl.SSLSocket)}
+        assert versions == {"TLSv1.3"}
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_nothing_can_be_read_on_the_wire(keyring: Keyring, keys: bool) -> None:
+    config, decode_config = (keyring.prfaas, keyring.pd) if keys else (CONFIG, CONFIG)
+    source = Memory(layout(), 1)
+    for component in source.arrays:
+        for buffer in component:
+            buffer[:] = ord("K")
+    with (
+        Pair(config=config, decode_config=decode_config, send_memory=source) as pair,
+        Relay(pair.sender.control_port) as control,
+        Relay(pair.sender.data_port) as data,
+    ):
+        pair.sender.control_port, pair.sender.data_port = control.port, data.port
+        works(pair, 7)
+        pair.receiver.close()
+        assert len(data.seen) > 100_000
+        readable = [b"KKKKKKKK" in data.seen, b"PFC1" in data.seen, b"Hybrid-abc" in control.seen]
+        assert readable == [not keys] * 3
+
+
+def test_a_cut_connection_stays_encrypted(pair: Pair) -> None:
+    session = pair.session()
+    connection = session.connections[0]
+    assert isinstance(connection.sock, ssl.SSLSocket)
+    connection.cut()
+    assert connection.sock._sslobj is not None  # type: ignore[attr-defined]
+    wait_until(lambda: session.failure, "end of the session")
+    works(pair, 8)
+
+
+# --- keys that do not -------------------------------------------------------------------------------------------------
+
+
+def test_a_decode_rank_with_keys_of_another_deployment(
+    pair: Pair, keyring: Keyring, strangers: Keyring, caplog: pytest.LogCaptureFixture
+) -> None:
+    # It has found out the server's public key, which is no secret.
+    text = (strangers.directory / "pd" / "peers.toml").read_text()
+    ours, theirs = keyring.curve("prfaas")[0].decode(), strangers.curve("prfaas")[0].decode()
+    (strangers.directory / "pd" / "peers.toml").write_text(text.replace(theirs, ours))
+    stranger = ReceiveMover(layout(), Memory(layout(), None).rank, strangers.pd, MonotonicClock())
+    stranger.start()
+    try:
+        session = refused(stranger, pair)
+        assert session.failure.endswith(": it does not let this site's key in")
+        public = strangers.curve("pd")[0].decode()
+        expected = f"control connection from 127.0.0.1 refused: its key {public} is not in peers.toml"
+        wait_until(lambda: lines(caplog, expected), "the prefill server's line")
+        assert len(lines(caplog, "session with prefill", "does not let this site's key in")) == 1
+    finally:
+        stranger.close()
+        (strangers.directory / "pd" / "peers.toml").write_text(text)
+    works(pair, 7)
+
+
+def test_a_prefill_server_with_keys_of_another_deployment(
+    keyring: Keyring, strangers: Keyring, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pair(config=strangers.prfaas, decode_config=keyring.pd) as pair:
+        session = refused(pair.receiver, pair)
+        assert session.failure.endswith("it does not hold the key of site prfaas, or is about to end")
+        wait_until(lambda: lines(caplog, "control connection from 127.0.0.1 refused: it expects another key"), "a line")
+
+
+def test_a_decode_rank_without_keys(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    plain = ReceiveMover(layout(), Memory(layout(), None).rank, CONFIG, MonotonicClock())
+    plain.start()
+    try:
+        session = refused(plain, pair)
+        assert "it demands keys" in session.failure
+        assert "(transport.keys_dir)" in session.failure
+        wait_until(lambda: re.search(r"127\.0\.0\.1 refused: it (has no keys|left during)", caplog.text), "a line")
+    finally:
+        plain.close()
+    works(pair, 7)
+
+
+def test_a_prefill_server_without_keys(keyring: Keyring, caplog: pytest.LogCaptureFixture) -> None:
+    with Pair(config=CONFIG, decode_config=keyring.pd) as pair:
+        session = refused(pair.receiver, pair)
+        assert re.search("it works without keys|it does not hold the key of site prfaas", session.failure)
+        assert len(lines(caplog, "session with prefill")) == 1
+
+
+def test_a_site_taken_out_of_the_list_and_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keyring = Keyring(tmp_path / "keys")
+    path = tmp_path / "keys" / "prfaas" / "peers.toml"
+    text = path.read_text()
+    with Pair(config=keyring.prfaas, decode_config=keyring.pd) as pair:
+        works(pair, 1)
+        (established,) = pair.receiver._sessions.values()
+        path.write_text(text.replace(keyring.curve("pd")[0].decode(), keyring.curve("third")[0].decode()[::-1]))
+        other = ReceiveMover(layout(), Memory(layout(), None).rank, keyring.pd, MonotonicClock())
+        other.start()
+        try:
+            session = pair.dial(other)
+            wait_until(lambda: session.failure, "refusal")
+            assert established.up
+            path.write_text("[pd\n")
+            works(pair, 2)
+            session = pair.dial(other)
+            wait_until(lambda: session.failure, "refusal")
+            assert lines(caplog, "peers as before, for now", "peers.toml")
+            path.write_text(text)
+            assert pair.session(other).up
+        finally:
+            other.close()
+
+
+def test_a_site_cannot_call_itself_another(pair: Pair, keyring: Keyring) -> None:
+    with FakeDecode(pair.sender.control_port) as decode:
+        dealer = keyring.dealer(decode.context, "third", "prfaas")
+        dealer.connect(endpoint("127.0.0.1", pair.sender.control_port))
+        dealer.send(encode(Hello(PROTOCOL_VERSION, "pd", "x", pair.layout, 1, 4096)))
+        answer = decode_to_decode(dealer.recv())
+        assert answer == Refuse("it calls itself site pd, its key is of site third")
+
+
+# --- data connections -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first_bytes", "why"),
+    [
+        (Preface(0, b"0123456789abcdef").pack(), "it does not speak TLS"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "it does not speak TLS (http request)"),
+        (b"\x16\x03\x01\x02\x00\x01" + b"\xff" * 600, "TLS handshake failed"),
+    ],
+)
+def test_bytes_that_are_no_tls_are_refused_at_once(
+    pair: Pair, caplog: pytest.LogCaptureFixture, first_bytes: bytes, why: str
+) -> None:
+    pair.session()
+    began_s = time.monotonic()
+    with socket.create_connection(("127.0.0.1", pair.sender.data_port), timeout=DEADLINE_S) as sock:
+        sock.sendall(first_bytes)
+        assert at_end(sock)
+    assert time.monotonic() - began_s < AT_ONCE_S
+    wait_until(lambda: len(lines(caplog, "data connection from 127.0.0.1 refused", why)) == 1, "the line")
+    works(pair, 7)
+
+
+def test_a_silent_data_connection_keeps_nobody_out(keyring: Keyring, caplog: pytest.LogCaptureFixture) -> None:
+    config = msgspec.structs.replace(keyring.prfaas, handshake_timeout_s=1.0)
+    with Pair(config=config, decode_config=keyring.pd) as pair:
+        with socket.create_connection(("127.0.0.1", pair.sender.data_port), timeout=DEADLINE_S) as sock:
+            works(pair, 7)
+            assert at_end(sock)
+        assert lines(caplog, "data connection from 127.0.0.1 refused: no preface within 1 s")
+
+
+def _token(pair: Pair, keyring: Keyring, decode: FakeDecode, site: str = "pd") -> bytes:
+    """Of a session that was opened with the right CURVE key."""
+    dealer = keyring.dealer(decode.context, site, "prfaas")
+    dealer.setsockopt(zmq.ROUTING_ID, b"Dkeyed")
+    dealer.connect(endpoint("127.0.0.1", pair.sender.control_port))
+    dealer.send(encode(Hello(PROTOCOL_VERSION, "", "x", pair.layout, 1, 4096)))
+    answer = decode_to_decode(dealer.recv())
+    assert isinstance(answer, Welcome)
+    return answer.token
+
+
+@pytest.mark.parametrize("case", ["no certificate", "another authority", "expired", "not listed", "another site"])
+def test_certificates_that_get_nothing(
+    keyring: Keyring, strangers: Keyring, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    if case in ("expired", "not listed"):
+        keyring = Keyring(tmp_path / "keys")
+    home = keyring.directory / "pd"
+    if case == "no certificate":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.load_verify_locations(home / "ca.crt")
+    elif case == "another authority":
+        context = strangers.client_context("pd")
+        context.load_verify_locations(home / "ca.crt")
+    elif case == "expired":
+        context = client_context(home / "ca.crt", *keyring.expired("pd"))
+    elif case == "another site":
+        context = keyring.client_context("third")
+    else:
+        context = keyring.client_context("third")
+        peers = keyring.directory / "prfaas" / "peers.toml"
+        peers.write_text(peers.read_text().partition('["third"]')[0])
+    why = {
+        "no certificate": "it has no certificate",
+        "another authority": "TLS handshake failed: certificate refused",
+        "expired": "certificate refused: certificate has expired",
+        "not listed": "its certificate sha256:",
+        "another site": "it is of site third, the session with its token of pd",
+    }[case]
+    with Pair(config=keyring.prfaas, decode_config=keyring.pd) as pair, FakeDecode(pair.sender.control_port) as decode:
+        token = _token(pair, keyring, decode)
+        with (
+            socket.create_connection(("127.0.0.1", pair.sender.data_port), timeout=DEADLINE_S) as raw,
+            context.wrap_socket(raw) as sock,
+        ):
+            got = b""
+            try:
+                sock.sendall(Preface(0, token).pack())
+                got = sock.recv(1)
+            except OSError:
+                pass  # the server's alert, or its end
+            assert got == b""
+        wait_until(lambda: lines(caplog, "data connection from 127.0.0.1 refused", why), "the prefill server's line")
+        assert not pair.sender._sessions[b"Dkeyed"].connections
+        works(pair, 7)
+
+
+def test_decode_tells_what_became_of_its_expired_certificate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keyring = Keyring(tmp_path / "keys")
+    with Pair(config=keyring.prfaas, decode_config=keyring.pd) as pair:
+        for path, name in zip(keyring.expired("pd"), ("site.crt", "site.key"), strict=True):
+            (tmp_path / "keys" / "pd" / name).write_bytes(path.read_bytes())
+        session = pair.dial()
+        wait_until(lambda: session.failure, "refusal")
+        assert "the other side refused this site's certificate or key (certificate expired)" in session.failure
+        assert lines(caplog, "data connection from 127.0.0.1 refused: TLS handshake failed", "certificate has expired")
+        with pytest.raises(ConfigError, match="do not fit together: certificate refused: certificate has expired"):
+            load_security(keyring.pd)
+
+
+def test_a_data_port_of_another_site_or_deployment(keyring: Keyring, strangers: Keyring) -> None:
+    for prefill, expected in (
+        (keyring.config("third"), "belongs to site third, expected prfaas"),
+        (strangers.prfaas, "certificate refused: self-signed certificate|certificate refused: unable|signature"),
+    ):
+        with Pair(config=prefill, decode_config=prefill) as pair:
+            connection = data_tcp.unconnected("127.0.0.1", CONFIG)
+            try:
+                with pytest.raises(PeerError, match=expected):
+                    data_tcp.connect(
+                        connection, "127.0.0.1", pair.sender.data_port, CONFIG, load_security(keyring.pd), "prfaas"
+                    )
+            finally:
+                connection.close()
+
+
+# --- where one may listen ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+def test_no_keys_beyond_loopback(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"mover would listen on .*launch keys DIR.*PRFAAS_SECURITY=off"):
+        Pair(host=host)
+    assert not caplog.records
+    off = msgspec.structs.replace(CONFIG, security="off")
+    with Pair(host=host, config=off):
+        assert len(lines(caplog, "the KVCache mover listens on", "can read and forge KVCache")) == 1
+
+
+def test_keys_without_a_directory() -> None:
+    with pytest.raises(ConfigError, match=r"needs transport\.keys_dir"):
+        load_security(TransportConfig(security="keys"))
+
+
+def test_keys_are_not_used_where_they_are_off(keyring: Keyring) -> None:
+    assert load_security(msgspec.structs.replace(keyring.pd, security="off")).keys is None
+
+
+def test_many_transfers_with_keys(pair: Pair) -> None:
+    """Large enough for many records, over all connections."""
+    for room in range(20):
+        slots = some_slots(room)
+        transfer, item = pair.ready(room, slots)
+        pair.send_all(transfer, slots, step=3)
+        wait_ended(transfer, item.transfer)
+        assert transfer.state is State.DONE
+        assert_moved(pair.source, slots, pair.target, slots)
+        pair.sender.release(transfer)
+        pair.receiver.release(item)

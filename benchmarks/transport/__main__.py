@@ -1,9 +1,11 @@
 """The mover beside plain sockets on loopback: GB/s and CPU seconds per GB, arms interleaved in one run.
 
     python -m benchmarks.transport --json OUT [--quick] [--rounds N] [--connections 1,4] [--congestion cubic]
+                                   [--movers prfaas,prfaas+keys,plain]
 
 Two processes, one per end. A round moves one request: a prefill rank's pages and states, which lie scattered in its
-memory, to other places of a decode rank's. `prfaas` is the mover, with its checksums; `plain` sends the same items one
+memory, to other places of a decode rank's. `prfaas` is the mover, with its checksums; `prfaas+keys` the same with
+CURVE and mutual TLS 1.3, `tls` in the result the cipher; `plain` sends the same items one
 by one with sendall and receives them in place with recv_into, over as many connections. GB are 1e9 bytes; the time is
 the receiver's, from its request to its last byte; CPU seconds are those of both processes. Every round's bytes are
 compared. Exits 1 where some differ.
@@ -12,11 +14,14 @@ compared. Exits 1 where some differ.
 from __future__ import annotations
 
 import argparse
+import datetime
 import multiprocessing
 import os
 import platform
+import ssl
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,9 @@ import zmq
 from benchmarks.transport.ends import receiving_end, sending_end
 from benchmarks.transport.workload import WORKLOADS
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.transport.security import make
+
+MOVERS = ("prfaas", "prfaas+keys", "plain")
 
 
 def main() -> int:
@@ -38,13 +46,30 @@ def main() -> int:
     parser.add_argument("--connections", default="1,4", help="numbers of connections to try (default %(default)s)")
     parser.add_argument("--congestion", default="", help="TCP congestion control (default: the system's)")
     parser.add_argument("--chunk-bytes", type=int, default=TransportConfig().chunk_bytes, help="default %(default)s")
+    parser.add_argument("--movers", default=",".join(MOVERS), help="which of them (default %(default)s)")
     args = parser.parse_args()
+    movers = args.movers.split(",")
+    if unknown := set(movers) - set(MOVERS):
+        parser.error(f"--movers: {', '.join(sorted(unknown))} unknown, there are {', '.join(MOVERS)}")
+    with tempfile.TemporaryDirectory() as keys:
+        return compare(args, movers, Path(keys))
 
+
+def compare(args: argparse.Namespace, movers: list[str], keys: Path) -> int:
+    """Run all arms, write and print the result. keys: an empty directory for keys."""
+    make.make_keys(keys, {"bench": ()}, now=datetime.datetime.now(datetime.UTC))
+    numbers = [int(text) for text in args.connections.split(",")]
     name = "quick" if args.quick else "hybrid"
     rounds = args.rounds or (3 if args.quick else 7)
+    arms = [(mover, n) for n in numbers for mover in movers]
     configs = {
-        n: TransportConfig(connections=n, congestion_control=args.congestion, chunk_bytes=args.chunk_bytes)
-        for n in (int(text) for text in args.connections.split(","))
+        (mover, n): TransportConfig(
+            connections=n,
+            congestion_control=args.congestion,
+            chunk_bytes=args.chunk_bytes,
+            keys_dir=str(keys / "bench") if mover == "prfaas+keys" else "",
+        )
+        for mover, n in arms
     }
     spawn = multiprocessing.get_context("spawn")
     send_pipe, send_end = spawn.Pipe()
@@ -55,9 +80,7 @@ def main() -> int:
     receiver = spawn.Process(target=receiving_end, args=(name, configs, addresses, receive_end), daemon=True)
     receiver.start()
     receive_pipe.recv()
-    congestion = send_pipe.recv()
-
-    arms = [(mover, n) for n in configs for mover in ("prfaas", "plain")]
+    about = send_pipe.recv()
     samples: dict[tuple[str, int], list[dict[str, float]]] = {arm: [] for arm in arms}
     gigabytes = WORKLOADS[name].total_bytes / 1e9
     wrong = 0
@@ -89,11 +112,13 @@ def main() -> int:
             "pyzmq": zmq.__version__,
             "numpy": numpy.__version__,
             "xxhash": xxhash.VERSION,
+            "openssl": ssl.OPENSSL_VERSION,
             "kernel": platform.release(),
         },
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "congestion_control": congestion,
+        "congestion_control": about["congestion"],
+        "tls": about["tls"],
         "chunk_bytes": args.chunk_bytes,
         "gigabytes": gigabytes,
         "rounds": rounds,
@@ -101,10 +126,13 @@ def main() -> int:
         "rows": rows,
     }
     Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    print(f"{name}: {gigabytes:.3f} GB per request, {rounds} rounds, congestion control {congestion}, wrong: {wrong}")
+    print(
+        f"{name}: {gigabytes:.3f} GB per request, {rounds} rounds, congestion control {about['congestion']}, "
+        f"TLS {about['tls'] or 'not used'}, wrong: {wrong}"
+    )
     for r in rows:
         print(
-            f"{r['mover']:>7} x{r['connections']:<2} {r['gb_per_s']:6.2f} GB/s ({r['gb_per_s_min']:.2f} to "
+            f"{r['mover']:>11} x{r['connections']:<2} {r['gb_per_s']:6.2f} GB/s ({r['gb_per_s_min']:.2f} to "
             f"{r['gb_per_s_max']:.2f})  {r['cpu_s_per_gb']:5.3f} CPU s/GB (send {r['send_cpu_s_per_gb']:.3f}, receive "
             f"{r['receive_cpu_s_per_gb']:.3f})"
         )

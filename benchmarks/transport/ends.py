@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +24,9 @@ HOST = "127.0.0.1"
 SEND_SEED, RECEIVE_SEED = 1, 2
 POLL_S = 0.0005
 
+Configs = dict[tuple[str, int], TransportConfig]
+"""By mover and number of connections; `plain` is no mover of ours."""
+
 
 def digest(memory: Memory, seed: int) -> int:
     """Of a request's items, in order."""
@@ -38,10 +42,10 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(POLL_S)
 
 
-def measured(work: Callable[[int, int], float], connections: int, room: int) -> dict[str, float]:
+def measured(work: Callable[[tuple[str, int], int], float], arm: tuple[str, int], room: int) -> dict[str, float]:
     """Run `work`, which returns its seconds; adds the CPU seconds of this process."""
     cpu_s = time.process_time()
-    wall_s = work(connections, room)
+    wall_s = work(arm, room)
     return {"wall_s": wall_s, "cpu_s": time.process_time() - cpu_s}
 
 
@@ -67,36 +71,52 @@ def receive_plain(sock: socket.socket, items: list[memoryview]) -> None:
             raise ConnectionError("closed")
 
 
+def about(movers: Iterable[SendMover], configs: Configs) -> dict[str, str]:
+    """Congestion control and TLS cipher of the data connections."""
+    with data_tcp.listen(HOST, 0, next(iter(configs.values()))) as listener:
+        congestion = congestion_of(listener)
+    ciphers = set()
+    for mover in movers:
+        until(lambda mover=mover: any(len(s.connections) == s.hello.connections for s in mover._sessions.values()))
+        for session in mover._sessions.values():
+            for connection in session.connections.values():
+                if isinstance(connection.sock, ssl.SSLSocket):
+                    ciphers.add("{1} {0}".format(*connection.sock.cipher()))
+    return {"congestion": congestion, "tls": ", ".join(sorted(ciphers))}
+
+
 def congestion_of(sock: socket.socket) -> str:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 
-def sending_end(workload: str, configs: dict[int, TransportConfig], pipe: Connection) -> None:
+def sending_end(workload: str, configs: Configs, pipe: Connection) -> None:
     """Process of the sender. Commands on `pipe`: ("prfaas" or "plain", connections, room), None to end."""
     memory = Memory(WORKLOADS[workload], 1)
     slots = memory.slots(SEND_SEED)
     movers = {
-        n: SendMover(memory.workload.layout, memory.rank, c, MonotonicClock(), host=HOST) for n, c in configs.items()
+        arm: SendMover(memory.workload.layout, memory.rank, c, MonotonicClock(), host=HOST)
+        for arm, c in configs.items()
+        if arm[0] != "plain"
     }
-    listeners = {n: data_tcp.listen(HOST, 0, config) for n, config in configs.items()}
+    listeners = {arm: data_tcp.listen(HOST, 0, c) for arm, c in configs.items() if arm[0] == "plain"}
     for mover in movers.values():
         mover.start()
     pipe.send(
         {
-            "control": {n: mover.control_port for n, mover in movers.items()},
-            "plain": {n: listener.getsockname()[1] for n, listener in listeners.items()},
+            "control": {arm: mover.control_port for arm, mover in movers.items()},
+            "plain": {arm: listener.getsockname()[1] for arm, listener in listeners.items()},
             "digest": digest(memory, SEND_SEED),
         }
     )
-    plain: dict[int, list[socket.socket]] = {}
-    for n, listener in listeners.items():
-        plain[n] = [listener.accept()[0] for _ in range(n)]
-        plain[n].sort(key=lambda sock: sock.recv(1))
-    pipe.send(congestion_of(next(iter(plain.values()))[0]))
+    plain: dict[tuple[str, int], list[socket.socket]] = {}
+    for arm, listener in listeners.items():
+        plain[arm] = [listener.accept()[0] for _ in range(arm[1])]
+        plain[arm].sort(key=lambda sock: sock.recv(1))
+    pipe.send(about(movers.values(), configs))
     items = list(memory.items(SEND_SEED))
 
-    def prfaas(connections: int, room: int) -> float:
-        mover = movers[connections]
+    def prfaas(arm: tuple[str, int], room: int) -> float:
+        mover = movers[arm]
         transfer = mover.transfer(room)
         until(lambda: transfer.expected)
         began_s = time.monotonic()
@@ -112,61 +132,64 @@ def sending_end(workload: str, configs: dict[int, TransportConfig], pipe: Connec
         mover.release(transfer)
         return wall_s
 
-    def sockets(connections: int, _: int) -> float:
-        plain[connections][0].recv(1)
+    def sockets(arm: tuple[str, int], _: int) -> float:
+        plain[arm][0].recv(1)
         began_s = time.monotonic()
-        in_threads(send_plain, plain[connections], items)
+        in_threads(send_plain, plain[arm], items)
         return time.monotonic() - began_s
 
     while (command := pipe.recv()) is not None:
-        work = {"prfaas": prfaas, "plain": sockets}[command[0]]
-        pipe.send(measured(work, *command[1:]))
+        arm, room = (command[0], command[1]), command[2]
+        pipe.send(measured(sockets if arm in plain else prfaas, arm, room))
     for mover in movers.values():
         mover.close()
 
 
-def receiving_end(
-    workload: str, configs: dict[int, TransportConfig], addresses: dict[str, Any], pipe: Connection
-) -> None:
+def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pipe: Connection) -> None:
     """Process of the receiver; it takes the time, from its request until its last byte."""
     memory = Memory(WORKLOADS[workload], None)
     slots = memory.slots(RECEIVE_SEED)
-    movers = {n: ReceiveMover(memory.workload.layout, memory.rank, c, MonotonicClock()) for n, c in configs.items()}
-    plain: dict[int, list[socket.socket]] = {}
+    movers = {
+        arm: ReceiveMover(memory.workload.layout, memory.rank, c, MonotonicClock())
+        for arm, c in configs.items()
+        if arm[0] != "plain"
+    }
     sessions = {}
-    for n, mover in movers.items():
+    for arm, mover in movers.items():
         mover.start()
-        sessions[n] = session = mover.session("", HOST, addresses["control"][n])
+        sessions[arm] = session = mover.session(f"{HOST}:0", HOST, addresses["control"][arm])
         until(lambda session=session: session.up or session.failure)
-        plain[n] = []
-        for index in range(n):
-            connection = data_tcp.unconnected(HOST, configs[n])
-            data_tcp.connect(connection, HOST, addresses["plain"][n], configs[n])
+    plain: dict[tuple[str, int], list[socket.socket]] = {}
+    for arm, port in addresses["plain"].items():
+        plain[arm] = []
+        for index in range(arm[1]):
+            connection = data_tcp.unconnected(HOST, configs[arm])
+            data_tcp.connect(connection, HOST, port, configs[arm])
             connection.sock.sendall(bytes([index]))
-            plain[n].append(connection.sock)
+            plain[arm].append(connection.sock)
     items = list(memory.items(RECEIVE_SEED))
 
-    def prfaas(connections: int, room: int) -> float:
-        mover = movers[connections]
+    def prfaas(arm: tuple[str, int], room: int) -> float:
+        mover = movers[arm]
         began_s = time.monotonic()
-        item = mover.expect(sessions[connections], room, slots, 0)
+        item = mover.expect(sessions[arm], room, slots, 0)
         until(lambda: not item.transfer.live)
         if item.transfer.state is not State.DONE:
             raise RuntimeError(item.transfer.reason)
         mover.release(item)
         return item.transfer.last_byte_s - began_s
 
-    def sockets(connections: int, _: int) -> float:
+    def sockets(arm: tuple[str, int], _: int) -> float:
         began_s = time.monotonic()
-        plain[connections][0].sendall(b"g")
-        in_threads(receive_plain, plain[connections], items)
+        plain[arm][0].sendall(b"g")
+        in_threads(receive_plain, plain[arm], items)
         return time.monotonic() - began_s
 
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
         memory.clear()
-        work = {"prfaas": prfaas, "plain": sockets}[command[0]]
-        result = measured(work, *command[1:])
+        arm, room = (command[0], command[1]), command[2]
+        result = measured(sockets if arm in plain else prfaas, arm, room)
         pipe.send({**result, "digest": digest(memory, RECEIVE_SEED)})
     for mover in movers.values():
         mover.close()

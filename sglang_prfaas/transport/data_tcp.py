@@ -13,6 +13,9 @@ from sglang_prfaas.transport.security.tls import explain
 
 TLS_RECORD_BYTES = 1 << 14
 """Plaintext of one TLS record at most (RFC 8446, section 5.1)."""
+MAX_TLS_RECORDS = 1 << 24
+"""Records sent with one set of keys; AES-GCM is sound for 2^24.5 (RFC 8446, section 5.5). `ssl` cannot update keys of a
+connection, so that it is made anew."""
 
 
 class Connection:
@@ -29,6 +32,18 @@ class Connection:
         self._lock = threading.Lock()
         self._closed = False
         self.was_cut = False
+        self.renewing = False
+        """Whether it is the sender's last word that it be dialled again."""
+        self._records = 0
+
+    def count(self, nbytes: int) -> None:
+        """So many more bytes were sent. By the owner."""
+        self._records += -(-nbytes // TLS_RECORD_BYTES)
+
+    @property
+    def used_up(self) -> bool:
+        """Whether its keys have protected as much as they may."""
+        return self._records >= MAX_TLS_RECORDS and isinstance(self.sock, ssl.SSLSocket)
 
     def cut(self) -> None:
         """End the connection both ways. From any thread. Idempotent."""

@@ -3,6 +3,7 @@
     preface   "PFD1"  u16 version  u16 connection index  16 bytes token
     chunk     "PFC1"  u16 component  u16 buffer  u64 transfer id  u64 offset  u32 length  u32 head check
               u64 checksum  payload
+    renewal   "PFN1"  and 36 zero bytes: the last of a connection, to be dialled again with the same preface
 
 Big-endian. A stream is (transfer, component, buffer): the request's items of that buffer, end to end; `offset` is a
 byte position in it. H is xxh3-64 of the first 28 bytes; the head check is its low 32 bits, so that a corrupt length is
@@ -24,6 +25,7 @@ CHUNK_CHECKS = struct.Struct(">IQ")
 HEADER_BYTES = CHUNK_HEAD.size + CHUNK_CHECKS.size
 PREFACE_MAGIC = b"PFD1"
 CHUNK_MAGIC = b"PFC1"
+RENEWAL = b"PFN1".ljust(HEADER_BYTES, b"\0")
 DATA_VERSION = 1
 MAX_CHUNK_BYTES = 64 << 20
 

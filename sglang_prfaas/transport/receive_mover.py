@@ -8,20 +8,16 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import zmq
 
 from sglang_prfaas.clock import Clock, Deadline
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import LocalError, PeerGoneError, PrfaasError, ProtocolError
-from sglang_prfaas.transport import data_tcp
+from sglang_prfaas.errors import LocalError, PeerGoneError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint
-from sglang_prfaas.transport.data_tcp import Connection
-from sglang_prfaas.transport.framing import HEADER_BYTES, ChunkHeader, Preface, unpack_header, verify
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.lookup import DirectoryClient
 from sglang_prfaas.transport.loop import ZmqLoop
-from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
+from sglang_prfaas.transport.memory import Indices, RankMemory
 from sglang_prfaas.transport.messages import (
     MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
@@ -40,6 +36,7 @@ from sglang_prfaas.transport.messages import (
     encode,
     reason_text,
 )
+from sglang_prfaas.transport.receive_data import DataReceiver
 from sglang_prfaas.transport.receive_session import Incoming, PeerSession
 from sglang_prfaas.transport.resolver import resolve_in_background
 from sglang_prfaas.transport.security import ServerKeys, load_security
@@ -78,10 +75,10 @@ class ReceiveMover:
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._sessions: dict[tuple[str, int], PeerSession] = {}
-        self._threads: list[threading.Thread] = []
         self._closing = False
         self._security = load_security(config)
         self._server_keys = ServerKeys(self._security.server_keys)
+        self._data = DataReceiver(config, memory, self._security, lose=self._lose, complete=self._tell_done)
         self._loop = ZmqLoop("prfaas-receive-control", clock, self._security)
         self._loop.every(min(config.heartbeat_interval_s, 1.0), self._tick)
         self._directories = DirectoryClient(self._loop, clock, config.handshake_timeout_s, self._server_keys)
@@ -106,10 +103,7 @@ class ReceiveMover:
         for session in sessions:
             self._lose(session, reason)
         self._loop.stop(linger_ms=FAREWELL_MS)
-        with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
-            thread.join(10.0)
+        self._data.join(10.0)
 
     # --- finding prefill ranks ------------------------------------------------------------------------------------
 
@@ -220,7 +214,7 @@ class ReceiveMover:
         if isinstance(message, Welcome):
             if not session.dialled:
                 session.dialled = True
-                self._dial(session, host, message)
+                self._data.dial(session, host, message)
         elif isinstance(message, Refuse):
             self._lose(session, message.reason)
         elif isinstance(message, Failed):
@@ -332,73 +326,3 @@ class ReceiveMover:
     def _tell_done(self, session: PeerSession, transfer: IncomingTransfer) -> None:
         message = Done(transfer.transfer_id, transfer.room)
         self._loop.call(lambda: self._tell(session, message))
-
-    # --- data -----------------------------------------------------------------------------------------------------
-
-    def _dial(self, session: PeerSession, host: str, welcome: Welcome) -> None:
-        connected = itertools.count(1)
-        for index in range(self._config.connections):
-            thread = threading.Thread(
-                target=self._receive_loop,
-                args=(session, host, welcome, index, connected),
-                name="prfaas-receive-data",
-                daemon=True,
-            )
-            with self._lock:
-                self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-                thread.start()
-
-    def _receive_loop(
-        self, session: PeerSession, host: str, welcome: Welcome, index: int, connected: itertools.count[int]
-    ) -> None:
-        """One data connection: dial it, then place every chunk that comes."""
-        connection: Connection | None = None
-        try:
-            connection = data_tcp.unconnected(host, self._config)
-            with session.lock:
-                if session.failure:
-                    return
-                session.connections.append(connection)
-            data_tcp.connect(connection, host, welcome.data_port, self._config, self._security, session.server.site)
-            data_tcp.send_all(connection.sock, Preface(index, welcome.token).pack())
-            with session.lock:
-                if next(connected) == self._config.connections and not session.failure:
-                    session.up = True
-            self._receive_chunks(session, connection)
-        except PrfaasError as error:
-            self._lose(session, str(error))
-        except Exception as error:
-            logger.exception("prfaas: receiving from %s failed", session)
-            self._lose(session, f"a chunk could not be placed: {error}")
-        finally:
-            if connection is not None:
-                connection.close()
-
-    def _receive_chunks(self, session: PeerSession, connection: Connection) -> None:
-        sock = connection.sock
-        head = memoryview(bytearray(HEADER_BYTES))
-        staging = np.empty(self._config.chunk_bytes, dtype=np.uint8)
-        while data_tcp.receive_exactly(sock, head):
-            header = unpack_header(head, self._config.chunk_bytes)
-            payload = staging[: header.length]
-            if not data_tcp.receive_exactly(sock, payload.data):
-                raise PeerGoneError("data connection closed after a chunk's header")
-            verify(head, header, payload.data)
-            self._place(session, header, payload)
-        raise PeerGoneError("the prefill server closed a data connection")
-
-    def _place(self, session: PeerSession, header: ChunkHeader, payload: Bytes) -> None:
-        item = session.incoming.get(header.transfer_id)
-        if item is None:
-            return  # a late chunk of a request that has ended: dropped, its pages may belong to another by now
-        transfer = item.transfer
-        with transfer.lock:
-            if not transfer.live:
-                return
-            transfer.check(header)
-            self._memory.components[header.component][header.buffer].scatter(
-                item.indices[header.component], 0, header.offset, payload
-            )
-            complete = transfer.received(header)
-        if complete:
-            self._tell_done(session, transfer)

@@ -6,21 +6,20 @@ import logging
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import zmq
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import LocalError, PeerError, PrfaasError, ProtocolError
+from sglang_prfaas.errors import LocalError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.addresses import endpoint, resolve
 from sglang_prfaas.transport.data_tcp import Connection
-from sglang_prfaas.transport.framing import ChunkHeader, Preface, pack_header
+from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.handshake import refusal
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.loop import ZmqLoop
-from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
+from sglang_prfaas.transport.memory import Indices, RankMemory
 from sglang_prfaas.transport.messages import (
     Abort,
     Done,
@@ -39,6 +38,7 @@ from sglang_prfaas.transport.messages import (
 )
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
+from sglang_prfaas.transport.send_data import DataSender
 from sglang_prfaas.transport.send_session import SendSession, Task
 from sglang_prfaas.transport.session import OutgoingTransfer, State
 from sglang_prfaas.transport.streams import cut
@@ -77,7 +77,6 @@ class SendMover:
         self._rooms = Rooms(clock, config.waiting_timeout_s)
         self._sessions: dict[bytes, SendSession] = {}
         self._tokens: dict[bytes, SendSession] = {}
-        self._threads: list[threading.Thread] = []
         self._closing = False
         self._last_expiry_s = clock.now_s()
         address = resolve(host)
@@ -86,6 +85,9 @@ class SendMover:
         listener = data_tcp.listen(address, first_port + 1 if first_port else 0, config)
         self.data_port: int = listener.getsockname()[1]
         self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self, self.security)
+        self._data = DataSender(
+            config, memory, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
+        )
         self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
@@ -123,10 +125,7 @@ class SendMover:
         for session in sessions:
             self._lose(session, reason)
         self._loop.stop(linger_ms=FAREWELL_MS)
-        with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
-            thread.join(10.0)
+        self._data.join(10.0)
         self._acceptor.stop()
 
     # --- what the sender calls ------------------------------------------------------------------------------------
@@ -215,8 +214,7 @@ class SendMover:
                 self._lose(session, str(error))
             return
         if isinstance(message, Hello):
-            site = str(frames[1].get("User-Id")) if self.security.keys else ""
-            self._hello(identity, message, site)
+            self._hello(identity, message, str(frames[1].get("User-Id")) if self.security.keys else "")
         elif isinstance(message, Abort):
             self._aborted(session, message)
         elif session is None:
@@ -349,49 +347,4 @@ class SendMover:
                 raise ProtocolError("its token belongs to no session")
             if connection.site != session.site:
                 raise ProtocolError(f"it is of site {connection.site}, the session with its token of {session.site}")
-            if preface.index >= session.hello.connections or preface.index in session.connections:
-                raise ProtocolError(f"{session} did not announce a data connection with index {preface.index}")
-            thread = threading.Thread(
-                target=self._send_loop, args=(session, connection), name="prfaas-send-data", daemon=True
-            )
-            try:
-                thread.start()
-            except RuntimeError as error:
-                raise LocalError(f"no thread for a data connection of {session}: {error}") from None
-            session.connections[preface.index] = connection
-            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-        return lambda: self._lose(session, "it closed a data connection")
-
-    def _send_loop(self, session: SendSession, connection: Connection) -> None:
-        """One data connection: take the next chunk, copy it out under the transfer's lock, send it."""
-        try:
-            data_tcp.tune(connection.sock, self._config)
-            staging = np.empty(min(self._config.chunk_bytes, session.hello.chunk_bytes), dtype=np.uint8)
-            while (task := session.tasks.take()) is not None:
-                try:
-                    self._send_chunk(task, connection, staging)
-                except PeerError:
-                    raise
-                except Exception as error:
-                    logger.exception("prfaas: a chunk of room %d could not be read", task.transfer.room)
-                    self.abort(task.transfer, f"prefill could not read a chunk: {error}")
-        except PrfaasError as error:
-            self._lose(session, str(error))
-        finally:
-            self._acceptor.discard(connection)
-
-    def _send_chunk(self, task: Task, connection: Connection, staging: Bytes) -> None:
-        transfer, span = task.transfer, task.span
-        expected = transfer.expected
-        if expected is None:
-            return
-        task.ready()
-        out = staging[: span.length]
-        with transfer.lock:
-            if not transfer.live:
-                return
-            self._memory.components[span.component][span.buffer].gather(task.indices, task.first_item, span.offset, out)
-        header = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
-        data_tcp.send_all(connection.sock, pack_header(header, out.data), out.data)
-        with transfer.lock:
-            transfer.sent(span.length)
+            return self._data.add(session, preface.index, connection)

@@ -90,6 +90,7 @@ class SendSession:
         """The site that the decode rank has proved to be of; empty without keys."""
         self.token = secrets.token_bytes(16)
         self.opened_s = now_s
+        """Since when it may have been without some of its data connections."""
         self.seen_s = now_s
         self.connections: dict[int, Connection] = {}
         self.transfers: dict[int, OutgoingTransfer] = {}

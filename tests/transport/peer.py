@@ -1,14 +1,17 @@
 """One end of a mover in a process of its own, driven over standard input and output:
 
-python -m tests.transport.peer prefill PORT     prints its control port; `half ROOM` and `rest ROOM` send
-python -m tests.transport.peer decode PORT      dials a control port; `expect ROOM` asks, `state ROOM` prints
+python -m tests.transport.peer prefill PORT [KEYS]   prints its control port; `half ROOM` and `rest ROOM` send
+python -m tests.transport.peer decode PORT [KEYS]    dials a control port; `expect ROOM` asks, `state ROOM` prints
 """
 
 from __future__ import annotations
 
 import sys
 
+import msgspec
+
 from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
 from tests.transport.rig import CONFIG, PAGES, Memory, layout, some_slots, wait_until
@@ -18,9 +21,9 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-def prefill(port: int) -> None:
+def prefill(port: int, config: TransportConfig) -> None:
     memory = Memory(layout(), 1)
-    mover = SendMover(layout(), memory.rank, CONFIG, MonotonicClock(), host="127.0.0.1", first_port=port)
+    mover = SendMover(layout(), memory.rank, config, MonotonicClock(), host="127.0.0.1", first_port=port)
     mover.start()
     say("port", mover.control_port)
     transfers = {}
@@ -43,9 +46,9 @@ def prefill(port: int) -> None:
     mover.close()
 
 
-def decode(port: int) -> None:
+def decode(port: int, config: TransportConfig) -> None:
     memory = Memory(layout(), None)
-    mover = ReceiveMover(layout(), memory.rank, CONFIG, MonotonicClock(), site="pd", server="decode-0")
+    mover = ReceiveMover(layout(), memory.rank, config, MonotonicClock(), site="pd", server="decode-0")
     mover.start()
     items = {}
     for line in sys.stdin:
@@ -60,4 +63,5 @@ def decode(port: int) -> None:
 
 
 if __name__ == "__main__":
-    {"prefill": prefill, "decode": decode}[sys.argv[1]](int(sys.argv[2]))
+    keyed = msgspec.structs.replace(CONFIG, keys_dir=sys.argv[3] if len(sys.argv) > 3 else "")
+    {"prefill": prefill, "decode": decode}[sys.argv[1]](int(sys.argv[2]), keyed)

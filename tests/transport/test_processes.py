@@ -11,8 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.session import State
+from tests.transport.keyring import now
 from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,9 +27,9 @@ AT_ONCE_S = 10.0
 class Peer:
     """A peer process; see `peer.py`."""
 
-    def __init__(self, role: str, port: int) -> None:
+    def __init__(self, role: str, port: int, keys: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.transport.peer", role, str(port)],
+            [sys.executable, "-m", "tests.transport.peer", role, str(port), *([keys] if keys else [])],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -46,8 +50,8 @@ class Peer:
 
 
 @contextmanager
-def peer(role: str, port: int = 0) -> Iterator[Peer]:
-    started = Peer(role, port)
+def peer(role: str, port: int = 0, keys: str = "") -> Iterator[Peer]:
+    started = Peer(role, port, keys)
     try:
         yield started
     finally:
@@ -59,8 +63,17 @@ def peer(role: str, port: int = 0) -> Iterator[Peer]:
             pipe.close()
 
 
-def test_between_two_processes() -> None:
-    with peer("prefill") as prefill, Pair() as pair:
+@pytest.fixture(params=["off", "keys"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> TransportConfig:
+    """Without keys, and with those of one site for both ends."""
+    if request.param == "off":
+        return CONFIG
+    make.make_keys(tmp_path, {"pd": ()}, now=now())
+    return msgspec.structs.replace(CONFIG, keys_dir=str(tmp_path / "pd"))
+
+
+def test_between_two_processes(config: TransportConfig) -> None:
+    with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config) as pair:
         pair.sender.control_port = int(prefill.line()[1])
         slots = some_slots(7)
         item = pair.receiver.expect(pair.session(), 7, slots, 0)
@@ -71,9 +84,9 @@ def test_between_two_processes() -> None:
         assert_moved(pair.source, slots, pair.target, slots)
 
 
-def test_prefill_is_killed_in_the_middle_and_restarted() -> None:
-    with Pair() as pair:
-        with peer("prefill") as prefill:
+def test_prefill_is_killed_in_the_middle_and_restarted(config: TransportConfig) -> None:
+    with Pair(config=config) as pair:
+        with peer("prefill", keys=config.keys_dir) as prefill:
             port = int(prefill.line()[1])
             pair.sender.control_port = port
             slots = some_slots(7)
@@ -87,7 +100,7 @@ def test_prefill_is_killed_in_the_middle_and_restarted() -> None:
             assert time.monotonic() - killed_s < AT_ONCE_S
             assert item.transfer.state is State.FAILED
             assert item.transfer.reason.startswith(f"prefill 127.0.0.1:{port}: ")
-        with peer("prefill", port) as again:
+        with peer("prefill", port, config.keys_dir) as again:
             assert int(again.line()[1]) == port
             slots = some_slots(8)
             item = pair.receiver.expect(pair.session(), 8, slots, 0)
@@ -98,8 +111,8 @@ def test_prefill_is_killed_in_the_middle_and_restarted() -> None:
             assert_moved(pair.source, slots, pair.target, slots)
 
 
-def test_decode_is_killed_in_the_middle() -> None:
-    with Pair() as pair, peer("decode", pair.sender.control_port) as decode:
+def test_decode_is_killed_in_the_middle(config: TransportConfig) -> None:
+    with Pair(config=config) as pair, peer("decode", pair.sender.control_port, config.keys_dir) as decode:
         slots = some_slots(7)
         transfer = pair.sender.transfer(7)
         waiting = pair.sender.transfer(8)
@@ -119,9 +132,9 @@ def test_decode_is_killed_in_the_middle() -> None:
         wait_until(lambda: not pair.sender._sessions, "end of the session")
 
 
-def test_prefill_is_stopped_in_the_middle() -> None:
-    config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5)
-    with peer("prefill") as prefill, Pair(config=config) as pair:
+def test_prefill_is_stopped_in_the_middle(config: TransportConfig) -> None:
+    config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5)
+    with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config) as pair:
         pair.sender.control_port = int(prefill.line()[1])
         item = pair.receiver.expect(pair.session(), 7, some_slots(7), 0)
         prefill.do("half", 7)
@@ -131,10 +144,13 @@ def test_prefill_is_stopped_in_the_middle() -> None:
         assert "silent for" in item.transfer.reason
 
 
-def test_decode_is_stopped_in_the_middle() -> None:
-    config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5)
+def test_decode_is_stopped_in_the_middle(config: TransportConfig) -> None:
+    config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5)
     memory = Memory(layout(), 1)
-    with Pair(config=config, send_memory=memory) as pair, peer("decode", pair.sender.control_port) as decode:
+    with (
+        Pair(config=config, send_memory=memory) as pair,
+        peer("decode", pair.sender.control_port, config.keys_dir) as decode,
+    ):
         transfer = pair.sender.transfer(7)
         decode.do("expect", 7)
         wait_until(lambda: transfer.expected, "decode asked")

@@ -185,7 +185,7 @@ def test_a_site_taken_out_of_the_list_and_put_back(tmp_path: Path, caplog: pytes
     with Pair(config=keyring.prfaas, decode_config=keyring.pd) as pair:
         works(pair, 1)
         (established,) = pair.receiver._sessions.values()
-        path.write_text(text.replace(keyring.curve("pd")[0].decode(), keyring.curve("third")[0].decode()[::-1]))
+        path.write_text(text.replace(keyring.curve("pd")[0].decode(), zmq.curve_keypair()[0].decode()))
         other = ReceiveMover(layout(), Memory(layout(), None).rank, keyring.pd, MonotonicClock())
         other.start()
         try:
@@ -352,6 +352,20 @@ def test_keys_without_a_directory() -> None:
 
 def test_keys_are_not_used_where_they_are_off(keyring: Keyring) -> None:
     assert load_security(msgspec.structs.replace(keyring.pd, security="off")).keys is None
+
+
+def test_connections_are_made_anew_before_their_keys_are_used_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_tcp, "MAX_TLS_RECORDS", 5)
+    dialled: list[object] = []
+    connect = data_tcp.connect
+    monkeypatch.setattr(data_tcp, "connect", lambda *args: (dialled.append(args[0]), connect(*args)))
+    session = pair.session()
+    for room in range(10):
+        works(pair, room)
+    assert len(dialled) > 20
+    assert pair.receiver._sessions["127.0.0.1", pair.sender.control_port] is session
+    wait_until(lambda: len(next(iter(pair.sender._sessions.values())).connections) == 3, "all connections")
+    assert len(session.connections) == 3
 
 
 def test_many_transfers_with_keys(pair: Pair) -> None:

@@ -188,3 +188,37 @@ def test_one_fault_of_a_router_one_finding(write: WriteToml, old: str, new: str,
 def test_a_router_without_a_prfaas_site_is_warned(write: WriteToml) -> None:
     text = ROUTER[: ROUTER.index('[[sites]]\nname = "prfaas"')]
     assert not only(router_findings(router(write, text))).fatal
+
+
+BEYOND = PD.replace("[agent]", '[transport]\nbind_host = "0.0.0.0"\n\n[agent]')
+
+
+def test_no_keys_beyond_this_machine(write: WriteToml) -> None:
+    finding = only(site_findings(site(write, BEYOND)))
+    assert finding.path == "transport.keys_dir"
+    assert finding.fatal
+    for part in ("server prefill-0", "0.0.0.0", "launch keys DIR", 'security = "off"'):
+        assert part in finding.text
+
+
+def test_no_keys_beyond_this_machine_but_so_it_is_meant(write: WriteToml) -> None:
+    finding = only(site_findings(site(write, BEYOND.replace("[transport]", '[transport]\nsecurity = "off"'))))
+    assert not finding.fatal
+    assert "whoever reaches it can read and forge KVCache" in finding.text
+
+
+def test_keys_beyond_this_machine(write: WriteToml) -> None:
+    assert site_findings(site(write, BEYOND.replace("[transport]", '[transport]\nkeys_dir = "/keys"'))) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "path", "fatal"),
+    [
+        ('security = "keys"', "transport.security", True),
+        ('keys_dir = "~/keys"', "transport.keys_dir", True),
+        ('security = "off"\nkeys_dir = "/keys"', "transport.security", False),
+    ],
+)
+def test_security_settings_that_do_not_fit(write: WriteToml, lines: str, path: str, fatal: bool) -> None:
+    finding = only(site_findings(site(write, PD.replace("[agent]", f"[transport]\n{lines}\n\n[agent]"))))
+    assert (finding.path, finding.fatal) == (path, fatal)

@@ -83,3 +83,9 @@ def test_an_agent_that_the_site_does_not_start(write: WriteToml) -> None:
 def test_a_link_to_an_unknown_site_is_a_warning(write: WriteToml) -> None:
     (finding,) = findings(write, pd=PD + '[[links]]\nto_site = "elsewhere"\ncapacity_gbps = 1\n')
     assert not finding.fatal
+
+
+def test_keys_in_one_site_only(write: WriteToml) -> None:
+    (finding,) = findings(write, pd=PD.replace("[agent]", '[transport]\nkeys_dir = "/keys"\n\n[agent]'))
+    assert finding.source == "prfaas.toml"
+    assert finding.text == "no keys here, but in pd.toml; give every site of a deployment its keys, or none"

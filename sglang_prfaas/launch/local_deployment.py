@@ -6,6 +6,7 @@ What the demo and the integration tests stand on. Tiny models, real SGLang serve
 from __future__ import annotations
 
 import concurrent.futures
+import datetime
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
     capacity_gbps: float = 10.0
+    keys: bool = False
+    """Whether KVCache moves with CURVE and TLS."""
 
 
 class LocalDeployment(Struct, frozen=True, kw_only=True):
@@ -86,7 +89,8 @@ class LocalCluster(Struct, kw_only=True):
 
 
 def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
-    """Make the model and the three TOML files in `directory`, on free ports. Raises LaunchError, OSError."""
+    """Make the model, the three TOML files and, if asked for, keys in `directory`, on free ports. Raises LaunchError,
+    OSError."""
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     family = choices.family
@@ -112,6 +116,13 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         "heartbeat": f"{HEARTBEAT_TIMEOUT_S:g}",
         **{f"p{index}": port for index, port in enumerate(ports)},
     }
+    keys = directory / "keys"
+    if choices.keys:
+        from sglang_prfaas.transport.security import make
+
+        make.make_keys(keys, {"prfaas": (), "pd": ()}, now=datetime.datetime.now(datetime.UTC))
+    for site in ("prfaas", "pd"):
+        values[f"keys_{site}"] = _toml(str(keys / site) if choices.keys else "")
     files = {}
     for name, template in (("prfaas", _PRFAAS), ("pd", _PD), ("router", _ROUTER)):
         files[name] = directory / f"{name}.toml"
@@ -225,6 +236,7 @@ port = {p2}
 
 [transport]
 heartbeat_timeout_s = {heartbeat}
+keys_dir = {keys_prfaas}
 
 [limits]
 startup_timeout_s = {startup}
@@ -262,6 +274,7 @@ port = {p7}
 
 [transport]
 heartbeat_timeout_s = {heartbeat}
+keys_dir = {keys_pd}
 
 [limits]
 startup_timeout_s = {startup}

@@ -18,8 +18,9 @@ RUNNING: list[LocalCluster] = []
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """Kimi Linear (KDA + MLA): a prefill server in the PrfaaS site, a prefill and a decode server in the PD site, a
-    router, and a single server to compare with. Prefill chunks of 512 tokens; more than 512 uncached tokens go out."""
-    deployment = write_deployment(tmp_path_factory.mktemp("kimi-linear"), Choices(chunk_tokens=512))
+    router, and a single server to compare with. Prefill chunks of 512 tokens; more than 512 uncached tokens go out.
+    KVCache moves with keys here, without in the clusters of families."""
+    deployment = write_deployment(tmp_path_factory.mktemp("kimi-linear"), Choices(chunk_tokens=512, keys=True))
     with run_deployment(deployment) as running:
         RUNNING.append(running)
         yield Driver(running)

@@ -25,6 +25,8 @@ MAX_PENDING_CONNECTIONS = 256
 """Data connections whose preface has not come yet; one more, and the oldest is closed."""
 ACCEPT_PAUSE_S = 1.0
 """Rest after an accept that failed, for want of descriptors."""
+MAX_DRAINED_BYTES = 1 << 16
+"""Read at one go of what a refused peer still sends; more than that, and it is cut off."""
 
 
 class Owner(Protocol):
@@ -41,6 +43,7 @@ class _Pending:
         self.address = address
         self.since_s = since_s
         self.shaken = False
+        self.refused = False
         self.data = bytearray()
 
 
@@ -144,17 +147,22 @@ class Acceptor:
         for connection, pending in list(self._pending.items()):
             if now_s - pending.since_s > self._preface_timeout_s:
                 self._refuse(connection, f"no preface within {self._preface_timeout_s:g} s")
+                self._drop(connection)
         if self._paused_until_s and now_s >= self._paused_until_s:
             self._paused_until_s = 0.0
             self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _readable(self, connection: Connection) -> None:
         gone = self._admitted.get(connection)
-        if gone is None:
-            self._read_preface(connection)
-            return
-        self._unwatch(connection)
-        gone()
+        pending = self._pending.get(connection)
+        if gone is not None:
+            self._unwatch(connection)
+            gone()
+        elif pending is not None:  # else it was dropped to make room, in this very turn
+            if pending.refused:
+                self._drain(connection)
+            else:
+                self._read_preface(connection, pending)
 
     def _accept(self) -> None:
         try:
@@ -167,7 +175,9 @@ class Acceptor:
             self._paused_until_s = self._clock.now_s() + ACCEPT_PAUSE_S
             return
         if len(self._pending) >= MAX_PENDING_CONNECTIONS:
-            self._refuse(next(iter(self._pending)), f"no preface, and {MAX_PENDING_CONNECTIONS} others wait")
+            oldest = next(iter(self._pending))
+            self._refuse(oldest, f"no preface, and {MAX_PENDING_CONNECTIONS} others wait")
+            self._drop(oldest)
         sock.setblocking(False)
         try:
             sock = self._security.wrap(sock, server_side=True)
@@ -186,14 +196,41 @@ class Acceptor:
             pass  # it was unwatched when its peer closed it
 
     def _refuse(self, connection: Connection, reason: str) -> None:
-        self._unwatch(connection)
-        address = self._pending.pop(connection).address
-        connection.close()
-        self._refusals.warn(f"data connection from {address} refused: {reason}")
-
-    def _read_preface(self, connection: Connection) -> None:
+        """Say so, here and to the peer. It is closed once the peer has closed: with bytes of the peer's unread, its end
+        would be a reset, which can overtake a TLS alert that says why."""
+        pending = self._pending[connection]
+        if pending.refused:
+            return
+        pending.refused = True
+        self._refusals.warn(f"data connection from {pending.address} refused: {reason}")
         try:
-            preface = self._preface(connection, self._pending[connection])
+            connection.sock.setblocking(False)
+            socket.socket.shutdown(connection.sock, socket.SHUT_WR)
+        except OSError:
+            self._drop(connection)
+        else:
+            self._selector.modify(connection.sock, selectors.EVENT_READ, connection)
+
+    def _drain(self, connection: Connection) -> None:
+        """Read, below TLS, what a refused peer still sends, until its end."""
+        try:
+            count = len(socket.socket.recv(connection.sock, MAX_DRAINED_BYTES))
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if not 0 < count < MAX_DRAINED_BYTES:
+            self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        """Close a connection that was not let in. Idempotent."""
+        if self._pending.pop(connection, None) is not None:
+            self._unwatch(connection)
+            connection.close()
+
+    def _read_preface(self, connection: Connection, pending: _Pending) -> None:
+        try:
+            preface = self._preface(connection, pending)
             self._selector.modify(connection.sock, selectors.EVENT_READ, connection)
             if preface is None:
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 
@@ -100,7 +99,12 @@ def loss(event: int, value: int, site: str) -> Loss | None:
 def peer_address(descriptor: int) -> str:
     """The address of the peer at a connected descriptor of ZeroMQ's, as good as can be: it may be closed by now."""
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as sock:
-            return str(sock.getpeername()[0])
+        sock = socket.socket(fileno=descriptor)
     except OSError:
         return "an unknown address"
+    try:
+        return str(sock.getpeername()[0])
+    except (OSError, IndexError):
+        return "an unknown address"
+    finally:
+        sock.detach()  # it stays ZeroMQ's

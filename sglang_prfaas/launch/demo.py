@@ -66,7 +66,7 @@ CASES = (
     Case("short-3", 120, False),
     Case("long-1", 500, False),
     Case("long-2 chat", 900, True),
-    Case("long-3", 1600, False),
+    Case("long-3", 1100, False),
 )
 CONCURRENT = (
     Case("burst-1 short", 30, False),

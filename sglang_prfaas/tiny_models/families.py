@@ -61,7 +61,7 @@ _ARGS = (
     # Several servers share a few cores here: an idle scheduler must not spin.
     "--sleep-on-idle",
     "--mem-fraction-static",
-    "0.1",
+    "0.5",
     "--max-total-tokens",
     "40960",
     "--max-running-requests",

@@ -35,7 +35,13 @@ def wait_for(what: str, probe: Callable[[], T | None], deadline_s: float = DEADL
 
 def post(url: str, body: Any, timeout_s: float = DEADLINE_S) -> tuple[int, dict[str, str], Any]:
     """POST JSON: status, headers, and the decoded answer (text where it is no JSON)."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    return fetch(
+        urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"}), timeout_s
+    )
+
+
+def fetch(request: urllib.request.Request | str, timeout_s: float = 60.0) -> tuple[int, dict[str, str], Any]:
+    """Status, headers, and the decoded answer (text where it is no JSON), whatever the status."""
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return response.status, dict(response.headers.items()), _decoded(response.read())
@@ -142,6 +148,17 @@ class Driver:
             return True
 
         wait_for(f"{name} takes the role {role}", switch)
+
+    def wait_usual_roles(self) -> None:
+        """Wait until the router sees every server in the role it was started in, and alive."""
+        usual = {(REMOTE, "prefill"), (LOCAL, "prefill"), (DECODE, "decode")}
+
+        def seen() -> bool:
+            _, _, answer = fetch(f"{self.router_url}/health")
+            servers = answer["servers"] if isinstance(answer, dict) else []
+            return {(s["name"], s["role"]) for s in servers if s["alive"]} == usual
+
+        wait_for("the router to see the usual roles", seen)
 
     def log_size(self, name: str) -> int:
         """Length of a server's log now, in bytes."""

@@ -42,6 +42,7 @@ def test_prefill_to_decode_and_back(cluster: Driver) -> None:
     _through(cluster, REMOTE, LOCAL, 2)
     cluster.switch_role(LOCAL, "prefill")
     _through(cluster, LOCAL, DECODE, 3)
+    cluster.wait_usual_roles()
 
 
 def test_two_servers_change_places(cluster: Driver) -> None:
@@ -50,6 +51,7 @@ def test_two_servers_change_places(cluster: Driver) -> None:
     _through(cluster, DECODE, LOCAL, 4)
     cluster.switch_role(LOCAL, "prefill")
     cluster.switch_role(DECODE, "decode")
+    cluster.wait_usual_roles()
     prompt = words("after the switches", 300)
     cluster.assert_equal(cluster.ask(prompt), prompt)
 

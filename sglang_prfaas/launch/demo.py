@@ -66,13 +66,13 @@ CASES = (
     Case("short-3", 120, False),
     Case("long-1", 500, False),
     Case("long-2 chat", 900, True),
-    Case("long-3", 1100, False),
+    Case("long-3", 950, False),
 )
 CONCURRENT = (
     Case("burst-1 short", 30, False),
     Case("burst-2 long", 700, False),
     Case("burst-3 short chat", 60, True),
-    Case("burst-4 long", 1100, False),
+    Case("burst-4 long", 900, False),
 )
 
 

@@ -1,8 +1,8 @@
 """Entry point `sglang.srt.plugins`, name `prfaas`: run by SGLang in every process, before arguments are parsed.
 
-Installing the package is all it takes for `--disaggregation-transfer-backend prfaas` and
-`--linear-attn-prefill-backend prfaas` to work. With other backends nothing changes, whatever happens here; a server that
-asks for prfaas and cannot have all of it does not start.
+Installing the package is all it takes for `--disaggregation-transfer-backend prfaas` and `--linear-attn-prefill-backend
+prfaas` to work. With other backends nothing changes, whatever happens here; a server that asks for prfaas and cannot
+have all of it does not start.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ ALLOW_UNTESTED = "PRFAAS_ALLOW_UNTESTED_SGLANG"
 
 
 class Feature(NamedTuple):
-    """What a flag's value `prfaas` asks for. `asked_for` is set for child processes by the server's first process, whose
-    command line tells."""
+    """What the value `prfaas` of a flag asks for.
+
+    asked_for: environment variable set for child processes by the server's first process, whose command line tells.
+    """
 
     name: str
     flag: str

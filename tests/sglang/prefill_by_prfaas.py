@@ -54,9 +54,7 @@ def body(prompt: list[int]) -> dict[str, Any]:
 def assert_equal(answer: dict[str, Any], expected: dict[str, Any]) -> None:
     """The same tokens; finite logprobs, equal but for rounding."""
     assert answer["output_ids"] == expected["output_ids"]
-    ours, theirs = (
-        [entry[0] for entry in given["meta_info"]["output_token_logprobs"]] for given in (answer, expected)
-    )
+    ours, theirs = ([entry[0] for entry in given["meta_info"]["output_token_logprobs"]] for given in (answer, expected))
     assert len(ours) == OUTPUT_TOKENS
     assert all(math.isfinite(logprob) for logprob in ours)
     assert ours == pytest.approx(theirs, abs=1e-3)

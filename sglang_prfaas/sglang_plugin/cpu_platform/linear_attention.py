@@ -1,6 +1,6 @@
 """SGLang's linear-attention entry points on top of the torch kernels; same names and parameters as theirs.
 
-Torch also under ``TRITON_INTERPRET=1``: Triton's kernels run where ``--linear-attn-prefill-backend prfaas`` asks for them.
+Torch also under ``TRITON_INTERPRET=1``: Triton runs where ``--linear-attn-prefill-backend prfaas`` asks for it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,10 @@ def lightning_obstacle(
     cache_indices: torch.Tensor,
     query_start_loc: torch.Tensor,
 ) -> str | None:
-    """Why Lightning can't run on ours, or None: ``q``, ``k``, ``v`` ``[T, H, D]``, ``ssm_states`` ``[slots, H, K, V]``."""
+    """Why Lightning can't run on ours, or None.
+
+    ``q``, ``k``, ``v`` ``[T, H, D]``; ``ssm_states`` ``[slots, H, K, V]``.
+    """
     if q.dim() != 3 or q.shape[1:] != k.shape[1:]:
         return f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}, expected [T, H, D] twice"
     if tuple(ssm_states.shape[1:]) != (v.shape[1], k.shape[2], v.shape[2]):

@@ -1,6 +1,6 @@
-"""Our prefill kernels in SGLang's dispatchers and Lightning method, on inputs with the strides of a real server.
+"""Our prefill kernels in SGLang's dispatchers and Lightning method, on inputs with the strides that its backends give.
 
-Recorded from tiny Kimi Linear, Qwen3-Next and Ring: q, k, v are views of one convolution's output; the pools have one
+As its attention backends call them: q, k, v are views of one convolution's output; the pools have one
 layer's stride of a pool of all layers.
 """
 

@@ -47,7 +47,7 @@ def measure() -> dict[str, float]:
 
     profile = paper.PAPER_PROFILE
     controller = ThresholdController(
-        local=profile.prefill["H20"], prfaas=profile.prefill["H200"], kv=profile.kv, start_t_tokens=19_400
+        local=profile.prefill["H20"].time_s, prfaas=profile.prefill["H200"].time_s, kv=profile.kv, start_t_tokens=19_400
     )
     for index, length in enumerate(random.permutation(nodes(paper.CASE_STUDY_LENGTHS, 1000))):
         controller.observe(index * 0.3, int(length), int(length))

@@ -23,8 +23,9 @@ from sglang_prfaas.scheduler.live import LivePolicy, Moment
 from sglang_prfaas.scheduler.profiles import ProfileFile
 from sglang_prfaas.scheduler.types import LinkView
 
-_LOOK_S = 0.01
-"""How old a digest of all servers may be. What one of them is sent counts at once."""
+_LOOK_S_PER_SERVER = 1e-4
+_FREE_SERVERS = 16
+"""A digest of all servers may be this old for each server beyond these: looking must not cost more than deciding."""
 _QUIET_WAIT_S = 0.1
 """Links and servers with more waiting than this, that we did not send, teach nothing about prefill."""
 
@@ -43,11 +44,14 @@ class LiveSource:
             if roles.get(link.to_site) == "pd"
         }
         self.scarce = True
+        self.servers = 0
 
     def refresh(self, now_s: float) -> None:
         """Bring the waits, decode loads and links of the observation to now."""
         staleness_s = self._settings.staleness_s
+        self.servers = 0
         for target in self._registry.targets():
+            self.servers += 1
             load = self._loads.server(target.site, target.name)
             if load is not None and load.age_s > staleness_s:
                 load = None
@@ -101,7 +105,7 @@ class LiveRouting:
 
     def look(self, now_s: float, oldest_s: float = 0.0) -> Moment:
         """A digest of all servers and links that is at most `oldest_s` old."""
-        if now_s - self._moment.now_s > oldest_s:
+        if now_s - self._moment.now_s >= oldest_s:
             self.source.refresh(now_s)
             self.observation.bandwidth_scarce = self.source.scarce or not self._prefixes.fetches
             self._moment = self.live.look(now_s, self.observation)
@@ -109,7 +113,8 @@ class LiveRouting:
 
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         self._prefixes.write(body)
-        return self.live.decide(self.look(now_s, _LOOK_S), self.observation, view)
+        oldest_s = _LOOK_S_PER_SERVER * max(0, self.source.servers - _FREE_SERVERS)
+        return self.live.decide(self.look(now_s, oldest_s), self.observation, view)
 
     def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight:
         target, figures = decision.prefill, decision.figures
@@ -131,7 +136,7 @@ class LiveRouting:
 class Flight:
     """Keeps the queue of its prefill server, and learns from its end."""
 
-    __slots__ = ("_after_s", "_number", "_policy", "_target", "_teaches", "_tokens")
+    __slots__ = ("_number", "_policy", "_target", "_teaches", "_tokens")
 
     def __init__(
         self,
@@ -145,7 +150,7 @@ class Flight:
     ) -> None:
         live = policy.live
         work_s = live.prefill_s(target.site, float(to_compute))
-        self._after_s = live.exposed_s(link, tokens.longest, held, work_s)
+        after_s = live.exposed_s(link, tokens.longest, held, work_s)
         self._policy, self._target, self._tokens = policy, target, to_compute
         self._teaches = (
             tokens.total == tokens.longest > 0
@@ -153,11 +158,11 @@ class Flight:
             and (link is None or not (link.congested or link.wait_s > _QUIET_WAIT_S))
         )
         work_s *= max(1.0, tokens.total / max(1, tokens.longest))
-        self._number = target.queue.add(now_s, work_s)
+        self._number = target.queue.add(now_s, work_s, after_s)
         target.wait_s += work_s
 
     def prefilled(self, now_s: float) -> None:
-        busy_s = self._target.queue.finish(now_s, self._number, self._after_s)
+        busy_s = self._target.queue.finish(now_s, self._number)
         self._target.wait_s = self._target.queue.wait_s(now_s) + self._target.foreign_wait_s
         if busy_s is not None and self._teaches and self._policy.config.policy.correct_profile:
             self._policy.live.learn(now_s, self._target.site, float(self._tokens), busy_s)

@@ -3,7 +3,8 @@
 A factor on T_prefill for each key (a site, or a class of servers) and each octave of lengths. Every finished prefill
 gives a ratio of measured to predicted seconds; the estimate is a running mean of its logarithm, in which one
 observation can move by `_CLIP` at most, so that an outlier counts as little as an ordinary miss. Evidence fades with
-`half_life_s`. An octave with little evidence leans on the key as a whole, and that on the profile as it is.
+`half_life_s`. An octave with little evidence leans on its neighbours, then on the key as a whole, and that on the
+profile as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _SHORTEST_LOG2 = 4  # lengths up to 2^4 and beyond 2^20 share the first and the 
 _OCTAVES = 17
 _CLIP = math.log(2.0)
 _FULL_WEIGHT = 30.0  # observations that the running mean spans
-_PRIOR_WEIGHT = 3.0  # observations that the wider estimate counts as
+_PROFILE_WEIGHT = 3.0  # observations that the profile counts as, against the key as a whole
+_KEY_WEIGHT = 1.5  # observations that the key as a whole counts as, against its octaves
+_COMPUTE_S = 0.2  # how often factors follow what is learnt
+_SPREAD = 6.0 ** -np.abs(np.subtract.outer(np.arange(_OCTAVES), np.arange(_OCTAVES)))  # what octaves say of others
 
 
 class _Mean(Struct):
@@ -53,7 +57,7 @@ class _Key:
         self.whole = _Mean()
         self.octaves = [_Mean() for _ in range(_OCTAVES)]
         self.factors = [1.0] * _OCTAVES
-        self.computed_s = 0.0
+        self.computed_s = float("-inf")
 
 
 class PrefillCorrection:
@@ -69,18 +73,19 @@ class PrefillCorrection:
 
     def learn(self, now_s: float, key: str, tokens: float, measured_s: float, profile_s: float) -> None:
         """One prefill of `tokens` took `measured_s`; the profile, without correction, said `profile_s`."""
-        if measured_s <= 0 or profile_s <= 0:
+        if not (measured_s > 0 and profile_s > 0):
             return
         limit = self._limit + _CLIP
-        log_ratio = max(-limit, min(limit, math.log(measured_s / profile_s)))
+        log_ratio = max(-limit, min(limit, math.log(measured_s) - math.log(profile_s)))
         entry = self._keys.setdefault(key, _Key())
         octave = entry.octaves[_octave(tokens)]
         octave.add(now_s, log_ratio, entry.whole.log, self._half_life_s)
         entry.whole.add(now_s, log_ratio, 0.0, self._half_life_s)
-        self._compute(entry, now_s)
+        if now_s - entry.computed_s >= _COMPUTE_S:
+            self._compute(entry, now_s)
 
     def factor(self, key: str, tokens: float) -> float:
-        """What to multiply the profile's T_prefill with, as of the last `learn` or `fade`."""
+        """What to multiply the profile's T_prefill with, as of the last `fade`, or a moment ago."""
         entry = self._keys.get(key)
         if entry is None:
             return 1.0
@@ -118,15 +123,13 @@ class PrefillCorrection:
         }
 
     def _compute(self, entry: _Key, now_s: float) -> None:
-        if now_s < entry.computed_s:
-            return
         entry.computed_s = now_s
         weight = entry.whole.faded(now_s, self._half_life_s)
-        whole = entry.whole.log * weight / (weight + _PRIOR_WEIGHT)
-        for index, octave in enumerate(entry.octaves):
-            weight = octave.faded(now_s, self._half_life_s)
-            log = (octave.log * weight + whole * _PRIOR_WEIGHT) / (weight + _PRIOR_WEIGHT)
-            entry.factors[index] = math.exp(max(-self._limit, min(self._limit, log)))
+        whole = entry.whole.log * weight / (weight + _PROFILE_WEIGHT)
+        weights = np.array([octave.faded(now_s, self._half_life_s) for octave in entry.octaves])
+        logs = np.array([octave.log for octave in entry.octaves])
+        mixed = (_SPREAD @ (weights * logs) + _KEY_WEIGHT * whole) / (_SPREAD @ weights + _KEY_WEIGHT)
+        entry.factors = np.exp(np.clip(mixed, -self._limit, self._limit)).tolist()
 
 
 class CorrectedCurve:

@@ -77,7 +77,9 @@ class PrefillCorrection:
             return
         limit = self._limit + _CLIP
         log_ratio = max(-limit, min(limit, math.log(measured_s) - math.log(profile_s)))
-        entry = self._keys.setdefault(key, _Key())
+        entry = self._keys.get(key)
+        if entry is None:
+            entry = self._keys[key] = _Key()
         octave = entry.octaves[_octave(tokens)]
         octave.add(now_s, log_ratio, entry.whole.log, self._half_life_s)
         entry.whole.add(now_s, log_ratio, 0.0, self._half_life_s)

@@ -168,6 +168,7 @@ def _speed(results: dict[str, Any]) -> str:
         ("what", "median", "bar"),
         [
             ("a decision, 16 sites and 1,000 servers", f"{found['decision_us']:.0f} us", "50 us"),
+            ("a live decision, 2 sites and 100 servers", f"{found['live_decision_100_servers_us']:.0f} us", "50 us"),
             ("an update of the live threshold", f"{found['threshold_us']:.0f} us", "-"),
             ("solver, 10,000 GPUs", f"{found['solver_10000_gpus_s'] * 1e3:.1f} ms", "1 s"),
             ("solver with shared roles, 10,000 GPUs", f"{found['solver_shared_10000_gpus_s'] * 1e3:.1f} ms", "1 s"),

@@ -13,7 +13,7 @@ from functools import partial
 
 from sglang_prfaas.clock import VirtualClock
 from sglang_prfaas.core.request import RequestView, ServerKey
-from sglang_prfaas.scheduler import Observation, ServerView, SiteView, decide
+from sglang_prfaas.scheduler import Observation, ServerView, SiteView
 from sglang_prfaas.scheduler.short_term import uncached_length
 from sglang_prfaas.scheduler.threshold import LiveState, PathLoad
 from sglang_prfaas.simulate.cluster import Cluster, Fault
@@ -129,15 +129,10 @@ class Simulation:
             site.cached_tokens = cached[name]
         request = RequestView(l_total=job.arrival.input_tokens, avoid=avoid)
         job.uncached_tokens = uncached_length(self._observation, request)
-        local_tokens = job.arrival.input_tokens - cached[PD]
-        prfaas_tokens = job.arrival.input_tokens - cached[PRFAAS]
-        if not job.retries:
-            self._policy.observe(self._clock.now_s(), local_tokens, prfaas_tokens)
-        self._observation.t_tokens = self._policy.t_tokens(self._state(), local_tokens, prfaas_tokens)
         now_s = self._clock.now_s()
         for server in self._prefill.values():
             server.view.wait_s = server.wait_s(now_s)
-        decision = decide(self._observation, request)
+        decision = self._policy.decide(self._state(), self._observation, request)
         if decision.prefill is None or decision.decode is None:
             job.failed = True
             self._done += 1
@@ -169,6 +164,7 @@ class Simulation:
         if epoch != server.epoch:
             return
         job = server.finish(self._clock.now_s())
+        self._policy.learn(self._clock.now_s(), job.route, job.compute_tokens, job.work_s)
         self._caches[job.route].insert(job.arrival)
         if job.route == PD:
             self._kv_complete(job)

@@ -11,6 +11,7 @@ PrfaasError
     ├── LayoutMismatchError  both sides serve something different: holds both values
     ├── ChecksumError        a chunk arrived corrupt
     └── PeerGoneError        the connection or the process behind it is gone
+        └── PortRefusedError nothing listens where it did
 """
 
 from __future__ import annotations
@@ -62,3 +63,7 @@ class ChecksumError(PeerError):
 
 class PeerGoneError(PeerError):
     """The peer's connection or process is gone."""
+
+
+class PortRefusedError(PeerGoneError):
+    """The peer's machine answers, and nothing listens on the port: its process has ended."""

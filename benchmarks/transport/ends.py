@@ -77,9 +77,10 @@ def about(movers: Iterable[SendMover], configs: Configs) -> dict[str, str]:
         congestion = congestion_of(listener)
     ciphers = set()
     for mover in movers:
-        until(lambda mover=mover: any(len(s.connections) == s.hello.connections for s in mover._sessions.values()))
+        until(lambda mover=mover: any(len(s.links) == s.hello.connections for s in mover._sessions.values()))
         for session in mover._sessions.values():
-            for connection in session.connections.values():
+            for link in session.links.values():
+                connection = link.connection
                 if isinstance(connection.sock, ssl.SSLSocket):
                     ciphers.add("{1} {0}".format(*connection.sock.cipher()))
     return {"congestion": congestion, "tls": ", ".join(sorted(ciphers))}
@@ -164,7 +165,8 @@ def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pi
         plain[arm] = []
         for index in range(arm[1]):
             connection = data_tcp.unconnected(HOST, configs[arm])
-            data_tcp.connect(connection, HOST, port, configs[arm])
+            data_tcp.connect(connection, HOST, port, 30.0)
+            connection.sock.settimeout(None)
             connection.sock.sendall(bytes([index]))
             plain[arm].append(connection.sock)
     items = list(memory.items(RECEIVE_SEED))

@@ -93,11 +93,23 @@ class TransportConfig(_Config, frozen=True):
         float, Meta(gt=0, description="Seconds a prefill or decode leg waits for its other leg before it fails.")
     ] = 300.0
     heartbeat_interval_s: Annotated[
-        float, Meta(gt=0, description="Seconds between heartbeats on an idle control connection.")
-    ] = 2.0
+        float, Meta(gt=0, description="Seconds between heartbeats on a control connection.")
+    ] = 1.0
     heartbeat_timeout_s: Annotated[
-        float, Meta(gt=0, description="Seconds of silence after which a peer counts as gone.")
-    ] = 15.0
+        float,
+        Meta(
+            gt=0,
+            description="Seconds of silence over standing connections after which a peer counts as gone, and a data "
+            "connection that does not move is made anew.",
+        ),
+    ] = 5.0
+    reconnect_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds for which lost connections are dialled again before the transfers over them fail.",
+        ),
+    ] = 10.0
     congestion_control: Annotated[
         str, Meta(description="TCP congestion control of data connections (cubic, bbr, ...). Empty: the system's.")
     ] = ""

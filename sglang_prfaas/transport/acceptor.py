@@ -1,4 +1,4 @@
-"""One thread that accepts data connections, reads their prefaces, and notices when a peer closes one."""
+"""One thread that accepts data connections, reads their prefaces, and watches for what peers say on them later."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ MAX_DRAINED_BYTES = 1 << 16
 class Owner(Protocol):
     """Whom an accepted connection belongs to."""
 
-    def admit(self, preface: Preface, connection: Connection) -> Callable[[], None]:
-        """Take the connection in, or raise PrfaasError. Returns what to call when the peer closes it or speaks."""
+    def admit(self, preface: Preface, connection: Connection) -> Callable[[], bool]:
+        """Take the connection in, or raise PrfaasError. Returns what to call when the peer closes it or speaks; that
+        returns whether to go on calling it. It must not wait for the peer."""
 
 
 class _Pending:
@@ -48,10 +49,7 @@ class _Pending:
 
 
 class Acceptor:
-    """Owns `listener` and the descriptors of all accepted connections until they are given to `discard`.
-
-    A peer never sends after its preface: whatever makes a connection readable is its end.
-    """
+    """Owns `listener` and the descriptors of all accepted connections until they are given to `discard`."""
 
     def __init__(
         self,
@@ -69,7 +67,7 @@ class Acceptor:
         self._refusals = RefusalLog(logger, clock)
         self._selector = selectors.DefaultSelector()
         self._pending: dict[Connection, _Pending] = {}
-        self._admitted: dict[Connection, Callable[[], None]] = {}
+        self._admitted: dict[Connection, Callable[[], bool]] = {}
         self._discarded: deque[Connection] = deque()
         self._paused_until_s = 0.0
         self._wake_read, self._wake_write = socket.socketpair()
@@ -153,11 +151,11 @@ class Acceptor:
             self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _readable(self, connection: Connection) -> None:
-        gone = self._admitted.get(connection)
+        speaks = self._admitted.get(connection)
         pending = self._pending.get(connection)
-        if gone is not None:
-            self._unwatch(connection)
-            gone()
+        if speaks is not None:
+            if not speaks():
+                self._unwatch(connection)
         elif pending is not None:  # else it was dropped to make room, in this very turn
             if pending.refused:
                 self._drain(connection)
@@ -234,8 +232,8 @@ class Acceptor:
             self._selector.modify(connection.sock, selectors.EVENT_READ, connection)
             if preface is None:
                 return
-            connection.sock.setblocking(True)
-            gone = self._owner.admit(preface, connection)
+            connection.unblock()
+            speaks = self._owner.admit(preface, connection)
         except ssl.SSLWantWriteError:
             self._selector.modify(connection.sock, selectors.EVENT_WRITE, connection)
         except PrfaasError as error:
@@ -244,7 +242,7 @@ class Acceptor:
             self._refuse(connection, explain(error))
         else:
             del self._pending[connection]
-            self._admitted[connection] = gone
+            self._admitted[connection] = speaks
 
     def _preface(self, connection: Connection, pending: _Pending) -> Preface | None:
         """The preface once all of it is there. Raises PrfaasError for a peer that is not let in or sends another,

@@ -1,28 +1,34 @@
-"""Blocking TCP sockets for chunks, plain or with TLS: tuning, listening, whole sends and whole receives."""
+"""TCP sockets for chunks, plain or with TLS: tuning, listening, dialling, vectored sends and receives."""
 
 from __future__ import annotations
 
+import array
+import fcntl
+import select
 import socket
 import ssl
+import termios
 import threading
 
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import ConfigError, LocalError, PeerError, PeerGoneError
+from sglang_prfaas.errors import ConfigError, LocalError, PeerError, PeerGoneError, PortRefusedError
 from sglang_prfaas.transport.security import PLAIN, Security
 from sglang_prfaas.transport.security.tls import explain
 
 TLS_RECORD_BYTES = 1 << 14
 """Plaintext of one TLS record at most (RFC 8446, section 5.1)."""
+TLS_BLOCK_BYTES = 8 * TLS_RECORD_BYTES
+"""Taken at a time to be encrypted."""
 MAX_TLS_RECORDS = 1 << 24
 """Records sent with one set of keys; AES-GCM is sound for 2^24.5 (RFC 8446, section 5.5). `ssl` cannot update keys of a
 connection, so that it is made anew."""
 
 
 class Connection:
-    """A data connection. One thread works with `sock` and closes it; any other may `cut` it, which wakes that thread.
+    """A data connection. Its owner closes it; any other thread may `cut` it, which wakes whoever waits for it.
 
     Nobody but the owner closes: a descriptor freed under a thread that is about to write could be another connection's
-    by then.
+    by then. One thread may send while another receives. Once `unblock` was called, nothing here waits but `wait`.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -30,20 +36,115 @@ class Connection:
         self.site = ""
         """The site that the peer has proved to belong to; empty without keys."""
         self._lock = threading.Lock()
+        self._tls_lock = threading.Lock()
+        """OpenSSL lets nobody read a connection while another writes to it."""
+        self._outgoing = b""
+        """With TLS: bytes taken from the caller that have yet to leave."""
         self._closed = False
         self.was_cut = False
-        self.renewing = False
-        """Whether it is the sender's last word that it be dialled again."""
+        self.sent_bytes = 0
         self._records = 0
 
-    def count(self, nbytes: int) -> None:
-        """So many more bytes were sent. By the owner."""
-        self._records += -(-nbytes // TLS_RECORD_BYTES)
+    @property
+    def tls(self) -> bool:
+        return isinstance(self.sock, ssl.SSLSocket)
 
     @property
     def used_up(self) -> bool:
         """Whether its keys have protected as much as they may."""
-        return self._records >= MAX_TLS_RECORDS and isinstance(self.sock, ssl.SSLSocket)
+        return self.tls and self._records >= MAX_TLS_RECORDS
+
+    def unblock(self) -> None:
+        """From here on nothing waits. By the owner."""
+        self.sock.setblocking(False)
+
+    def send(self, views: list[memoryview]) -> int:
+        """Take bytes to be sent; returns how many, 0 where it would have to wait. Raises PeerGoneError."""
+        try:
+            if not self.tls:
+                sent = self.sock.sendmsg(views)
+            elif self._flush():
+                # A copy: OpenSSL wants the same bytes again where it could not send them, and pages may end before.
+                self._outgoing = _joined(views)
+                sent = len(self._outgoing)
+                self._flush()
+            else:
+                sent = 0
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise PeerGoneError(f"data connection lost while sending: {explain(error)}") from None
+        self.sent_bytes += sent
+        return sent
+
+    def flush(self) -> bool:
+        """Whether all that was taken has left. Raises PeerGoneError."""
+        try:
+            return not self.tls or self._flush()
+        except OSError as error:
+            raise PeerGoneError(f"data connection lost while sending: {explain(error)}") from None
+
+    def _flush(self) -> bool:
+        with self._tls_lock:
+            while self._outgoing:
+                try:
+                    count = self.sock.send(self._outgoing)
+                except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                    return False
+                self._records += -(-count // TLS_RECORD_BYTES)
+                self._outgoing = self._outgoing[count:]
+            return True
+
+    def receive(self, views: list[memoryview]) -> int | None:
+        """Fill views from the front; returns how many bytes came, 0 at the end, None where it would have to wait.
+        Raises PeerGoneError."""
+        try:
+            if not self.tls:
+                return self.sock.recvmsg_into(views)[0]
+            return self._receive_records(views)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            raise PeerGoneError(f"data connection lost while receiving: {explain(error)}") from None
+
+    def _receive_records(self, views: list[memoryview]) -> int | None:
+        total = 0
+        with self._tls_lock:
+            for view in views:
+                at = 0
+                while at < len(view):
+                    try:
+                        count = self.sock.recv_into(view[at:])
+                    except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                        return total or None
+                    if count == 0:
+                        return total
+                    at += count
+                    total += count
+        return total
+
+    def want(self, nbytes: int) -> None:
+        """Let `wait` return only when so many bytes have come, the end, or an error; less wakes it for nothing."""
+        if not self.tls and nbytes != self._low_water:
+            self._low_water = nbytes
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+
+    _low_water = 1
+
+    def wait(self, *, write: bool, timeout_s: float | None = None) -> bool:
+        """Wait until more can be sent or received, or the connection has ended. Returns False after `timeout_s`."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLOUT if write else select.POLLIN)
+        return bool(poller.poll(None if timeout_s is None else timeout_s * 1000))
+
+    def unsent_bytes(self) -> int:
+        """Bytes that the peer's kernel has not acknowledged."""
+        with self._lock:
+            if self._closed:
+                return 0
+            buffer = array.array("i", [0])
+            fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, buffer)
+            return buffer[0]
 
     def cut(self) -> None:
         """End the connection both ways. From any thread. Idempotent."""
@@ -122,61 +223,52 @@ def unconnected(host: str, config: TransportConfig) -> Connection:
 
 
 def connect(
-    connection: Connection, host: str, port: int, config: TransportConfig, security: Security = PLAIN, site: str = ""
+    connection: Connection,
+    host: str,
+    port: int,
+    timeout_s: float,
+    security: Security = PLAIN,
+    site: str = "",
 ) -> None:
     """Dial a data port, and with keys make sure that it belongs to `site`. Raises PeerGoneError when it cannot be
-    reached within the handshake timeout, or was cut, PeerError for one that cannot prove its site."""
+    reached within the timeout, or was cut, PortRefusedError where nothing listens, PeerError for one that cannot prove
+    its site."""
+    where = f"data port {host}:{port}"
     try:
-        connection.sock.settimeout(config.handshake_timeout_s)
+        connection.sock.settimeout(timeout_s)
         connection.sock.connect((host, port))
         connection.wrap(security)
+    except ConnectionRefusedError as error:
+        raise PortRefusedError(f"{where} cannot be reached: {explain(error)}") from None
     except OSError as error:
-        raise PeerGoneError(f"data port {host}:{port} cannot be reached: {explain(error)}") from None
+        raise PeerGoneError(f"{where} cannot be reached: {explain(error)}") from None
     try:
         connection.site = security.handshake(connection.sock)
+    except PeerGoneError as error:
+        raise PeerGoneError(f"{where}: {error}") from None
     except PeerError as error:
-        raise PeerError(f"data port {host}:{port}: {error}") from None
+        raise PeerError(f"{where}: {error}") from None
     if connection.site != site:
-        raise PeerError(f"data port {host}:{port} belongs to site {connection.site}, expected {site}")
-    connection.sock.settimeout(None)
+        raise PeerError(f"{where} belongs to site {connection.site}, expected {site}")
     if connection.was_cut:
-        raise PeerGoneError(f"data port {host}:{port}: given up while connecting")
+        raise PeerGoneError(f"{where}: given up while connecting")
 
 
-def send_all(sock: socket.socket, *parts: bytes | memoryview) -> None:
-    """Send all parts, in as few system calls as the kernel allows. Raises PeerGoneError."""
-    views = [memoryview(part).cast("B") for part in parts if len(part)]
-    try:
-        if isinstance(sock, ssl.SSLSocket):
-            _send_records(sock, views)
-            return
-        while views:
-            sent = sock.sendmsg(views)
-            while views and sent >= len(views[0]):
-                sent -= len(views[0])
-                views.pop(0)
-            if views and sent:
-                views[0] = views[0][sent:]
-    except OSError as error:
-        raise PeerGoneError(f"data connection lost while sending: {explain(error)}") from None
-
-
-def _send_records(sock: ssl.SSLSocket, views: list[memoryview]) -> None:
-    """Send over TLS: small parts share a record with the beginning of what follows, the rest is not copied."""
-    head = bytearray()
+def _joined(views: list[memoryview]) -> bytes:
+    """The first bytes of `views`, up to TLS_BLOCK_BYTES."""
+    parts: list[memoryview] = []
+    room = TLS_BLOCK_BYTES
     for view in views:
-        taken = min(len(view), TLS_RECORD_BYTES - len(head))
-        head += view[:taken]
-        if taken < len(view):
-            sock.sendall(head)
-            sock.sendall(view[taken:])
-            head = bytearray()
-    if head:
-        sock.sendall(head)
+        parts.append(view[:room])
+        room -= len(parts[-1])
+        if not room:
+            break
+    return b"".join(parts)
 
 
 def receive_exactly(sock: socket.socket, view: memoryview) -> bool:
-    """Fill `view`. Returns False where the peer closed before the first byte; raises PeerGoneError in between."""
+    """Fill `view` from a blocking socket. Returns False where the peer closed before the first byte; raises
+    PeerGoneError in between."""
     at = 0
     try:
         while at < len(view):

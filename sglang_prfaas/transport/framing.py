@@ -1,13 +1,15 @@
-"""Bytes of a data connection (docs/protocol.md): one preface, then chunks.
+"""Bytes of a data connection (docs/protocol.md): one preface, then chunks one way and receipts the other.
 
     preface   "PFD1"  u16 version  u16 connection index  16 bytes token
     chunk     "PFC1"  u16 component  u16 buffer  u64 transfer id  u64 offset  u32 length  u32 head check
               u64 checksum  payload
     renewal   "PFN1"  and 36 zero bytes: the last of a connection, to be dialled again with the same preface
+    receipt   "PFA1" (all before this number are dealt with) or "PFX1" (send this one again)  u32 check  u64 number
 
 Big-endian. A stream is (transfer, component, buffer): the request's items of that buffer, end to end; `offset` is a
 byte position in it. H is xxh3-64 of the first 28 bytes; the head check is its low 32 bits, so that a corrupt length is
-noticed before it is believed. The checksum is xxh3-64 of the payload with seed H.
+noticed before it is believed. The checksum is xxh3-64 of the payload with seed H. Receipts count the chunks of their
+own connection, from 0; their check is the low 32 bits of xxh3-64 of magic and number.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ from sglang_prfaas.errors import ChecksumError, ProtocolError
 PREFACE = struct.Struct(">4sHH16s")
 CHUNK_HEAD = struct.Struct(">4sHHQQI")
 CHUNK_CHECKS = struct.Struct(">IQ")
+RECEIPT = struct.Struct(">4sIQ")
 HEADER_BYTES = CHUNK_HEAD.size + CHUNK_CHECKS.size
 PREFACE_MAGIC = b"PFD1"
 CHUNK_MAGIC = b"PFC1"
 RENEWAL = b"PFN1".ljust(HEADER_BYTES, b"\0")
-DATA_VERSION = 1
+ACK_MAGIC = b"PFA1"
+AGAIN_MAGIC = b"PFX1"
+DATA_VERSION = 2
 MAX_CHUNK_BYTES = 64 << 20
+
+Payload = memoryview | bytes
 
 
 class Preface(Struct, frozen=True):
@@ -61,21 +68,21 @@ class ChunkHeader(Struct, frozen=True):
     checksum: int = 0
 
 
-def pack_header(header: ChunkHeader, payload: memoryview | bytes) -> bytes:
-    """The chunk's header, with the checksum of `payload`. The checksum in `header` is not looked at."""
+def pack_header(header: ChunkHeader, *payload: Payload) -> bytes:
+    """The chunk's header, with the checksum of `payload`, end to end. The checksum in `header` is not looked at."""
     head = CHUNK_HEAD.pack(
         CHUNK_MAGIC, header.component, header.buffer, header.transfer_id, header.offset, header.length
     )
     seed: int = xxhash.xxh3_64_intdigest(head)
-    return head + CHUNK_CHECKS.pack(seed & 0xFFFFFFFF, xxhash.xxh3_64_intdigest(payload, seed=seed))
+    return head + CHUNK_CHECKS.pack(seed & 0xFFFFFFFF, _digest(seed, payload))
 
 
 def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> ChunkHeader:
-    """Parse a header of `HEADER_BYTES` bytes. Raises ProtocolError for a wrong magic or an excessive length,
-    ChecksumError where the header itself is corrupt."""
+    """Parse a header of `HEADER_BYTES` bytes. Raises ProtocolError for an excessive length, ChecksumError where the
+    header itself is corrupt, its magic included."""
     magic, component, buffer, transfer_id, offset, length = CHUNK_HEAD.unpack_from(data)
     if magic != CHUNK_MAGIC:
-        raise ProtocolError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r}")
+        raise ChecksumError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r}")
     head_check, checksum = CHUNK_CHECKS.unpack_from(data, CHUNK_HEAD.size)
     actual = _seed(data) & 0xFFFFFFFF
     if actual != head_check:
@@ -85,14 +92,63 @@ def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYT
     return ChunkHeader(transfer_id, component, buffer, offset, length, checksum)
 
 
-def verify(raw_header: bytes | memoryview, header: ChunkHeader, payload: memoryview | bytes) -> None:
+def verify(raw_header: bytes | memoryview, header: ChunkHeader, *payload: Payload) -> None:
     """Check a chunk that arrived. Raises ChecksumError with both values."""
-    actual: int = xxhash.xxh3_64_intdigest(payload, seed=_seed(raw_header))
+    actual = _digest(_seed(raw_header), payload)
     if actual != header.checksum:
         raise ChecksumError(
             f"chunk of {header.length} bytes at offset {header.offset} (component {header.component}, buffer "
             f"{header.buffer}): checksum {actual:016x}, expected {header.checksum:016x}"
         )
+
+
+class Receipt(Struct, frozen=True):
+    """What became of the chunks of a connection. again: chunk `number` is to be sent once more; else: all chunks before
+    `number` are in place, or not wanted."""
+
+    number: int
+    again: bool = False
+
+    def pack(self) -> bytes:
+        magic = AGAIN_MAGIC if self.again else ACK_MAGIC
+        return RECEIPT.pack(magic, _receipt_check(magic, self.number), self.number)
+
+
+class ReceiptReader:
+    """Receipts out of the bytes that a decode rank sends after its preface."""
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def feed(self, data: bytes) -> list[Receipt]:
+        """The receipts that are complete now. Raises ChecksumError for a corrupt one."""
+        self._data += data
+        whole = len(self._data) // RECEIPT.size * RECEIPT.size
+        found = [_unpack_receipt(*fields) for fields in RECEIPT.iter_unpack(self._data[:whole])]
+        self._data = self._data[whole:]
+        return found
+
+
+def _unpack_receipt(magic: bytes, check: int, number: int) -> Receipt:
+    if magic not in (ACK_MAGIC, AGAIN_MAGIC) or check != _receipt_check(magic, number):
+        raise ChecksumError(f"receipt is corrupt: {magic!r}, check {check:08x}")
+    return Receipt(number, magic == AGAIN_MAGIC)
+
+
+def _receipt_check(magic: bytes, number: int) -> int:
+    result: int = xxhash.xxh3_64_intdigest(magic + number.to_bytes(8, "big")) & 0xFFFFFFFF
+    return result
+
+
+def _digest(seed: int, payload: tuple[Payload, ...]) -> int:
+    if len(payload) == 1:
+        whole: int = xxhash.xxh3_64_intdigest(payload[0], seed=seed)
+        return whole
+    state = xxhash.xxh3_64(seed=seed)
+    for part in payload:
+        state.update(part)
+    result: int = state.intdigest()
+    return result
 
 
 def _seed(raw_header: bytes | memoryview) -> int:

@@ -93,18 +93,33 @@ class ZmqLoop:
         self._handlers[sock] = handler
         self._poller.register(sock, zmq.POLLIN)
 
-    def on_loss(self, sock: zmq.Socket[bytes], lost: Callable[[Loss], None], server: ServerKey | None = None) -> None:
+    def on_loss(
+        self,
+        sock: zmq.Socket[bytes],
+        lost: Callable[[Loss], None],
+        server: ServerKey | None = None,
+        *,
+        found: Callable[[], None] | None = None,
+    ) -> None:
         """Call `lost` when a connection that `sock` dialled breaks, after what came over it was delivered, or when its
-        handshake fails. `server` as for `socket`. ZeroMQ dials again by itself until the socket is removed."""
+        handshake fails; `found` when one stands. `server` as for `socket`. ZeroMQ dials again by itself until the
+        socket is removed."""
         site = (server or self._security.own_server_key).site
 
         def seen(event: int, value: int) -> None:
-            found = curve.loss(event, value, site)
-            if found is not None and sock in self._handlers:
+            if sock not in self._handlers:
+                return
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                if found is not None:
+                    found()
+                return
+            loss = curve.loss(event, value, site)
+            if loss is not None:
                 self._drain(sock)
-                lost(found)
+                lost(loss)
 
-        self._monitor(sock, zmq.EVENT_DISCONNECTED | curve.HANDSHAKE_FAILED, seen)
+        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | curve.HANDSHAKE_FAILED
+        self._monitor(sock, events, seen)
 
     def _watch_clients(self, sock: zmq.Socket[bytes]) -> None:
         """Log clients of a bound socket that fail the handshake. Their end follows the failure at once."""

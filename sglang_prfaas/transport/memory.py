@@ -19,6 +19,11 @@ from sglang_prfaas.transport.streams import pieces
 Indices = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
+MAX_VIEWS = 256
+"""Places that one chunk may lie at to be sent from there; the kernel takes 1024 in one call."""
+MIN_VIEW_BYTES = 2048
+"""Mean bytes of such a place; smaller ones are copied together."""
+
 
 class Buffer(Protocol):
     """`slots` items of `item_bytes` bytes each."""
@@ -33,6 +38,10 @@ class Buffer(Protocol):
     def scatter(self, indices: Indices, first_item: int, offset: int, data: Bytes) -> None:
         """The reverse of `gather`: place `data` at the items it covers."""
 
+    def views(self, indices: Indices, first_item: int, offset: int, length: int) -> list[memoryview]:
+        """The same bytes where they lie, end to end, to be sent from or received into without a copy; empty where that
+        is not possible, or would cost more than a copy."""
+
 
 class HostBuffer:
     """Items in this process's memory, given by address and length in bytes."""
@@ -42,6 +51,28 @@ class HostBuffer:
         self.slots = nbytes // item_bytes if item_bytes else 0
         raw = (ctypes.c_uint8 * (self.slots * item_bytes)).from_address(address)
         self._items: Bytes = np.ctypeslib.as_array(raw).reshape(self.slots, item_bytes)
+        self._bytes = memoryview(raw).cast("B")
+
+    def views(self, indices: Indices, first_item: int, offset: int, length: int) -> list[memoryview]:
+        size = self.item_bytes
+        item, start = divmod(offset, size)
+        last = (offset + length - 1) // size
+        count = last - item + 1
+        if count > MAX_VIEWS or length < MIN_VIEW_BYTES * count:
+            return []
+        rows = indices[item - first_item : last - first_item + 1].tolist()
+        low = rows[0] * size + start
+        high = rows[0] * size + min(size, start + length)
+        found: list[memoryview] = []
+        for row in rows[1:]:
+            begin = row * size
+            if begin != high:
+                found.append(self._bytes[low:high])
+                low = begin
+            high = begin + size
+        high -= (last + 1) * size - (offset + length) if count > 1 else 0
+        found.append(self._bytes[low:high])
+        return found
 
     def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
         item, start = divmod(offset, self.item_bytes)
@@ -98,6 +129,9 @@ class TorchBuffer:
 
         shape = (nbytes // item_bytes, item_bytes)
         return cls(torch.as_tensor(_DeviceMemory(address, shape), device=torch.device("cuda", device)))
+
+    def views(self, indices: Indices, first_item: int, offset: int, length: int) -> list[memoryview]:
+        return []
 
     def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
         import torch

@@ -16,7 +16,7 @@ from sglang_prfaas.transport.layout import Layout
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_REQUEST_BYTES = 64 << 10
 """Largest message to a prefill rank or a directory, which anyone can reach."""
 MAX_MESSAGE_BYTES = 1 << 20
@@ -32,6 +32,8 @@ Rank = Annotated[int, Meta(ge=0, lt=65536)]
 Size = Annotated[int, Meta(ge=1, le=65536)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 PortNumber = Annotated[int, Meta(ge=1, le=65535)]
+Instance = Annotated[bytes, Meta(min_length=16, max_length=16)]
+"""Random, of one process's mover: another one at the same place is a restarted process."""
 
 
 class _Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
@@ -50,6 +52,9 @@ class Hello(_Message, frozen=True):
     layout: Layout
     connections: Annotated[int, Meta(ge=1, le=64)]
     chunk_bytes: Annotated[int, Meta(ge=4096, le=64 << 20)]
+    instance: Instance
+    rank: Rank
+    """Which of the server's ranks calls."""
 
 
 class Expect(_Message, frozen=True):
@@ -78,8 +83,14 @@ class Abort(_Message, frozen=True):
     """The transfer that ended; 0 where nothing had been expected yet."""
 
 
+class Bye(_Message, frozen=True):
+    """The session has ended on the decode side."""
+
+    reason: Text
+
+
 class Ping(_Message, frozen=True):
-    """Sent on an idle session; answered by `Pong`."""
+    """Are you there; answered by `Pong`. Acknowledges too."""
 
 
 # --- prefill rank to decode rank --------------------------------------------------------------------------------------
@@ -90,6 +101,7 @@ class Welcome(_Message, frozen=True):
 
     token: Annotated[bytes, Meta(min_length=16, max_length=16)]
     data_port: PortNumber
+    instance: Instance
 
 
 class Refuse(_Message, frozen=True):
@@ -107,11 +119,20 @@ class Failed(_Message, frozen=True):
 
 
 class Unknown(_Message, frozen=True):
-    """The session of the sender is not known (the prefill rank restarted): open a new one."""
+    """The session of the sender is not known: the prefill rank restarted, where its instance is another than that of
+    `Welcome`, or it has given the session up."""
+
+    instance: Instance
+
+
+class Redial(_Message, frozen=True):
+    """A data connection does not move any more: dial it again."""
+
+    index: Annotated[int, Meta(ge=0, lt=64)]
 
 
 class Pong(_Message, frozen=True):
-    """Answer to `Ping`."""
+    """Answer to `Ping`. Acknowledges too."""
 
 
 # --- bootstrap directory ----------------------------------------------------------------------------------------------
@@ -164,8 +185,8 @@ class Directory(_Message, frozen=True):
     ranks: Annotated[tuple[RankInfo, ...], Meta(max_length=65536)]
 
 
-ToPrefill = Hello | Expect | Done | Abort | Ping
-ToDecode = Welcome | Refuse | Failed | Unknown | Pong
+ToPrefill = Hello | Expect | Done | Abort | Bye | Ping
+ToDecode = Welcome | Refuse | Failed | Unknown | Redial | Pong
 ToDirectory = Register | Deregister | Lookup
 FromDirectory = Registered | Directory
 Message = ToPrefill | ToDecode | ToDirectory | FromDirectory

@@ -1,26 +1,32 @@
-"""The data connections of a decode rank: a thread each, which dials, checks what comes, and puts it in its place."""
+"""The data connections of a decode rank: a thread each, which dials, receives into the pages, and dials again."""
 
 from __future__ import annotations
 
-import itertools
 import logging
+import random
 import threading
 from collections.abc import Callable
 
-import numpy as np
-
+from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import PeerGoneError, PrfaasError
+from sglang_prfaas.errors import ChecksumError, PeerGoneError, PortRefusedError, PrfaasError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
-from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, Preface, unpack_header, verify
-from sglang_prfaas.transport.memory import Bytes, RankMemory
+from sglang_prfaas.transport.framing import Preface
+from sglang_prfaas.transport.health import Contact, backoff_s
+from sglang_prfaas.transport.memory import RankMemory
 from sglang_prfaas.transport.messages import Welcome
+from sglang_prfaas.transport.receive_lane import ReceiveLane
 from sglang_prfaas.transport.receive_session import PeerSession
 from sglang_prfaas.transport.security import Security
 from sglang_prfaas.transport.session import IncomingTransfer
 
 logger = logging.getLogger(__name__)
+
+REDIAL_TIMEOUT_S = 3.0
+"""For one attempt to dial a lost connection again."""
+LOW_WATER_BYTES = 128 << 10
+"""A thread sleeps until so many bytes have come, or all that its chunk lacks."""
 
 
 class DataReceiver:
@@ -34,6 +40,7 @@ class DataReceiver:
         config: TransportConfig,
         memory: RankMemory,
         security: Security,
+        clock: Clock,
         *,
         lose: Callable[[PeerSession, str], None],
         complete: Callable[[PeerSession, IncomingTransfer], None],
@@ -41,6 +48,7 @@ class DataReceiver:
         self._config = config
         self._memory = memory
         self._security = security
+        self._clock = clock
         self._lose = lose
         self._complete = complete
         self._lock = threading.Lock()
@@ -48,13 +56,9 @@ class DataReceiver:
 
     def dial(self, session: PeerSession, host: str, welcome: Welcome) -> None:
         """Open all data connections of a session. Never waits."""
-        connected = itertools.count(1)
         for index in range(self._config.connections):
             thread = threading.Thread(
-                target=self._run,
-                args=(session, host, welcome, index, connected),
-                name="prfaas-receive-data",
-                daemon=True,
+                target=self._run, args=(session, host, welcome, index), name="prfaas-receive-data", daemon=True
             )
             with self._lock:
                 self._threads = [t for t in self._threads if t.is_alive()] + [thread]
@@ -67,72 +71,104 @@ class DataReceiver:
         for thread in threads:
             thread.join(timeout_s)
 
-    def _run(
-        self, session: PeerSession, host: str, welcome: Welcome, index: int, connected: itertools.count[int]
-    ) -> None:
-        """One data connection, dialled again whenever prefill wants it made anew."""
-        while self._receive(session, host, welcome, index, connected):
-            pass
-
-    def _receive(
-        self, session: PeerSession, host: str, welcome: Welcome, index: int, connected: itertools.count[int]
-    ) -> bool:
-        """Dial, then place every chunk that comes. Returns whether the connection is to be dialled again."""
-        connection: Connection | None = None
+    def _run(self, session: PeerSession, host: str, welcome: Welcome, index: int) -> None:
+        """One data connection, dialled again until its session ends."""
+        rng = random.Random(index)
+        attempt = 0
         try:
-            connection = data_tcp.unconnected(host, self._config)
-            with session.lock:
-                if session.failure:
-                    return False
-                session.connections.append(connection)
-            site = session.server.site
-            data_tcp.connect(connection, host, welcome.data_port, self._config, self._security, site)
-            data_tcp.send_all(connection.sock, Preface(index, welcome.token).pack())
-            with session.lock:
-                if next(connected) == self._config.connections and not session.failure:
-                    session.up = True
-            self._receive_chunks(session, connection)
-            with session.lock:
-                session.connections.remove(connection)
-            return True
+            while not session.ended.wait(backoff_s(attempt, rng)):
+                attempt += 1
+                began_s = self._clock.now_s()
+                try:
+                    if self._connection(session, host, welcome, index):
+                        attempt = 0
+                except (PeerGoneError, ChecksumError) as error:
+                    if not self._may_redial(session, index, error):
+                        raise
+                    # One that stood for a while, rather than being refused at once, is worth another try at once.
+                    if self._clock.now_s() - began_s > REDIAL_TIMEOUT_S:
+                        attempt = 0
         except PrfaasError as error:
             self._lose(session, str(error))
         except Exception as error:
             logger.exception("prfaas: receiving from %s failed", session)
             self._lose(session, f"a chunk could not be placed: {error}")
+
+    def _may_redial(self, session: PeerSession, index: int, error: PrfaasError) -> bool:
+        """Note that a connection is lost; returns whether its session lives on."""
+        with session.lock:
+            if session.health.contact is Contact.OPENING:
+                return False
+            if isinstance(error, PortRefusedError):
+                session.health.refused(index)
+            else:
+                logger.info("prfaas: data connection %d of %s: %s", index, session, error)
+            why = session.health.verdict(self._clock.now_s())
+        if why:
+            self._lose(session, why)
+        return True
+
+    def _connection(self, session: PeerSession, host: str, welcome: Welcome, index: int) -> bool:
+        """Dial, then place every chunk that comes. Returns whether prefill asked for the connection to be made anew,
+        False where the session has ended; raises PrfaasError for any other end."""
+        connection = data_tcp.unconnected(host, self._config)
+        try:
+            with session.lock:
+                if session.failure:
+                    return False
+                session.connections[index] = connection
+                opening = session.health.contact is Contact.OPENING
+            timeout_s = self._config.handshake_timeout_s
+            if not opening:
+                timeout_s = min(timeout_s, REDIAL_TIMEOUT_S)
+            site = session.server.site
+            data_tcp.connect(connection, host, welcome.data_port, timeout_s, self._security, site)
+            connection.sock.sendall(Preface(index, welcome.token).pack())
+            connection.unblock()
+            with session.lock:
+                session.health.connected(index, self._clock.now_s())
+                session.up = session.up or (session.health.contact is Contact.UP and not session.failure)
+            self._receive(session, connection)
+            return True
+        except OSError as error:
+            raise PeerGoneError(f"data connection lost before its preface: {error}") from None
         finally:
-            if connection is not None:
-                connection.close()
-        return False
+            with session.lock:
+                session.connections.pop(index, None)
+                session.health.disconnected(index, self._clock.now_s())
+            connection.close()
 
-    def _receive_chunks(self, session: PeerSession, connection: Connection) -> None:
+    def _receive(self, session: PeerSession, connection: Connection) -> None:
         """Place chunks until prefill wants the connection made anew. Raises PrfaasError when it ends otherwise."""
-        sock = connection.sock
-        head = memoryview(bytearray(HEADER_BYTES))
-        staging = np.empty(self._config.chunk_bytes, dtype=np.uint8)
-        while data_tcp.receive_exactly(sock, head):
-            if head == RENEWAL:
-                return
-            header = unpack_header(head, self._config.chunk_bytes)
-            payload = staging[: header.length]
-            if not data_tcp.receive_exactly(sock, payload.data):
-                raise PeerGoneError("data connection closed after a chunk's header")
-            verify(head, header, payload.data)
-            self._place(session, header, payload)
-        raise PeerGoneError("the prefill server closed a data connection")
-
-    def _place(self, session: PeerSession, header: ChunkHeader, payload: Bytes) -> None:
-        item = session.incoming.get(header.transfer_id)
-        if item is None:
-            return  # a late chunk of a request that has ended: dropped, its pages may belong to another by now
-        transfer = item.transfer
-        with transfer.lock:
-            if not transfer.live:
-                return
-            transfer.check(header)
-            self._memory.components[header.component][header.buffer].scatter(
-                item.indices[header.component], 0, header.offset, payload
-            )
-            complete = transfer.received(header)
-        if complete:
-            self._complete(session, transfer)
+        lane = ReceiveLane(
+            self._memory,
+            self._config.chunk_bytes,
+            session.incoming.get,
+            lambda transfer: self._complete(session, transfer),
+        )
+        unsent = b""
+        try:
+            while True:
+                views = lane.begin()
+                wanted = sum(map(len, views))
+                try:
+                    count = connection.receive(views)
+                finally:
+                    lane.end()
+                if count == 0:
+                    end = "closed" if lane.between_chunks else "closed in the middle of a chunk"
+                    raise PeerGoneError(f"data connection {end}")
+                if count is not None:
+                    lane.advance(count)
+                unsent += lane.answers(idle=count is None or count < wanted or lane.renewed)
+                if unsent:
+                    unsent = unsent[connection.send([memoryview(unsent)]) :]
+                    connection.flush()
+                if lane.renewed:
+                    return
+                if count is None or (count < wanted and not connection.tls):
+                    connection.want(min(lane.wanted_bytes, LOW_WATER_BYTES))
+                    connection.wait(write=False)
+                    session.health.heard(self._clock.now_s())
+        finally:
+            lane.lost()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
+import socket
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -12,16 +14,19 @@ import zmq
 
 from sglang_prfaas.clock import Clock, Deadline
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import LocalError, PeerGoneError, ProtocolError
+from sglang_prfaas.errors import ChecksumError, LocalError, PeerGoneError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint
+from sglang_prfaas.transport.health import REFUSALS
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.lookup import DirectoryClient
 from sglang_prfaas.transport.loop import ZmqLoop
+from sglang_prfaas.transport.mailbox import ENVELOPE, unseal
 from sglang_prfaas.transport.memory import Indices, RankMemory
 from sglang_prfaas.transport.messages import (
     MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
     Abort,
+    Bye,
     Directory,
     Done,
     Expect,
@@ -29,8 +34,9 @@ from sglang_prfaas.transport.messages import (
     Hello,
     Message,
     Ping,
-    Pong,
+    Redial,
     Refuse,
+    Unknown,
     Welcome,
     decode_to_decode,
     encode,
@@ -47,6 +53,9 @@ __all__ = ["Incoming", "PeerSession", "ReceiveMover"]
 
 logger = logging.getLogger(__name__)
 
+TICK_S = 0.25
+PROBE_TIMEOUT_S = 3.0
+PROBE_PAUSE_S = 0.2
 FAREWELL_MS = 1000
 """How long the last messages of a session may take to leave."""
 
@@ -65,6 +74,7 @@ class ReceiveMover:
         *,
         site: str = "",
         server: str = "",
+        rank: int = 0,
     ) -> None:
         self.layout = layout
         self._memory = memory
@@ -72,15 +82,17 @@ class ReceiveMover:
         self._clock = clock
         self._site = site
         self._server = server
+        self._rank = rank
+        self._instance = secrets.token_bytes(16)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._sessions: dict[tuple[str, int], PeerSession] = {}
         self._closing = False
         self._security = load_security(config)
         self._server_keys = ServerKeys(self._security.server_keys)
-        self._data = DataReceiver(config, memory, self._security, lose=self._lose, complete=self._tell_done)
+        self._data = DataReceiver(config, memory, self._security, clock, lose=self._lose, complete=self._tell_done)
         self._loop = ZmqLoop("prfaas-receive-control", clock, self._security)
-        self._loop.every(min(config.heartbeat_interval_s, 1.0), self._tick)
+        self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._tick)
         self._directories = DirectoryClient(self._loop, clock, config.handshake_timeout_s, self._server_keys)
         self._last_ping_s = self._last_tick_s = clock.now_s()
 
@@ -131,7 +143,7 @@ class ReceiveMover:
             if session is not None and self._enter(session, room):
                 return session
             deadline = Deadline(self._clock, self._config.handshake_timeout_s)
-            session = PeerSession(address, host, control_port, deadline, self._clock.now_s())
+            session = PeerSession(address, host, control_port, deadline, self._config, self._clock.now_s())
             if self._closing:
                 session.failure = f"{session}: the decode server is stopping"
                 return session
@@ -171,50 +183,128 @@ class ReceiveMover:
         sock.setsockopt(zmq.ROUTING_ID, session.identity)
         session.control = sock
         self._loop.add(sock, lambda frames: self._receive(session, host, frames))
-        self._loop.on_loss(sock, lambda loss: self._control_lost(session, loss), session.server)
+        self._loop.on_loss(
+            sock,
+            lambda loss: self._control_lost(session, host, loss),
+            session.server,
+            found=lambda: self._control_found(session),
+        )
         try:
             sock.connect(endpoint(host, session.control_port))
         except zmq.ZMQError as error:
             self._lose(session, f"its control port cannot be dialled: {error}")
             return
         config = self._config
-        hello = Hello(PROTOCOL_VERSION, self._site, self._server, self.layout, config.connections, config.chunk_bytes)
-        if len(encode(hello)) > MAX_REQUEST_BYTES:
+        hello = session.hello = Hello(
+            PROTOCOL_VERSION,
+            self._site,
+            self._server,
+            self.layout,
+            config.connections,
+            config.chunk_bytes,
+            self._instance,
+            self._rank,
+        )
+        if len(encode(hello)) + ENVELOPE.size > MAX_REQUEST_BYTES:
             self._lose(session, f"the layout of this rank takes more than the {MAX_REQUEST_BYTES} bytes of a message")
             return
-        self._tell(session, hello)
+        self._send(session, session.mailbox.unnumbered(encode(hello)))
         for message in session.unsent:
             self._tell(session, message)
         session.unsent.clear()
 
-    def _control_lost(self, session: PeerSession, loss: Loss) -> None:
-        if loss.refused and not session.failure:
+    def _control_lost(self, session: PeerSession, host: str, loss: Loss) -> None:
+        """ZeroMQ dials again by itself; what was said meanwhile is said again then."""
+        if session.failure:
+            return
+        if loss.refused:
             self._server_keys.refused(session.address, session.server)
-        self._lose(session, loss.reason)
+        if (loss.refused and loss.certain) or not session.up:
+            self._lose(session, loss.reason)
+            return
+        if not session.connected:
+            return  # an attempt to dial again has failed; there will be others
+        session.connected = False
+        with session.lock:
+            session.health.control_lost(self._clock.now_s())
+        logger.info("prfaas: control connection of %s lost: %s; dialled again", session, loss.reason)
+        threading.Thread(target=self._probe, args=(session, host), name="prfaas-probe", daemon=True).start()
+
+    def _probe(self, session: PeerSession, host: str) -> None:
+        """Find out whether the process is gone: then its control port refuses. In a short-lived thread."""
+        for _ in range(REFUSALS):
+            try:
+                socket.create_connection((host, session.control_port), PROBE_TIMEOUT_S).close()
+                return
+            except ConnectionRefusedError:
+                with session.lock:
+                    session.health.refused(-1)
+            except OSError:
+                return  # it says nothing of the process
+            if session.ended.wait(PROBE_PAUSE_S):
+                return
+        self._judge(session)
+
+    def _control_found(self, session: PeerSession) -> None:
+        session.connected = True
+        with session.lock:
+            session.health.control_found(self._clock.now_s())
+        if not session.was_connected:
+            session.was_connected = True
+            return  # whatever was said so far is on its way
+        if not session.instance and session.hello is not None:
+            self._send(session, session.mailbox.unnumbered(encode(session.hello)))
+        for envelope in session.mailbox.resend(self._clock.now_s(), at_once=True):
+            self._send(session, envelope)
+
+    def _judge(self, session: PeerSession) -> bool:
+        """Whether the session goes on."""
+        with session.lock:
+            why = session.health.verdict(self._clock.now_s())
+        if why:
+            self._lose(session, why)
+        return not why
 
     def _tell(self, session: PeerSession, message: Message) -> None:
-        """Send on the control socket, from within the loop; kept until there is one."""
+        """Say what has to arrive, from within the loop; kept until there is a control socket."""
         if session.control is None:
             session.unsent.append(message)
             return
-        if session.control.closed:
+        try:
+            self._send(session, session.mailbox.post(encode(message), self._clock.now_s()))
+        except LocalError as error:
+            self._lose(session, str(error))
+
+    @staticmethod
+    def _send(session: PeerSession, envelope: bytes) -> None:
+        """Send on the control socket. What cannot be sent now is sent again later."""
+        if session.control is None or session.control.closed:
             return
         try:
-            session.control.send(encode(message), zmq.NOBLOCK)
+            session.control.send(envelope, zmq.NOBLOCK)
         except zmq.Again:
-            self._lose(session, "it does not read its control connection")
+            pass
 
     def _receive(self, session: PeerSession, host: str, frames: list[zmq.Frame]) -> None:
-        session.seen_s = self._clock.now_s()
+        now_s = self._clock.now_s()
+        session.health.heard(now_s)
         try:
-            message = decode_to_decode(frames[-1].bytes)
+            number, acknowledged, body = unseal(frames[-1].bytes)
+            if not session.mailbox.accept(number, acknowledged, now_s):
+                return
+            message = decode_to_decode(body)
+        except ChecksumError as error:
+            logger.warning("prfaas: %s: %s", session, error)
+            return  # it comes again
         except ProtocolError as error:
             self._lose(session, str(error))
             return
         if isinstance(message, Welcome):
-            if not session.dialled:
-                session.dialled = True
+            if not session.instance:
+                session.instance = message.instance
                 self._data.dial(session, host, message)
+            elif message.instance != session.instance:
+                self._lose(session, "its process has restarted")
         elif isinstance(message, Refuse):
             self._lose(session, message.reason)
         elif isinstance(message, Failed):
@@ -223,8 +313,14 @@ class ReceiveMover:
                 with item.transfer.lock:
                     item.transfer.fail(f"prefill gave the request up: {message.reason}")
                     item.transfer.peer_knows = True
-        elif not isinstance(message, Pong):
-            self._lose(session, "the prefill server does not know this session, it has restarted")
+        elif isinstance(message, Redial):
+            with session.lock:
+                connection = session.connections.get(message.index)
+            if connection is not None:
+                connection.cut()
+        elif isinstance(message, Unknown) and session.instance:
+            restarted = message.instance != session.instance
+            self._lose(session, "its process has restarted" if restarted else "it has given this session up")
 
     def _tick(self) -> None:
         self._directories.tick()
@@ -240,10 +336,15 @@ class ReceiveMover:
         for session in sessions:
             if not session.up and session.deadline.expired:
                 self._lose(session, f"no session within {config.handshake_timeout_s:g} s")
-            elif session.up and not stalled and now_s - session.seen_s > config.heartbeat_timeout_s:
-                self._lose(session, f"silent for {now_s - session.seen_s:.1f} s")
-            elif session.control is not None and ping:
-                self._tell(session, Ping())
+                continue
+            if not stalled and not self._judge(session):
+                continue
+            if session.control is None or not session.connected:
+                continue
+            for envelope in session.mailbox.resend(now_s):
+                self._send(session, envelope)
+            if ping or session.mailbox.owing:
+                self._send(session, session.mailbox.unnumbered(encode(Ping())))
 
     def _lose(self, session: PeerSession, reason: str) -> None:
         """Close a session: its transfers fail, its connections close. Idempotent; from any thread."""
@@ -252,11 +353,13 @@ class ReceiveMover:
                 return
             session.failure = f"{session}: {reason}"
             session.up = False
+            session.health.lose()
+            session.ended.set()
             items = list(session.incoming.values())
             ended = [(item.transfer.room, item.transfer.transfer_id) for item in items if item.transfer.live]
             unexpected = session.rooms - Counter(item.transfer.room for item in items)
             ended += [(room, 0) for room in unexpected.elements()]
-            connections = list(session.connections)
+            connections = list(session.connections.values())
         with self._lock:
             if self._sessions.get((session.host, session.control_port)) is session:
                 del self._sessions[session.host, session.control_port]
@@ -277,6 +380,7 @@ class ReceiveMover:
         session.control.setsockopt(zmq.LINGER, FAREWELL_MS)
         for room, transfer_id in ended:
             self._tell(session, Abort(room, reason_text(session.failure), transfer_id))
+        self._tell(session, Bye(reason_text(session.failure)))
         self._loop.remove(session.control)
 
     # --- requests -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A prefill rank as a decode rank sees it, and a request that is received from it."""
+"""A prefill rank as a decode rank sees it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from collections import Counter
 import zmq
 
 from sglang_prfaas.clock import Deadline
+from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.data_tcp import Connection
+from sglang_prfaas.transport.health import Health
+from sglang_prfaas.transport.mailbox import Mailbox
 from sglang_prfaas.transport.memory import Indices
-from sglang_prfaas.transport.messages import Message
+from sglang_prfaas.transport.messages import Hello, Message
+from sglang_prfaas.transport.receive_lane import Placement
 from sglang_prfaas.transport.security import ServerKey
 from sglang_prfaas.transport.session import IncomingTransfer
 
 
-class Incoming:
-    """A request's transfer and where its items belong."""
+class Incoming(Placement):
+    """A request that is received from a session."""
 
     def __init__(self, transfer: IncomingTransfer, indices: tuple[Indices, ...], session: PeerSession) -> None:
-        self.transfer = transfer
-        self.indices = indices
+        super().__init__(transfer, indices)
         self.session = session
 
 
 class PeerSession:
     """One prefill rank as decode sees it: connecting, up, or failed with a reason.
 
-    `lock` guards `up`, `failure`, `incoming`, `rooms` and `connections`; `control`, `server`, `deadline`,
-    `unsent`, `dialled` and `seen_s` belong to the control loop."""
+    `lock` guards `up`, `failure`, `incoming`, `rooms`, `connections` and `health`; `control`, `server`, `deadline`,
+    `mailbox`, `unsent`, `hello`, `instance` and `connected` belong to the control loop."""
 
-    def __init__(self, address: str, host: str, control_port: int, deadline: Deadline, now_s: float) -> None:
+    def __init__(
+        self, address: str, host: str, control_port: int, deadline: Deadline, config: TransportConfig, now_s: float
+    ) -> None:
         self.address = address
         self.host = host
         self.control_port = control_port
@@ -41,7 +46,7 @@ class PeerSession:
         self.incoming: dict[int, Incoming] = {}
         self.rooms: Counter[int] = Counter()
         """Requests that wait for this session or use it."""
-        self.connections: list[Connection] = []
+        self.connections: dict[int, Connection] = {}
         self.lock = threading.Lock()
         self.control: zmq.Socket[bytes] | None = None
         self.server = ServerKey("", b"")
@@ -49,8 +54,16 @@ class PeerSession:
         self.deadline = deadline
         self.unsent: list[Message] = []
         """What is to be said once the control socket exists."""
-        self.dialled = False
-        self.seen_s = now_s
+        self.hello: Hello | None = None
+        self.instance = b""
+        """Of the process that has let us in; empty before."""
+        self.connected = False
+        """Whether the control connection stands."""
+        self.was_connected = False
+        self.health = Health(config, config.connections, now_s)
+        self.mailbox = Mailbox(now_s)
+        self.ended = threading.Event()
+        """Set once the session has failed."""
 
     def __str__(self) -> str:
         return f"prefill {self.host}:{self.control_port}"

@@ -1,4 +1,4 @@
-"""The data connections of a prefill rank: a thread each, which takes chunks, copies them out, and sends them."""
+"""The data connections of a prefill rank: a thread each, which takes chunks and sends them, straight from the pages."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import logging
 import threading
 from collections.abc import Callable
 
-import numpy as np
-
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import LocalError, PeerError, PrfaasError, ProtocolError
+from sglang_prfaas.errors import LocalError, PeerError, PeerGoneError, PrfaasError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
-from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, pack_header
-from sglang_prfaas.transport.memory import Bytes, RankMemory
-from sglang_prfaas.transport.send_session import SendSession, Task
+from sglang_prfaas.transport.framing import RENEWAL, Receipt
+from sglang_prfaas.transport.memory import RankMemory
+from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Task
+from sglang_prfaas.transport.send_lane import SendLane
+from sglang_prfaas.transport.send_session import DataLink, SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer
 
 logger = logging.getLogger(__name__)
+
+RECEIPT_READ_BYTES = 4096
 
 
 class DataSender:
     """Sends the chunks of sessions over their data connections.
 
-    `lock` guards the sessions' `connections`. Called from its threads: `lose` with a session that cannot go on and why,
-    `abort` with a transfer that cannot, `discard` with a connection that its thread has done with."""
+    `lock` guards the sessions' `links` and `health`. Called from its threads: `abort` with a transfer that cannot go on
+    and why, `discard` with a connection that is done with, `lose` with a session that cannot go on and why."""
 
     def __init__(
         self,
@@ -47,23 +49,28 @@ class DataSender:
         self._discard = discard
         self._threads: list[threading.Thread] = []
 
-    def add(self, session: SendSession, index: int, connection: Connection) -> Callable[[], None]:
-        """Give a connection to a session, and a thread. Returns what to call when decode closes it. Under the lock.
+    def add(self, session: SendSession, index: int, connection: Connection) -> Callable[[], bool]:
+        """Give a connection to a session, and a thread; one with the same index is given up for it. Returns what to
+        call when decode speaks on it or closes it, which returns whether it goes on. Under the lock.
 
         Raises ProtocolError for an index that is not to be had, LocalError where there is no thread."""
-        before = session.connections.get(index)
-        if index >= session.hello.connections or (before is not None and not before.renewing):
+        if index >= session.hello.connections:
             raise ProtocolError(f"{session} did not announce a data connection with index {index}")
-        thread = threading.Thread(
-            target=self._run, args=(session, index, connection), name="prfaas-send-data", daemon=True
-        )
+        link = DataLink(index, connection, self._clock.now_s())
+        thread = threading.Thread(target=self._run, args=(session, link), name="prfaas-send-data", daemon=True)
+        before = session.links.get(index)
+        session.links[index] = link
         try:
             thread.start()
         except RuntimeError as error:
+            del session.links[index]
             raise LocalError(f"no thread for a data connection of {session}: {error}") from None
-        session.connections[index] = connection
+        if before is not None:
+            session.dispatch.lose(before)
+            before.connection.cut()
+        session.health.connected(index, self._clock.now_s())
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-        return lambda: self._closed(session, connection)
+        return lambda: self._readable(session, link)
 
     def join(self, timeout_s: float) -> None:
         """Wait for the threads of sessions that were lost."""
@@ -72,55 +79,133 @@ class DataSender:
         for thread in threads:
             thread.join(timeout_s)
 
-    def _closed(self, session: SendSession, connection: Connection) -> None:
-        """Decode has closed a connection; one that is being made anew is not missed."""
-        if not connection.renewing:
-            self._lose(session, "it closed a data connection")
+    def give_up(self, session: SendSession, link: DataLink, reason: str) -> None:
+        """A connection is lost: what it has not delivered goes over the others. Idempotent; from any thread."""
+        resent = session.dispatch.lose(link)
+        link.connection.cut()
+        with self._lock:
+            if session.links.get(link.index) is not link:
+                return
+            del session.links[link.index]
+            session.health.disconnected(link.index, self._clock.now_s())
+            quiet = session.closed or link.renewing
+        if not quiet:
+            logger.warning(
+                "prfaas: data connection %d of %s lost: %s; %d chunks go again", link.index, session, reason, resent
+            )
 
-    def _run(self, session: SendSession, index: int, connection: Connection) -> None:
+    def stalled(self, session: SendSession) -> list[int]:
+        """Give up the connections that have not moved for the heartbeat timeout though they should; returns which."""
+        now_s = self._clock.now_s()
+        with self._lock:
+            links = list(session.links.values())
+        found = []
+        for link in links:
+            connection = link.connection
+            moved = (link.lane.first, connection.sent_bytes, connection.unsent_bytes())
+            if moved != link.moved or not link.lane.flying:
+                link.moved, link.moved_s = moved, now_s
+            elif now_s - link.moved_s > self._config.heartbeat_timeout_s:
+                self.give_up(session, link, f"no progress for {now_s - link.moved_s:.1f} s")
+                found.append(link.index)
+        return found
+
+    # --- receipts, in the acceptor's thread -----------------------------------------------------------------------
+
+    def _readable(self, session: SendSession, link: DataLink) -> bool:
+        buffer = bytearray(RECEIPT_READ_BYTES)
+        try:
+            while (count := link.connection.receive([memoryview(buffer)])) is not None:
+                if count == 0:
+                    raise PeerGoneError("decode closed it")
+                for receipt in link.receipts.feed(bytes(buffer[:count])):
+                    self._receipt(session, link, receipt)
+                if count < RECEIPT_READ_BYTES and not link.connection.tls:
+                    break
+        except ProtocolError as error:
+            self._lose(session, str(error))
+            return False
+        except PeerError as error:
+            self.give_up(session, link, str(error))
+            if link.renewing:
+                self._discard(link.connection)
+            return False
+        session.health.heard(self._clock.now_s())
+        return True
+
+    def _receipt(self, session: SendSession, link: DataLink, receipt: Receipt) -> None:
+        lane, number = link.lane, receipt.number
+        if lane.lost:
+            return
+        if not receipt.again:
+            for task in session.dispatch.change(lambda outbox: outbox.acknowledged(lane, number)):
+                with task.transfer.lock:
+                    task.transfer.acknowledged(task.span.length)
+            return
+        for task in session.dispatch.change(lambda outbox: outbox.again(lane, number)):
+            with task.transfer.lock:
+                task.transfer.corrupt_chunks += 1
+            if task.attempts >= MAX_ATTEMPTS:
+                self._abort(task.transfer, f"a chunk arrived corrupt {task.attempts} times")
+
+    # --- sending, a thread for each connection --------------------------------------------------------------------
+
+    def _run(self, session: SendSession, link: DataLink) -> None:
+        connection = link.connection
         try:
             data_tcp.tune(connection.sock, self._config)
-            staging = np.empty(min(self._config.chunk_bytes, session.hello.chunk_bytes), dtype=np.uint8)
-            while (task := session.tasks.take()) is not None:
-                try:
-                    self._send_chunk(task, connection, staging)
-                except PeerError:
-                    raise
-                except Exception as error:
-                    logger.exception("prfaas: a chunk of room %d could not be read", task.transfer.room)
-                    self._abort(task.transfer, f"prefill could not read a chunk: {error}")
+            lane = SendLane(self._memory, min(self._config.chunk_bytes, session.hello.chunk_bytes), self._abort)
+            while tasks := self._batch(session, link, lane):
+                self._send(session, connection, lane)
+                for task in tasks:
+                    with task.transfer.lock:
+                        task.transfer.sent(task.span.length, again=task.attempts > 1)
                 if connection.used_up:
-                    self._renew(session, index, connection)
-                    return
+                    self._renew(link)
+                    return  # decode closes it, once it has read and acknowledged all of it
+        except PeerError as error:
+            self.give_up(session, link, str(error))
         except PrfaasError as error:
             self._lose(session, str(error))
-        finally:
-            self._discard(connection)
+        self._discard(connection)
 
-    def _renew(self, session: SendSession, index: int, connection: Connection) -> None:
-        """The connection's keys are used up: have decode dial it again. Until then it belongs to the session, so that
-        it is cut with it."""
-        with self._lock:
-            connection.renewing = True
-            session.opened_s = self._clock.now_s()
-        data_tcp.send_all(connection.sock, RENEWAL)
-        with self._lock:
-            if session.connections.get(index) is connection:
-                del session.connections[index]
+    def _batch(self, session: SendSession, link: DataLink, lane: SendLane) -> list[Task]:
+        """Fill the lane with chunks, waiting for the first. Empty once the connection is lost."""
+        dispatch = session.dispatch
+        lane.reset()
+        tasks: list[Task] = []
+        while not lane.full:
+            task = dispatch.take(link, wait=not tasks)
+            if task is None:
+                break
+            if lane.add(task):
+                tasks.append(task)
+            else:
+                dispatch.untake(link)
+        return tasks
 
-    def _send_chunk(self, task: Task, connection: Connection, staging: Bytes) -> None:
-        transfer, span = task.transfer, task.span
-        expected = transfer.expected
-        if expected is None:
-            return
-        task.ready()
-        out = staging[: span.length]
-        with transfer.lock:
-            if not transfer.live:
+    def _send(self, session: SendSession, connection: Connection, lane: SendLane) -> None:
+        while True:
+            views = lane.begin()
+            try:
+                sent = connection.send(views) if views else 0
+            finally:
+                lane.end()
+            if sent:
+                lane.advance(sent)
+                continue
+            if not views and connection.flush():
                 return
-            self._memory.components[span.component][span.buffer].gather(task.indices, task.first_item, span.offset, out)
-        header = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
-        data_tcp.send_all(connection.sock, pack_header(header, out.data), out.data)
-        connection.count(HEADER_BYTES + span.length)
-        with transfer.lock:
-            transfer.sent(span.length)
+            session.dispatch.share()
+            connection.wait(write=True)
+
+    def _renew(self, link: DataLink) -> None:
+        """The connection's keys are used up: have decode dial it again."""
+        with self._lock:
+            link.renewing = True
+        rest = [memoryview(RENEWAL)]
+        while rest or not link.connection.flush():
+            sent = link.connection.send(rest) if rest else 0
+            rest = [rest[0][sent:]] if rest and sent < len(rest[0]) else []
+            if rest or not link.connection.flush():
+                link.connection.wait(write=True)

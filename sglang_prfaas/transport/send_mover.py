@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable
 
@@ -10,18 +11,21 @@ import zmq
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import LocalError, ProtocolError
+from sglang_prfaas.errors import ChecksumError, LocalError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.addresses import endpoint, resolve
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.handshake import refusal
+from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.loop import ZmqLoop
+from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.memory import Indices, RankMemory
 from sglang_prfaas.transport.messages import (
     Abort,
+    Bye,
     Done,
     Expect,
     Failed,
@@ -29,6 +33,7 @@ from sglang_prfaas.transport.messages import (
     Message,
     Ping,
     Pong,
+    Redial,
     Refuse,
     Unknown,
     Welcome,
@@ -36,10 +41,11 @@ from sglang_prfaas.transport.messages import (
     encode,
     reason_text,
 )
+from sglang_prfaas.transport.outbox import Task
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.send_data import DataSender
-from sglang_prfaas.transport.send_session import SendSession, Task
+from sglang_prfaas.transport.send_session import SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer, State
 from sglang_prfaas.transport.streams import cut
 
@@ -47,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SESSION_TRANSFERS = 4096
 """Requests that one decode rank may have open."""
+TICK_S = 0.25
 FAREWELL_MS = 1000
 """How long the last messages may take to leave when the mover closes."""
 
@@ -77,6 +84,7 @@ class SendMover:
         self._rooms = Rooms(clock, config.waiting_timeout_s)
         self._sessions: dict[bytes, SendSession] = {}
         self._tokens: dict[bytes, SendSession] = {}
+        self._instance = secrets.token_bytes(16)
         self._closing = False
         self._last_expiry_s = clock.now_s()
         address = resolve(host)
@@ -103,7 +111,7 @@ class SendMover:
         bound = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self.control_port = int(bound.rpartition(":")[2])
         self._loop.add(self._control, self._receive)
-        self._loop.every(min(config.heartbeat_interval_s, 1.0), self._expire)
+        self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._expire)
 
     def start(self) -> None:
         """Begin to listen."""
@@ -158,7 +166,10 @@ class SendMover:
         if not queued or session is None:
             self._report(transfer)
             return
-        session.tasks.put([Task(transfer, span, items, first_item, ready) for span in spans])
+        expected = transfer.expected
+        remaining_bytes = self.layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0
+        tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
+        session.dispatch.put(transfer, tasks, remaining_bytes, self._clock.now_s())
 
     def finish(self, transfer: OutgoingTransfer) -> None:
         """Nothing more will be sent for this request. Ends it where decode expects more items than were sent."""
@@ -178,13 +189,32 @@ class SendMover:
         with self._lock:
             session = self._rooms.forget(transfer)
         if session is not None:
-            session.tasks.drop(transfer)
+            session.dispatch.drop(transfer)
 
     # --- control --------------------------------------------------------------------------------------------------
 
     def _reply(self, identity: bytes, message: Message) -> None:
-        """Send on the control socket, from within the loop; dropped where the peer is gone or does not read."""
-        self._control.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        """Say what needs no delivery, from within the loop; dropped where the peer is gone or does not read."""
+        session = self._sessions.get(identity)
+        body = encode(message)
+        envelope = session.mailbox.unnumbered(body) if session is not None else seal(body)
+        self._control.send_multipart([identity, envelope], zmq.NOBLOCK)
+
+    def _refuse(self, session: SendSession, why: str) -> None:
+        """The session is over; another of the same name may have taken its place."""
+        if session.identity not in self._sessions:
+            self._reply(session.identity, Refuse(reason_text(why)))
+
+    def _say(self, session: SendSession, message: Message) -> None:
+        """Say what has to arrive, from within the loop."""
+        if session.closed:
+            return
+        try:
+            envelope = session.mailbox.post(encode(message), self._clock.now_s())
+        except LocalError as error:
+            self._lose(session, str(error))
+            return
+        self._control.send_multipart([session.identity, envelope], zmq.NOBLOCK)
 
     def _report(self, transfer: OutgoingTransfer) -> None:
         """Tell decode of a failure that it does not know of yet."""
@@ -197,7 +227,7 @@ class SendMover:
         with self._lock:
             session = self._rooms.home(transfer)
         if session is not None:
-            self._loop.call(lambda: self._reply(session.identity, message))
+            self._loop.call(lambda: self._say(session, message))
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:
@@ -205,28 +235,37 @@ class SendMover:
             return
         identity = frames[0].bytes
         session = self._sessions.get(identity)
+        now_s = self._clock.now_s()
         try:
-            message = decode_to_prefill(frames[1].bytes)
+            number, acknowledged, body = unseal(frames[1].bytes)
+            if session is not None and not session.mailbox.accept(number, acknowledged, now_s):
+                return
+            message = decode_to_prefill(body)
+        except ChecksumError as error:
+            logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
+            return  # it comes again
         except ProtocolError as error:
             logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
             self._reply(identity, Refuse(reason_text(str(error))))
             if session is not None:
                 self._lose(session, str(error))
             return
+        if session is not None:
+            session.health.heard(now_s)
         if isinstance(message, Hello):
             self._hello(identity, message, str(frames[1].get("User-Id")) if self.security.keys else "")
         elif isinstance(message, Abort):
             self._aborted(session, message)
         elif session is None:
-            self._reply(identity, Unknown())
+            self._reply(identity, Unknown(self._instance))
         elif isinstance(message, Expect):
             self._expect(session, message)
         elif isinstance(message, Done):
             self._done(session, message)
+        elif isinstance(message, Bye):
+            self._lose(session, f"decode ended it: {message.reason}")
         elif isinstance(message, Ping):
             self._reply(identity, Pong())
-        if session is not None:
-            session.seen_s = self._clock.now_s()
 
     def _hello(self, identity: bytes, hello: Hello, site: str) -> None:
         """A decode rank opens a session. `site`: the one that it has proved to be of, empty without keys."""
@@ -241,15 +280,31 @@ class SendMover:
             logger.error("prfaas: decode %s refused: %s", who, reason)
             self._reply(identity, Refuse(reason_text(reason)))
             return
-        old = self._sessions.get(identity)
-        if old is not None:
-            self._lose(old, "the decode server opened a new session")
-        session = SendSession(identity, hello, self._clock.now_s(), site)
+        known = self._sessions.get(identity)
+        if known is not None and known.hello == hello:
+            self._reply(identity, Welcome(known.token, self.data_port, self._instance))  # the first one was lost
+            return
+        for old in self._replaced(identity, hello):
+            restarted = old.hello.instance != hello.instance
+            self._lose(old, "its process has restarted" if restarted else "the decode server opened a new session")
+        session = SendSession(identity, hello, self._config, self._clock.now_s(), site)
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session
         logger.info("prfaas: decode %s connects with %d data connections", who, hello.connections)
-        self._reply(identity, Welcome(session.token, self.data_port))
+        self._reply(identity, Welcome(session.token, self.data_port, self._instance))
+
+    def _replaced(self, identity: bytes, hello: Hello) -> list[SendSession]:
+        """The sessions that a new one takes the place of: of the same rank of the same server, where it has a name."""
+
+        def same(other: Hello) -> bool:
+            return bool(hello.server) and (other.site, other.server, other.rank) == (
+                hello.site,
+                hello.server,
+                hello.rank,
+            )
+
+        return [s for i, s in self._sessions.items() if i == identity or same(s.hello)]
 
     def _expect(self, session: SendSession, message: Expect) -> None:
         components = len(self.layout.components)
@@ -272,7 +327,7 @@ class SendMover:
                 if not transfer.expect(message):
                     reason = transfer.reason
         if reason:
-            self._reply(session.identity, Failed(message.transfer_id, message.room, reason_text(reason)))
+            self._say(session, Failed(message.transfer_id, message.room, reason_text(reason)))
 
     def _done(self, session: SendSession, message: Done) -> None:
         transfer = session.transfers.get(message.transfer_id)
@@ -301,19 +356,28 @@ class SendMover:
             sessions = list(self._sessions.values())
             late = self._rooms.expire()
         for session in sessions:
-            if now_s - session.seen_s > config.heartbeat_timeout_s:
-                self._lose(session, f"silent for {now_s - session.seen_s:.1f} s")
-            elif (
-                len(session.connections) < session.hello.connections
-                and now_s - session.opened_s > config.handshake_timeout_s
-            ):
-                self._lose(session, f"no data connections within {config.handshake_timeout_s:g} s")
+            with self._lock:
+                why = session.health.verdict(now_s)
+                opening = session.health.contact is Contact.OPENING
+            if not why and opening and now_s - session.opened_s > config.handshake_timeout_s:
+                why = f"no data connections within {config.handshake_timeout_s:g} s"
+            elif not why and opening and now_s - session.health.heard_s > config.heartbeat_timeout_s:
+                why = f"silent for {now_s - session.health.heard_s:.1f} s"
+            if why:
+                self._lose(session, why)
+                continue
+            for index in self._data.stalled(session):
+                self._say(session, Redial(index))
+            for envelope in session.mailbox.resend(now_s):
+                self._control.send_multipart([session.identity, envelope], zmq.NOBLOCK)
+            if session.mailbox.owing:
+                self._reply(session.identity, Pong())
         for transfer, home, transfer_id in late:
             reason = f"prefill did not get the request within {config.waiting_timeout_s:g} s"
             with transfer.lock:
                 ended = transfer.fail(reason)
             if ended:
-                self._reply(home.identity, Failed(transfer_id, transfer.room, reason))
+                self._say(home, Failed(transfer_id, transfer.room, reason))
 
     def _lose(self, session: SendSession, reason: str) -> None:
         """Close a session: its transfers fail, its connections close. Idempotent; from any thread."""
@@ -326,20 +390,22 @@ class SendMover:
             self._tokens.pop(session.token, None)
             why = f"connection to {session} lost: {reason}"
             transfers = self._rooms.lost(session, why)
-            connections = list(session.connections.values())
+            connections = [link.connection for link in session.links.values()]
+            session.health.lose()
         for transfer in transfers:
             with transfer.lock:
                 transfer.fail(why)
                 transfer.peer_knows = True
-        session.tasks.close()
+        session.dispatch.close()
         for connection in connections:
             connection.cut()
+        self._loop.call(lambda: self._refuse(session, why))
         if not self._closing:
             logger.warning("prfaas: session with %s ended: %s", session, reason)
 
     # --- data -----------------------------------------------------------------------------------------------------
 
-    def admit(self, preface: Preface, connection: Connection) -> Callable[[], None]:
+    def admit(self, preface: Preface, connection: Connection) -> Callable[[], bool]:
         """A data connection has shown its token: it gets a thread. Raises PrfaasError. Called by the acceptor."""
         with self._lock:
             session = self._tokens.get(preface.token)

@@ -1,100 +1,143 @@
-"""A decode rank as a prefill rank sees it: its data connections, and the chunks that wait to be sent to it."""
+"""A decode rank as a prefill rank sees it: its data connections, its transfers, and the chunks on their way to it."""
 
 from __future__ import annotations
 
 import secrets
 import threading
-from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from msgspec import Struct
-
+from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.data_tcp import Connection
-from sglang_prfaas.transport.memory import Indices
+from sglang_prfaas.transport.framing import ReceiptReader
+from sglang_prfaas.transport.health import Health
+from sglang_prfaas.transport.mailbox import Mailbox
 from sglang_prfaas.transport.messages import Hello
+from sglang_prfaas.transport.outbox import Lane, Outbox, Task
 from sglang_prfaas.transport.session import OutgoingTransfer
-from sglang_prfaas.transport.streams import ChunkSpan
 
 
-class Task(Struct, frozen=True, eq=False):
-    """One chunk to send: `span` of items `first_item`... at `indices`, which may be read once `ready` has returned."""
+class DataLink:
+    """One data connection of a session, with the thread that sends on it."""
 
-    transfer: OutgoingTransfer
-    span: ChunkSpan
-    indices: Indices
-    first_item: int
-    ready: Callable[[], None]
+    def __init__(self, index: int, connection: Connection, now_s: float) -> None:
+        self.index = index
+        self.connection = connection
+        self.lane = Lane(index)
+        self.receipts = ReceiptReader()
+        self.renewing = False
+        """Whether it is the last word on it that it be dialled again."""
+        self.moved: tuple[int, int, int] = (0, 0, 0)
+        self.moved_s = now_s
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def sleep(self) -> None:
+        """Wait for `wake`. By its thread."""
+        self._gate.acquire()
+
+    def wake(self) -> None:
+        """Once for every `sleep`."""
+        self._gate.release()
 
 
-class TaskQueue:
-    """Chunks of several transfers, taken one from each in turn: none waits behind the whole of another."""
+class Dispatch:
+    """Hands the chunks of a session to those of its connections that can send: the one that was busy last first, and
+    another only where that one has to wait for its socket."""
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[OutgoingTransfer, deque[Task]] = OrderedDict()
-        self._condition = threading.Condition()
+        self.lock = threading.Lock()
+        self.outbox = Outbox()
+        self._idle: list[DataLink] = []
         self._closed = False
 
-    def put(self, tasks: list[Task]) -> None:
-        """Add chunks; dropped where the queue is closed."""
-        with self._condition:
-            if self._closed:
-                return
-            for task in tasks:
-                queue = self._queues.get(task.transfer)
-                if queue is None:
-                    queue = self._queues[task.transfer] = deque()
-                queue.append(task)
-            self._condition.notify(len(tasks))
+    def put(self, transfer: OutgoingTransfer, tasks: list[Task], remaining_bytes: int, now_s: float) -> None:
+        """Add chunks; dropped where the session is closed."""
+        with self.lock:
+            if not self._closed:
+                self.outbox.put(transfer, tasks, remaining_bytes, now_s)
+                self._wake(2)
 
-    def take(self) -> Task | None:
-        """The next chunk, waiting for one; None once the queue is closed."""
-        with self._condition:
-            while not self._queues and not self._closed:
-                self._condition.wait()
-            if self._closed:
-                return None
-            transfer, queue = next(iter(self._queues.items()))
-            task = queue.popleft()
-            if queue:
-                self._queues.move_to_end(transfer)
-            else:
-                del self._queues[transfer]
-            return task
+    def take(self, link: DataLink, *, wait: bool) -> Task | None:
+        """The next chunk for a connection; None once it is lost, or where none is there and `wait` is false."""
+        while True:
+            with self.lock:
+                if self._closed or link.lane.lost:
+                    return None
+                task = self.outbox.take(link.lane)
+                if task is not None or not wait:
+                    return task
+                self._idle.append(link)
+            link.sleep()
+
+    def untake(self, link: DataLink) -> None:
+        """The chunk taken last is not sent."""
+        with self.lock:
+            if not link.lane.lost:
+                self.outbox.untake(link.lane)
+
+    def share(self) -> None:
+        """A connection has to wait for its socket: let another go on."""
+        with self.lock:
+            self._wake(1)
+
+    def change(self, change: Callable[[Outbox], list[Task] | Task | int | None]) -> list[Task]:
+        """Apply receipts. Returns the tasks they are about."""
+        with self.lock:
+            found = change(self.outbox)
+            self._wake(1)
+        return found if isinstance(found, list) else [found] if isinstance(found, Task) else []
+
+    def lose(self, link: DataLink) -> int:
+        """The connection is lost: its thread ends, its chunks go again. Returns how many. Idempotent."""
+        with self.lock:
+            count = self.outbox.lose(link.lane)
+            if link in self._idle:
+                self._idle.remove(link)
+                link.wake()
+            self._wake(2)
+            return count
 
     def drop(self, transfer: OutgoingTransfer) -> None:
         """Forget the chunks of a transfer that has ended."""
-        with self._condition:
-            self._queues.pop(transfer, None)
+        with self.lock:
+            self.outbox.drop(transfer)
 
     def close(self) -> None:
         """Drop everything; whoever waits gets None."""
-        with self._condition:
+        with self.lock:
             self._closed = True
-            self._queues.clear()
-            self._condition.notify_all()
+            self.outbox.clear()
+            self._wake(len(self._idle), always=True)
 
     def __len__(self) -> int:
-        with self._condition:
-            return sum(len(queue) for queue in self._queues.values())
+        with self.lock:
+            return self.outbox.count
+
+    def _wake(self, count: int, *, always: bool = False) -> None:
+        for _ in range(count if always else min(count, self.outbox.count)):
+            if not self._idle:
+                return
+            self._idle.pop().wake()
 
 
 class SendSession:
     """One decode rank: its identity on the control socket, its data connections, its transfers by transfer id.
 
-    `connections`, `transfers` and `closed` are guarded by the mover's lock."""
+    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` belongs to the control
+    loop."""
 
-    def __init__(self, identity: bytes, hello: Hello, now_s: float, site: str = "") -> None:
+    def __init__(self, identity: bytes, hello: Hello, config: TransportConfig, now_s: float, site: str = "") -> None:
         self.identity = identity
         self.hello = hello
         self.site = site
         """The site that the decode rank has proved to be of; empty without keys."""
         self.token = secrets.token_bytes(16)
         self.opened_s = now_s
-        """Since when it may have been without some of its data connections."""
-        self.seen_s = now_s
-        self.connections: dict[int, Connection] = {}
+        self.links: dict[int, DataLink] = {}
         self.transfers: dict[int, OutgoingTransfer] = {}
-        self.tasks = TaskQueue()
+        self.dispatch = Dispatch()
+        self.health = Health(config, hello.connections, now_s)
+        self.mailbox = Mailbox(now_s)
         self.closed = False
 
     def __str__(self) -> str:

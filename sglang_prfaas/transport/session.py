@@ -5,7 +5,8 @@
     both       any but DONE --fail--> FAILED
 
 FAILED and DONE are final. Nothing is read from an outgoing transfer's pages and nothing written to an incoming one's
-once it is final: callers hold the transfer's lock while they copy and look at `live` first (page fencing).
+once it is final (page fencing): whoever copies does so between `pin` and `unpin`, which a transfer that ends waits for.
+No copy may wait for anything while it holds a pin.
 """
 
 from __future__ import annotations
@@ -56,11 +57,20 @@ class Transfer:
     def __init__(self, room: int, clock: Clock, state: State) -> None:
         self.room = room
         self.lock = threading.Lock()
+        self._unpinned = threading.Condition(self.lock)
+        self._pins = 0
+        self._ending = False
+        self._late = 0
+        """Calls that wait for an end which another one has begun."""
         self.reason = ""
         self.peer_knows = False
         """Whether the peer has been told of a failure, or told us of it."""
         self.bytes = 0
-        """Bytes sent or received so far, payload only."""
+        """Bytes sent or received so far, payload only, each counted once."""
+        self.resent_chunks = 0
+        """Chunks on their way more than once: outgoing ones sent again, incoming ones that were there already."""
+        self.corrupt_chunks = 0
+        """Chunks whose checksum was wrong on arrival."""
         self.created_s = clock.now_s()
         self.progress_s = self.created_s
         self.first_byte_s = 0.0
@@ -75,15 +85,44 @@ class Transfer:
 
     @property
     def live(self) -> bool:
-        """Whether the pages may still be touched."""
+        """Whether it has not ended."""
         return self._state not in FINAL
 
+    def pin(self) -> bool:
+        """Begin a copy; takes the lock itself. Returns False, and nothing may be touched, where the transfer has ended
+        or is about to."""
+        with self.lock:
+            if self._ending or not self.live:
+                return False
+            self._pins += 1
+            return True
+
+    def unpin(self) -> None:
+        """The copy is over; takes the lock itself."""
+        with self.lock:
+            self._pins -= 1
+            if self._ending and not self._pins:
+                self._unpinned.notify_all()
+
     def fail(self, reason: str) -> bool:
-        """End the transfer; the first reason is kept. Returns whether this call ended it."""
+        """End the transfer, once no copy runs; the first reason is kept. Returns whether this call ended it."""
+        return self._end(State.FAILED, reason)
+
+    def _end(self, state: State, reason: str = "") -> bool:
+        """Enter a final state when the last copy is over. Returns whether this call did."""
+        if self._ending and self.live:
+            self._late += 1
+            self._unpinned.wait_for(lambda: not self.live)
+            self._late -= 1
         if self._state in FINAL:
             return False
-        self._enter(State.FAILED)
+        self._ending = True
+        while self._pins:
+            self._unpinned.wait()
+        self._enter(state)
         self.reason = reason
+        if self._late:
+            self._unpinned.notify_all()
         return True
 
     def _enter(self, state: State) -> None:
@@ -107,6 +146,7 @@ class OutgoingTransfer(Transfer):
         self.ready_s = 0.0
         self.started_s = 0.0
         self.last_queued = False
+        self.acknowledged_bytes = 0
         self._queued = 0
         self._sent = 0
         self._items: list[RangeSet] = []
@@ -156,10 +196,18 @@ class OutgoingTransfer(Transfer):
         if self._state is State.SENDING and self._missing():
             self.fail(self._missing())
 
-    def sent(self, length: int) -> None:
-        """A chunk left for the socket."""
+    def sent(self, length: int, *, again: bool = False) -> None:
+        """A chunk left for the socket, for the first time or `again`."""
+        if again:
+            self.resent_chunks += 1
+            return
         self._sent += 1
         self._progress(length)
+
+    def acknowledged(self, length: int) -> None:
+        """Decode has a chunk in place."""
+        self.acknowledged_bytes += length
+        self.progress_s = self._clock.now_s()
 
     @property
     def all_sent(self) -> bool:
@@ -173,8 +221,8 @@ class OutgoingTransfer(Transfer):
         if self.expected is None or self._missing():
             self.fail(f"decode reported the end too early: {self._missing() or 'it has not asked for anything'}")
             return
-        self._enter(State.DONE)
-        self.progress_s = self._clock.now_s()
+        if self._end(State.DONE):
+            self.progress_s = self._clock.now_s()
 
     def _missing(self) -> str:
         """Which items decode expects that were never queued, or an empty string."""
@@ -196,6 +244,43 @@ class OutgoingTransfer(Transfer):
         return ""
 
 
+class Claim:
+    """Bytes of a transfer that one data connection fills. Until it ends, no other connection writes there."""
+
+    __slots__ = ("busy", "header", "revoked", "transfer")
+
+    def __init__(self, transfer: IncomingTransfer, header: ChunkHeader) -> None:
+        self.transfer = transfer
+        self.header = header
+        self.revoked = False
+        self.busy = False
+
+    def overlaps(self, other: ChunkHeader) -> bool:
+        ours = self.header
+        return (
+            (ours.component, ours.buffer) == (other.component, other.buffer)
+            and ours.offset < other.offset + other.length
+            and other.offset < ours.offset + ours.length
+        )
+
+    def pin(self) -> bool:
+        """Begin to write; as `Transfer.pin`. False too where another connection has taken the bytes over."""
+        with self.transfer.lock:
+            if self.revoked or self.transfer._ending or not self.transfer.live:
+                return False
+            self.busy = True
+            self.transfer._pins += 1
+            return True
+
+    def unpin(self) -> None:
+        """The write is over."""
+        with self.transfer.lock:
+            self.busy = False
+            self.transfer._pins -= 1
+            if self.revoked or self.transfer._ending:
+                self.transfer._unpinned.notify_all()
+
+
 class IncomingTransfer(Transfer):
     """A request on the decode side: which bytes have arrived of those it reserved pages for.
 
@@ -207,6 +292,7 @@ class IncomingTransfer(Transfer):
         self.counts = counts
         self.expected_bytes = layout.request_bytes(counts)
         self.duplicate_bytes = 0
+        self._claims: list[Claim] = []
         self._sizes = tuple(
             tuple(size * count for size in component.item_bytes)
             for component, count in zip(layout.components, counts, strict=True)
@@ -231,23 +317,49 @@ class IncomingTransfer(Transfer):
                 f"more than {MAX_FRAGMENTS} separate ranges of component {header.component}, buffer {header.buffer}"
             )
 
-    def received(self, header: ChunkHeader) -> bool:
-        """The chunk's bytes are in place. Returns whether they were the last ones missing. A chunk that brings nothing
-        new counts as duplicate and is no progress."""
+    def claim(self, header: ChunkHeader) -> Claim | None:
+        """A data connection is about to bring a chunk. Returns None where its bytes are in place already. Another
+        connection that has begun with the same bytes loses them: the sender has given that one up.
+
+        Raises ProtocolError for a chunk outside of what was expected, or one that is cut otherwise than before."""
+        self.check(header)
+        ranges = self._ranges.get((header.component, header.buffer))
+        covered = ranges.covered(header.offset, header.offset + header.length) if ranges is not None else 0
+        if covered == header.length:
+            self.duplicate_bytes += header.length
+            self.resent_chunks += 1
+            return None
+        if covered:
+            raise ProtocolError(
+                f"chunk at offset {header.offset} of component {header.component}, buffer {header.buffer} was sent "
+                "before in another size"
+            )
+        for other in [claim for claim in self._claims if claim.overlaps(header)]:
+            other.revoked = True
+            self._claims.remove(other)
+            while other.busy:
+                self._unpinned.wait()
+        claim = Claim(self, header)
+        self._claims.append(claim)
+        return claim
+
+    def give_up(self, claim: Claim) -> None:
+        """The claim ends without its bytes: the chunk was corrupt, or its connection is lost."""
+        if not claim.revoked:
+            self._claims.remove(claim)
+            claim.revoked = True
+
+    def received(self, claim: Claim) -> bool:
+        """The claim's bytes are in place and were checked. Returns whether they were the last ones missing."""
+        self.give_up(claim)
         if not self.live:
             return False
+        header = claim.header
         ranges = self._ranges.setdefault((header.component, header.buffer), RangeSet())
-        new = ranges.add(header.offset, header.offset + header.length)
-        self.duplicate_bytes += header.length - new
-        if not new:
-            return False
-        self._progress(new)
+        self._progress(ranges.add(header.offset, header.offset + header.length))
         if self._state is State.EXPECTING:
             self._enter(State.RECEIVING)
-        if self.bytes == self.expected_bytes:
-            self._enter(State.DONE)
-            return True
-        return False
+        return self.bytes == self.expected_bytes and self._end(State.DONE)
 
     def poll_timeout(self, waiting_s: float, transfer_s: float) -> str:
         """Why the transfer has taken too long, or an empty string. `waiting_s`: until the first byte, and between the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 from msgspec import Struct
@@ -86,6 +86,15 @@ class RangeSet:
         new = stop - start - covered
         self.total += new
         return new
+
+    def covered(self, start: int, stop: int) -> int:
+        """How many bytes of a range are held."""
+        at = bisect_right(self._stops, start)
+        total = 0
+        while at < len(self._starts) and self._starts[at] < stop:
+            total += min(stop, self._stops[at]) - max(start, self._starts[at])
+            at += 1
+        return total
 
     def __len__(self) -> int:
         """How many separate ranges there are."""

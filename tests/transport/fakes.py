@@ -12,6 +12,7 @@ import zmq
 from sglang_prfaas.transport.addresses import endpoint
 from sglang_prfaas.transport.framing import PREFACE, ChunkHeader, Preface, pack_header
 from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.messages import (
     PROTOCOL_VERSION,
     Hello,
@@ -22,6 +23,9 @@ from sglang_prfaas.transport.messages import (
     encode,
 )
 from tests.transport.rig import DEADLINE_S
+
+INSTANCE = b"0" * 16
+TOKEN = b"0123456789abcdef"
 
 
 def chunk(transfer_id: int, component: int, buffer: int, offset: int, payload: bytes) -> bytes:
@@ -94,28 +98,31 @@ class FakePrefill(_Fake):
         """The next message of a kind; others before it are passed over."""
         while True:
             self.identity, data = self.router.recv_multipart()
-            message = decode_to_prefill(data)
+            message = decode_to_prefill(unseal(data)[2])
             if isinstance(message, kind):
                 return message
 
     def send(self, message: Message | bytes) -> None:
         data = message if isinstance(message, bytes) else encode(message)
-        self.router.send_multipart([self.identity, data])
+        self.router.send_multipart([self.identity, seal(data)])
 
     def welcome(self) -> list[socket.socket]:
         """Let a decode rank in; returns its data connections, by index."""
         hello = self.receive(Hello)
-        token = b"0123456789abcdef"
-        self.send(Welcome(token, self.data_port))
+        self.send(Welcome(TOKEN, self.data_port, INSTANCE))
+        return self.accept(hello.connections)
+
+    def accept(self, connections: int) -> list[socket.socket]:
+        """The next data connections, by index."""
         found: dict[int, socket.socket] = {}
-        for _ in range(hello.connections):
+        for _ in range(connections):
             sock, _ = self.listener.accept()
             sock.settimeout(DEADLINE_S)
             self.sockets.append(sock)
             _, _, index, got = PREFACE.unpack(read_exactly(sock, PREFACE.size))
-            assert got == token
+            assert got == TOKEN
             found[index] = sock
-        return [found[index] for index in range(hello.connections)]
+        return [found[index] for index in sorted(found)]
 
 
 class FakeDecode(_Fake):
@@ -128,17 +135,17 @@ class FakeDecode(_Fake):
         self.dealer.connect(endpoint("127.0.0.1", control_port))
 
     def send(self, message: Message | bytes) -> None:
-        self.dealer.send(message if isinstance(message, bytes) else encode(message))
+        self.dealer.send(seal(message if isinstance(message, bytes) else encode(message)))
 
     def receive(self, kind: type[Any]) -> Any:
         """The next message of a kind; others before it are passed over."""
         while True:
-            message = decode_to_decode(self.dealer.recv())
+            message = decode_to_decode(unseal(self.dealer.recv())[2])
             if isinstance(message, kind):
                 return message
 
     def hello(self, layout: Layout, connections: int = 1, chunk_bytes: int = 4096) -> None:
-        self.send(Hello(PROTOCOL_VERSION, "pd", "fake", layout, connections, chunk_bytes))
+        self.send(Hello(PROTOCOL_VERSION, "pd", "fake", layout, connections, chunk_bytes, INSTANCE, 0))
 
     def connect(self, data_port: int, first_bytes: bytes) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", data_port), timeout=DEADLINE_S)

@@ -112,6 +112,8 @@ def test_prefill_is_killed_in_the_middle_and_restarted(config: TransportConfig) 
 
 
 def test_decode_is_killed_in_the_middle(config: TransportConfig) -> None:
+    """From the side that is dialled, a killed process looks like a cut link: it waits for as long as it is told to."""
+    config = msgspec.structs.replace(config, reconnect_timeout_s=0.5)
     with Pair(config=config) as pair, peer("decode", pair.sender.control_port, config.keys_dir) as decode:
         slots = some_slots(7)
         transfer = pair.sender.transfer(7)

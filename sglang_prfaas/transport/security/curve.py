@@ -19,10 +19,12 @@ HANDSHAKE_FAILED = (
 
 
 class Loss(Struct, frozen=True):
-    """Why a connection that was dialled is gone. refused: by a peer that does not have, or does not accept, the key."""
+    """Why a connection that was dialled is gone. refused: by a peer that does not have, or does not accept, the key;
+    certain: that can be told from one that broke in the handshake."""
 
     reason: str
     refused: bool
+    certain: bool = True
 
 
 def serve(sock: zmq.Socket[bytes], secret: bytes) -> None:
@@ -90,7 +92,7 @@ def loss(event: int, value: int, site: str) -> Loss | None:
         return Loss(f"handshake broken (0x{value:x})", True)
     if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
         other = f"it does not hold the key of site {site}" if site else "it demands keys (transport.keys_dir)"
-        return Loss(f"it closed during the handshake: {other}, or is about to end", True)
+        return Loss(f"it closed during the handshake: {other}, or is about to end", True, False)
     if event == zmq.EVENT_DISCONNECTED:
         return Loss("it closed the control connection", False)
     return None

@@ -100,7 +100,7 @@ def test_lengths_have_bounds() -> None:
 
 def test_wrong_magic_and_checksum_messages_hold_both_values() -> None:
     data = chunk(ChunkHeader(7, 1, 2, 4096, 0), b"payload")
-    with pytest.raises(ProtocolError, match="b'XFC1', expected b'PFC1'"):
+    with pytest.raises(ChecksumError, match="b'XFC1', expected b'PFC1'"):
         unpack_header(b"X" + data[1:HEADER_BYTES])
     header = unpack_header(data[:HEADER_BYTES])
     with pytest.raises(
@@ -122,8 +122,8 @@ def test_preface_of_another_protocol_or_version() -> None:
     good = Preface(1, b"t" * 16).pack()
     with pytest.raises(ProtocolError, match="begins with b'GET '"):
         unpack_preface(b"GET " + good[4:])
-    with pytest.raises(ProtocolError, match="version 2, expected 1"):
-        unpack_preface(good[:4] + b"\x00\x02" + good[6:])
+    with pytest.raises(ProtocolError, match="version 1, expected 2"):
+        unpack_preface(good[:4] + b"\x00\x01" + good[6:])
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=5), st.data())

@@ -76,7 +76,8 @@ def test_request_bytes() -> None:
 
 
 def hello(**changes: Any) -> Hello:
-    return msgspec.structs.replace(Hello(PROTOCOL_VERSION, "pd", "decode-0", LAYOUT, 4, 1 << 20), **changes)
+    given = Hello(PROTOCOL_VERSION, "pd", "decode-0", LAYOUT, 4, 1 << 20, b"i" * 16, 0)
+    return msgspec.structs.replace(given, **changes)
 
 
 def test_who_is_refused() -> None:

@@ -24,7 +24,10 @@ DECODERS = [
 LAYOUT = Layout("m", "float16", 16, 1, "", (0, 1), (Component("kv", (100, 200)), Component("aux", (8,))))
 RANK = messages.RankInfo(0, 1, 0, "10.0.0.1", 7000)
 
+INSTANCE = b"i" * 16
+
 rooms = st.integers(0, (1 << 63) - 1)
+tokens = st.binary(min_size=16, max_size=16)
 short = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=256)
 long = st.text(max_size=300)
 counts = st.lists(st.integers(0, (1 << 31) - 1), max_size=64).map(tuple)
@@ -60,20 +63,24 @@ ROUND_TRIPS: list[tuple[Any, Any]] = [
                 layout=layouts,
                 connections=st.integers(1, 64),
                 chunk_bytes=st.integers(4096, 64 << 20),
+                instance=st.binary(min_size=16, max_size=16),
+                rank=st.integers(0, 65535),
             ),
             st.builds(messages.Expect, st.integers(1, (1 << 63) - 1), rooms, counts, st.integers(0, (1 << 31) - 1)),
             st.builds(messages.Done, rooms, rooms),
             st.builds(messages.Abort, rooms, long),
+            st.builds(messages.Bye, long),
             st.just(messages.Ping()),
         ),
     ),
     (
         messages.decode_to_decode,
         st.one_of(
-            st.builds(messages.Welcome, st.binary(min_size=16, max_size=16), st.integers(1, 65535)),
+            st.builds(messages.Welcome, tokens, st.integers(1, 65535), tokens),
             st.builds(messages.Refuse, long),
             st.builds(messages.Failed, rooms, rooms, long),
-            st.just(messages.Unknown()),
+            st.builds(messages.Unknown, tokens),
+            st.builds(messages.Redial, st.integers(0, 63)),
             st.just(messages.Pong()),
         ),
     ),
@@ -155,7 +162,7 @@ def test_right_tags_with_wrong_fields(decode: Any) -> None:
 @pytest.mark.parametrize("decode", DECODERS)
 def test_corrupted_messages(decode: Any) -> None:
     valid = [
-        encode(messages.Hello(1, "pd", "decode-0", LAYOUT, 4, 1 << 20)),
+        encode(messages.Hello(1, "pd", "decode-0", LAYOUT, 4, 1 << 20, INSTANCE, 0)),
         encode(messages.Abort(5, "reason \u00e9")),
         encode(messages.Failed(1, 2, "reason \u00e9")),
         encode(messages.Register(RANK, "boot", 1, 2, 1, True)),
@@ -198,7 +205,7 @@ def test_oversize_is_refused_before_it_is_parsed(decode: Any) -> None:
 def test_a_large_layout_and_a_long_reason_fit_into_a_message() -> None:
     components = tuple(Component(name, (1 << 40,) * 512) for name in ("kv", "mamba", "swa", "aux"))
     layout = Layout("m" * 256, "float16", 64, 8, "", tuple(range(512)), components)
-    assert len(encode(messages.Hello(1, "s" * 256, "d" * 256, layout, 64, 1 << 20))) < MAX_REQUEST_BYTES
+    assert len(encode(messages.Hello(1, "s" * 256, "d" * 256, layout, 64, 1 << 20, INSTANCE, 0))) < MAX_REQUEST_BYTES
     assert len(encode(messages.Abort(1, messages.reason_text("\U0001f600" * 9999)))) < MAX_REQUEST_BYTES
 
 
@@ -212,12 +219,12 @@ def test_a_message_for_the_other_side_is_refused() -> None:
 @pytest.mark.parametrize(
     ("message", "decode"),
     [
-        (messages.Hello(1, "s" * 257, "d", LAYOUT, 4, 1 << 20), messages.decode_to_prefill),
-        (messages.Hello(1, "two\nlines", "d", LAYOUT, 4, 1 << 20), messages.decode_to_prefill),
-        (messages.Hello(1, "s", "d", LAYOUT, 65, 1 << 20), messages.decode_to_prefill),
-        (messages.Hello(1, "s", "d", LAYOUT, 0, 1 << 20), messages.decode_to_prefill),
-        (messages.Hello(1, "s", "d", LAYOUT, 4, 4095), messages.decode_to_prefill),
-        (messages.Hello(1, "s", "d", LAYOUT, 4, (64 << 20) + 1), messages.decode_to_prefill),
+        (messages.Hello(1, "s" * 257, "d", LAYOUT, 4, 1 << 20, INSTANCE, 0), messages.decode_to_prefill),
+        (messages.Hello(1, "two\nlines", "d", LAYOUT, 4, 1 << 20, INSTANCE, 0), messages.decode_to_prefill),
+        (messages.Hello(1, "s", "d", LAYOUT, 65, 1 << 20, INSTANCE, 0), messages.decode_to_prefill),
+        (messages.Hello(1, "s", "d", LAYOUT, 0, 1 << 20, INSTANCE, 0), messages.decode_to_prefill),
+        (messages.Hello(1, "s", "d", LAYOUT, 4, 4095, INSTANCE, 0), messages.decode_to_prefill),
+        (messages.Hello(1, "s", "d", LAYOUT, 4, (64 << 20) + 1, INSTANCE, 0), messages.decode_to_prefill),
         (messages.Expect(0, 1, (1,), 0), messages.decode_to_prefill),
         (messages.Expect(-1, 1, (1,), 0), messages.decode_to_prefill),
         (messages.Expect(1 << 63, 1, (1,), 0), messages.decode_to_prefill),
@@ -227,9 +234,9 @@ def test_a_message_for_the_other_side_is_refused() -> None:
         (messages.Expect(1, 1, (1,), 1 << 31), messages.decode_to_prefill),
         (messages.Abort(1 << 63, ""), messages.decode_to_prefill),
         (messages.Abort(1, "r" * 4097), messages.decode_to_prefill),
-        (messages.Welcome(b"t" * 15, 1), messages.decode_to_decode),
-        (messages.Welcome(b"t" * 16, 0), messages.decode_to_decode),
-        (messages.Welcome(b"t" * 16, 65536), messages.decode_to_decode),
+        (messages.Welcome(b"t" * 15, 1, INSTANCE), messages.decode_to_decode),
+        (messages.Welcome(b"t" * 16, 0, INSTANCE), messages.decode_to_decode),
+        (messages.Welcome(b"t" * 16, 65536, INSTANCE), messages.decode_to_decode),
         (messages.Refuse("r" * 4097), messages.decode_to_decode),
         (messages.Register(messages.RankInfo(65536, 0, 0, "", 1), "b", 1, 1, 1, True), messages.decode_to_directory),
         (messages.Register(messages.RankInfo(0, 0, 0, "", 0), "b", 1, 1, 1, True), messages.decode_to_directory),

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sglang_prfaas.clock import VirtualClock
+from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError
 from sglang_prfaas.transport import rooms
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.messages import Expect, Hello
 from sglang_prfaas.transport.rooms import Rooms
-from sglang_prfaas.transport.send_session import SendSession, Task, TaskQueue
-from sglang_prfaas.transport.session import OutgoingTransfer, State
-from sglang_prfaas.transport.streams import ChunkSpan
+from sglang_prfaas.transport.send_session import SendSession
+from sglang_prfaas.transport.session import State
 
-HELLO = Hello(1, "pd", "decode-0", Layout("m", "f", 1, 1, "", (), ()), 4, 1 << 20)
+HELLO = Hello(1, "pd", "decode-0", Layout("m", "f", 1, 1, "", (), ()), 4, 1 << 20, b"i" * 16, 0)
 
 
 @pytest.fixture
@@ -33,7 +28,7 @@ def held(clock: VirtualClock) -> Rooms:
 
 
 def a_session(name: bytes = b"D1") -> SendSession:
-    return SendSession(name, HELLO, 0.0)
+    return SendSession(name, HELLO, TransportConfig(), 0.0)
 
 
 def test_prefill_first(held: Rooms) -> None:
@@ -173,61 +168,6 @@ def test_expiry(held: Rooms, clock: VirtualClock) -> None:
 
 
 # --- chunks that wait -------------------------------------------------------------------------------------------------
-
-
-def tasks(transfer: OutgoingTransfer, *offsets: int) -> list[Task]:
-    return [Task(transfer, ChunkSpan(0, 0, at, 1), np.empty(0, np.int64), 0, lambda: None) for at in offsets]
-
-
-def taken(queue: TaskQueue, count: int) -> list[tuple[int, int]]:
-    found = [queue.take() for _ in range(count)]
-    return [(task.transfer.room, task.span.offset) for task in found if task is not None]
-
-
-def test_transfers_take_turns(clock: VirtualClock) -> None:
-    large, small = OutgoingTransfer(1, clock), OutgoingTransfer(2, clock)
-    queue = TaskQueue()
-    queue.put(tasks(large, 0, 1, 2, 3))
-    queue.put(tasks(small, 0))
-    queue.put(tasks(large, 4))
-    assert taken(queue, 6) == [(1, 0), (2, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=12))
-def test_every_chunk_is_taken_once_and_in_order_within_its_transfer(puts: list[tuple[int, int]]) -> None:
-    transfers = [OutgoingTransfer(room, VirtualClock()) for room in range(4)]
-    queue, count = TaskQueue(), [0] * 4
-    for room, n in puts:
-        queue.put(tasks(transfers[room], *range(count[room], count[room] + n)))
-        count[room] += n
-    assert len(queue) == sum(count)
-    got = taken(queue, sum(count))
-    for room in range(4):
-        assert [offset for r, offset in got if r == room] == list(range(count[room]))
-
-
-def test_chunks_of_a_released_transfer_are_dropped(clock: VirtualClock) -> None:
-    one, two = OutgoingTransfer(1, clock), OutgoingTransfer(2, clock)
-    queue = TaskQueue()
-    queue.put(tasks(one, 0, 1) + tasks(two, 0))
-    queue.drop(one)
-    assert taken(queue, 1) == [(2, 0)]
-    assert len(queue) == 0
-
-
-def test_closing_wakes_whoever_waits(clock: VirtualClock) -> None:
-    queue = TaskQueue()
-    results: list[Task | None] = []
-    threads = [threading.Thread(target=lambda: results.append(queue.take())) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    queue.close()
-    for thread in threads:
-        thread.join(60.0)
-    assert results == [None] * 3
-    queue.put(tasks(OutgoingTransfer(1, clock), 0))
-    assert queue.take() is None
-    assert len(queue) == 0
 
 
 def test_names_of_sessions() -> None:

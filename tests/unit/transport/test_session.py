@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def incoming(counts: tuple[int, ...] = COUNTS) -> tuple[IncomingTransfer, Virtua
 
 def chunk(component: int, buffer: int, offset: int, length: int) -> ChunkHeader:
     return ChunkHeader(1, component, buffer, offset, length)
+
+
+def arrive(transfer: IncomingTransfer, header: ChunkHeader) -> bool:
+    """A chunk comes and is good. Returns whether it was the last one missing."""
+    claim = transfer.claim(header)
+    return claim is not None and transfer.received(claim)
 
 
 # --- outgoing ---------------------------------------------------------------------------------------------------------
@@ -176,8 +183,7 @@ def test_the_way_of_a_request_on_the_decode_side() -> None:
     for last, span in enumerate(spans, 1 - len(spans)):
         clock.advance(1.0)
         header = chunk(span.component, span.buffer, span.offset, span.length)
-        transfer.check(header)
-        assert transfer.received(header) is (last == 0)
+        assert arrive(transfer, header) is (last == 0)
         assert transfer.state is (State.DONE if last == 0 else State.RECEIVING)
     assert (transfer.bytes, transfer.duplicate_bytes) == (TOTAL, 0)
     assert (transfer.first_byte_s, transfer.last_byte_s) == (101.0, 100.0 + len(spans))
@@ -190,12 +196,64 @@ def test_nothing_expected_is_done_at_once() -> None:
 
 def test_duplicates_count_once_and_are_no_progress() -> None:
     transfer, clock = incoming()
-    transfer.received(chunk(1, 0, 0, 6))
+    arrive(transfer, chunk(1, 0, 0, 6))
     clock.advance(50.0)
-    transfer.received(chunk(1, 0, 0, 6))
+    arrive(transfer, chunk(1, 0, 0, 6))
     assert (transfer.bytes, transfer.duplicate_bytes, transfer.progress_s) == (6, 6, 100.0)
-    transfer.received(chunk(1, 0, 4, 6))
-    assert (transfer.bytes, transfer.duplicate_bytes, transfer.progress_s) == (10, 8, 150.0)
+    with pytest.raises(ProtocolError, match="sent before in another size"):
+        transfer.claim(chunk(1, 0, 4, 6))
+    arrive(transfer, chunk(1, 0, 6, 4))
+    assert (transfer.bytes, transfer.duplicate_bytes, transfer.progress_s) == (10, 6, 150.0)
+
+
+def test_a_newer_claim_takes_over_and_the_older_one_may_not_write() -> None:
+    transfer, _ = incoming()
+    old = transfer.claim(chunk(1, 0, 0, 6))
+    assert old is not None
+    assert old.pin()
+    old.unpin()
+    new = transfer.claim(chunk(1, 0, 0, 6))
+    assert new is not None
+    assert (old.revoked, old.pin()) == (True, False)
+    assert transfer.received(new) is False
+    transfer.give_up(old)
+    assert transfer.bytes == 6
+
+
+def test_a_claim_given_up_leaves_its_bytes_to_others() -> None:
+    transfer, _ = incoming()
+    claim = transfer.claim(chunk(1, 0, 0, 6))
+    assert claim is not None
+    transfer.give_up(claim)
+    assert transfer.bytes == 0
+    arrive(transfer, chunk(1, 0, 0, 6))
+    assert transfer.bytes == 6
+
+
+@pytest.mark.parametrize("how", ["fail", "done"])
+def test_a_transfer_ends_only_when_no_copy_runs(how: str) -> None:
+    transfer, _ = outgoing((0, 0, 0))
+    assert transfer.pin()
+    ended: list[State] = []
+
+    def end() -> None:
+        with transfer.lock:
+            if how == "fail":
+                transfer.fail("over")
+            else:
+                transfer.done()
+        ended.append(transfer.state)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    while transfer.pin():  # until the end has begun
+        transfer.unpin()
+    assert transfer.live
+    assert not ended
+    transfer.unpin()
+    thread.join(60.0)
+    assert ended == [State.FAILED if how == "fail" else State.DONE]
+    assert not transfer.pin()
 
 
 @pytest.mark.parametrize(
@@ -219,8 +277,7 @@ def test_a_peer_cannot_make_us_remember_any_number_of_gaps(monkeypatch: pytest.M
     monkeypatch.setattr(session, "MAX_FRAGMENTS", 3)
     transfer, _ = incoming()
     for offset in (0, 4, 8):
-        transfer.check(chunk(0, 0, offset, 1))
-        transfer.received(chunk(0, 0, offset, 1))
+        arrive(transfer, chunk(0, 0, offset, 1))
     with pytest.raises(ProtocolError, match="more than 3 separate ranges of component 0, buffer 0"):
         transfer.check(chunk(0, 0, 12, 1))
 
@@ -229,7 +286,7 @@ def test_incoming_timeouts() -> None:
     transfer, clock = incoming()
     clock.advance(10.0)
     assert transfer.poll_timeout(10.0, 1.0) == ""
-    transfer.received(chunk(1, 0, 0, 6))
+    arrive(transfer, chunk(1, 0, 0, 6))
     clock.advance(10.5)
     assert transfer.poll_timeout(10.0, 1.0) == f"no byte for 10 s, 6 of {TOTAL} arrived"
     assert transfer.poll_timeout(10.0, 20.0) == ""
@@ -346,17 +403,17 @@ def test_random_chunks_on_the_decode_side(events: list[tuple[int, int, int, int]
         elif transfer.live:
             component, buffer, offset, length = event
             header = chunk(component, buffer, offset, length)
+            before = len(arrived)
             try:
-                transfer.check(header)
+                complete = arrive(transfer, header)
             except ProtocolError:
                 continue
-            before = len(arrived)
             arrived |= {(component, buffer, at) for at in range(offset, offset + length)}
-            assert transfer.received(header) is (len(arrived) == TOTAL and len(arrived) > before)
+            assert complete is (len(arrived) == TOTAL and len(arrived) > before)
             assert transfer.bytes == len(arrived)
         else:
             count = transfer.bytes
-            assert not transfer.received(chunk(0, 0, 0, 1)), "a late chunk completes nothing"
+            assert not transfer.pin(), "a late chunk is not written"
             assert transfer.bytes == count
         watch.look()
         assert (transfer.state is State.DONE) == (len(arrived) == TOTAL and not failed)

@@ -1,0 +1,211 @@
+"""The bytes of a decode rank's data connection, without its socket: where to put them, and what to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sglang_prfaas.errors import ChecksumError
+from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, Receipt, unpack_header, verify
+from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
+from sglang_prfaas.transport.session import Claim, IncomingTransfer
+
+ACK_BYTES = 8 << 20
+"""An acknowledgement goes out after so many bytes, or as soon as nothing more has come."""
+
+
+class Placement:
+    """A request's transfer and where its items belong."""
+
+    def __init__(self, transfer: IncomingTransfer, indices: tuple[Indices, ...]) -> None:
+        self.transfer = transfer
+        self.indices = indices
+
+
+class ReceiveLane:
+    """Chunks of one data connection, received straight into their pages where that is possible.
+
+    Receive into what `begin` returns, without waiting; then `end`; then `advance` with how many bytes came. `find`
+    returns the request of a transfer id, or None; `complete` is called with a transfer whose last byte is in place."""
+
+    def __init__(
+        self,
+        memory: RankMemory,
+        chunk_bytes: int,
+        find: Callable[[int], Placement | None],
+        complete: Callable[[IncomingTransfer], None],
+    ) -> None:
+        self._memory = memory
+        self._chunk_bytes = chunk_bytes
+        self._find = find
+        self._complete = complete
+        self._head = memoryview(bytearray(HEADER_BYTES))
+        self._head_bytes = 0
+        self._raw = b""
+        self._header: ChunkHeader | None = None
+        self._item: Placement | None = None
+        self._claim: Claim | None = None
+        self._revoked = False
+        self._payload: list[memoryview] = []
+        """All of the chunk's bytes, in place or in scratch; empty where they are drained."""
+        self._missing: list[memoryview] = []
+        self._missing_bytes = 0
+        self._staged = False
+        self._scratch: Bytes | None = None
+        self._handled = 0
+        self._acknowledged = 0
+        self._since_ack_bytes = 0
+        self._answers = bytearray()
+        self.renewed = False
+        """Whether prefill wants the connection made anew."""
+
+    # --- input ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> list[memoryview]:
+        """Where the next bytes go: the rest of a chunk, and the header after it."""
+        claim = self._claim
+        if claim is not None and not claim.pin():
+            self._revoked = claim.revoked
+            self._claim = None
+            self._drain()
+        return [*self._missing, self._head[self._head_bytes :]]
+
+    def end(self) -> None:
+        """Nothing is written to what `begin` returned any more."""
+        if self._claim is not None:
+            self._claim.unpin()
+
+    @property
+    def wanted_bytes(self) -> int:
+        """So many bytes at least are still to come before anything can be done with them."""
+        return self._missing_bytes or 1
+
+    @property
+    def between_chunks(self) -> bool:
+        """Whether no chunk has begun that has not ended."""
+        return self._header is None and self._head_bytes == 0
+
+    def advance(self, count: int) -> None:
+        """So many bytes came. Raises ChecksumError where the connection cannot be made sense of any more,
+        ProtocolError for a chunk that must not be."""
+        if self._missing_bytes:
+            taken = min(count, self._missing_bytes)
+            self._missing_bytes -= taken
+            count -= taken
+            if self._missing_bytes:
+                self._skip(taken)
+                return
+            self._missing = []
+            self._finish()
+        self._head_bytes += count
+        if self._head_bytes == HEADER_BYTES:
+            self._begin_chunk()
+
+    def _skip(self, count: int) -> None:
+        whole = 0
+        for view in self._missing:
+            if count < len(view):
+                break
+            count -= len(view)
+            whole += 1
+        del self._missing[:whole]
+        if count:
+            self._missing[0] = self._missing[0][count:]
+
+    def _begin_chunk(self) -> None:
+        self._raw = bytes(self._head)
+        self._head_bytes = 0
+        if self._raw == RENEWAL:
+            self.renewed = True
+            return
+        header = self._header = unpack_header(self._raw, self._chunk_bytes)
+        self._missing_bytes = header.length
+        self._revoked = False
+        item = self._item = self._find(header.transfer_id)
+        self._claim = None
+        if item is not None:
+            transfer = item.transfer
+            with transfer.lock:
+                if transfer.live:
+                    self._claim = transfer.claim(header)
+        if item is None or self._claim is None:
+            self._drain()
+            return
+        buffer = self._memory.components[header.component][header.buffer]
+        views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
+        self._staged = not views
+        self._payload = views or [self._scratch_memory()[: header.length].data]
+        self._missing = list(self._payload)
+
+    def _drain(self) -> None:
+        """The rest of the chunk is not wanted."""
+        self._payload = []
+        self._missing = [self._scratch_memory()[: self._missing_bytes].data]
+
+    def _scratch_memory(self) -> Bytes:
+        if self._scratch is None:
+            self._scratch = np.empty(self._chunk_bytes, np.uint8)
+        return self._scratch
+
+    def _finish(self) -> None:
+        """All of a chunk is there."""
+        header, claim, item = self._header, self._claim, self._item
+        assert header is not None
+        self._header = self._claim = self._item = None
+        good = not self._revoked
+        if claim is not None and item is not None:
+            transfer = claim.transfer
+            good = self._place(claim, item, header)
+            with transfer.lock:
+                if good:
+                    complete = transfer.received(claim)
+                else:
+                    complete = False
+                    if transfer.live and not claim.revoked:
+                        transfer.corrupt_chunks += 1
+                    transfer.give_up(claim)
+                good = good or not transfer.live
+            if complete:
+                self._complete(transfer)
+        self._payload = []
+        if not good:
+            self._answers += Receipt(self._handled, again=True).pack()
+        self._handled += 1
+        self._since_ack_bytes += header.length
+
+    def _place(self, claim: Claim, item: Placement, header: ChunkHeader) -> bool:
+        """Check the payload, and copy it to its place where it is not there yet. Returns whether it is good."""
+        if not claim.pin():
+            return False
+        try:
+            verify(self._raw, header, *self._payload)
+            if self._staged:
+                data = self._scratch_memory()[: header.length]
+                indices = item.indices[header.component]
+                self._memory.components[header.component][header.buffer].scatter(indices, 0, header.offset, data)
+        except ChecksumError:
+            return False
+        finally:
+            claim.unpin()
+        return True
+
+    def lost(self) -> None:
+        """The connection is gone: what it had begun is left to others."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            with claim.transfer.lock:
+                claim.transfer.give_up(claim)
+
+    # --- output ---------------------------------------------------------------------------------------------------
+
+    def answers(self, *, idle: bool) -> bytes:
+        """Receipts to be sent now. idle: nothing more has come so far."""
+        due = self._since_ack_bytes >= ACK_BYTES or (idle and self.between_chunks) or self._answers
+        if due and self._handled > self._acknowledged:
+            self._answers += Receipt(self._handled).pack()
+            self._acknowledged = self._handled
+            self._since_ack_bytes = 0
+        found = bytes(self._answers)
+        self._answers.clear()
+        return found

@@ -1,0 +1,125 @@
+"""The bytes of a prefill rank's data connection, without its socket: which to send next, and whose they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from sglang_prfaas.transport.framing import ChunkHeader, pack_header
+from sglang_prfaas.transport.memory import Bytes, RankMemory
+from sglang_prfaas.transport.outbox import Task
+from sglang_prfaas.transport.session import OutgoingTransfer
+
+logger = logging.getLogger(__name__)
+
+MAX_PARTS = 512
+"""Separate pieces of memory in one call; the kernel takes 1024."""
+
+
+class SendLane:
+    """A batch of chunks on its way, straight from the pages where they can be sent from there.
+
+    Add chunks, then send what `begin` returns, report it with `advance`, and end with `end`, until `begin` returns
+    nothing. Should a transfer end in the meantime, zeros take the place of its bytes: the peer knows already, or finds
+    the checksum wrong."""
+
+    def __init__(self, memory: RankMemory, chunk_bytes: int, failed: Callable[[OutgoingTransfer, str], None]) -> None:
+        self._memory = memory
+        self._chunk_bytes = chunk_bytes
+        self._failed = failed
+        self._staging: Bytes | None = None
+        self._staged = 0
+        self._views: list[memoryview] = []
+        self._owners: list[OutgoingTransfer | None] = []
+        """Of each view; None for bytes of the lane's own."""
+        self._pinned: list[OutgoingTransfer] = []
+        self.batch_bytes = 0
+        """Payload of the batch."""
+
+    def reset(self) -> None:
+        """Begin a new batch."""
+        self._views.clear()
+        self._owners.clear()
+        self._staged = self.batch_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the batch is large enough."""
+        return self.batch_bytes >= self._chunk_bytes or len(self._views) >= MAX_PARTS
+
+    def add(self, task: Task) -> bool:
+        """Put a chunk into the batch. Returns False where its transfer has ended, or ends with this: its memory could
+        not be read."""
+        transfer, span, expected = task.transfer, task.span, task.transfer.expected
+        if expected is None or not transfer.live:
+            return False
+        try:
+            task.ready()
+            if not transfer.pin():
+                return False
+            try:
+                views, owner = self._payload(task)
+                header = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
+                head = pack_header(header, *views)
+            finally:
+                transfer.unpin()
+        except Exception as error:
+            logger.exception("prfaas: a chunk of room %d could not be read", transfer.room)
+            self._failed(transfer, f"prefill could not read a chunk: {error}")
+            return False
+        self._views += [memoryview(head), *views]
+        self._owners += [None, *([owner] * len(views))]
+        self.batch_bytes += span.length
+        return True
+
+    def _payload(self, task: Task) -> tuple[list[memoryview], OutgoingTransfer | None]:
+        """A chunk's bytes, and the transfer whose pages they lie in: None for a copy."""
+        span = task.span
+        buffer = self._memory.components[span.component][span.buffer]
+        views = buffer.views(task.indices, task.first_item, span.offset, span.length)
+        if views:
+            return views, task.transfer
+        if self._staging is None or self._staged + span.length > len(self._staging):
+            self._staging, self._staged = np.empty(2 * self._chunk_bytes, np.uint8), 0
+        out = self._staging[self._staged : self._staged + span.length]
+        buffer.gather(task.indices, task.first_item, span.offset, out)
+        self._staged += span.length
+        return [out.data], None
+
+    def begin(self) -> list[memoryview]:
+        """What is to be sent now, without waiting for anything; `end` must follow."""
+        for owner in dict.fromkeys(self._owners):
+            if owner is None:
+                continue
+            if owner.pin():
+                self._pinned.append(owner)
+            else:
+                self._blank(owner)
+        return self._views[:MAX_PARTS]
+
+    def end(self) -> None:
+        """What `begin` returned is not looked at any more."""
+        for owner in self._pinned:
+            owner.unpin()
+        self._pinned.clear()
+
+    def advance(self, sent: int) -> None:
+        """So many bytes have left."""
+        views = self._views
+        whole = 0
+        for view in views:
+            if sent < len(view):
+                break
+            sent -= len(view)
+            whole += 1
+        del views[:whole], self._owners[:whole]
+        if sent:
+            views[0] = views[0][sent:]
+
+    def _blank(self, transfer: OutgoingTransfer) -> None:
+        for at, owner in enumerate(self._owners):
+            if owner is transfer:
+                self._views[at] = memoryview(bytes(len(self._views[at])))
+                self._owners[at] = None

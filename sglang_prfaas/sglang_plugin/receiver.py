@@ -183,6 +183,8 @@ class PrfaasKVReceiver(BaseKVReceiver):
             bytes=transfer.bytes if transfer else 0,
             pages=transfer.counts[0] if transfer else 0,
             cached_prefix_tokens=self._cached_prefix_tokens,
+            resent_chunks=transfer.resent_chunks if transfer else 0,
+            corrupt_chunks=transfer.corrupt_chunks if transfer else 0,
             handshake_s=max(0.0, self._up_s - self._created_s),
             wait_s=max(0.0, transfer.first_byte_s - transfer.created_s) if transfer else 0.0,
             transfer_s=max(0.0, transfer.last_byte_s - transfer.first_byte_s) if transfer else 0.0,

@@ -182,6 +182,8 @@ class PrfaasKVSender(BaseKVSender):
             bytes=transfer.bytes,
             pages=self._sent_items,
             cached_prefix_tokens=self.pop_decode_prefix_len(),
+            resent_chunks=transfer.resent_chunks,
+            corrupt_chunks=transfer.corrupt_chunks,
             handshake_s=started - transfer.created_s,
             queue_s=self._queue_s,
             prefill_s=self._prefill_s,

@@ -26,6 +26,10 @@ class TransferRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     bytes: int = 0
     pages: int = 0
     cached_prefix_tokens: int = 0
+    resent_chunks: int = 0
+    """prefill: chunks sent more than once; decode: chunks that were there already."""
+    corrupt_chunks: int = 0
+    """Chunks that arrived with a wrong checksum, and were sent again."""
     handshake_s: float = 0.0
     """prefill: until decode was ready; decode: until the session was up."""
     queue_s: float = 0.0

@@ -10,14 +10,17 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from sglang_prfaas.transport.health import CONTACTS
 from sglang_prfaas.transport.session import TRANSITIONS
 
+S = TypeVar("S", bound=enum.Enum)
+
 MARKS = re.compile(r"(<!-- states: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def mermaid(table: Mapping[enum.Enum, frozenset[enum.Enum]]) -> str:
+def mermaid(table: Mapping[S, frozenset[S]]) -> str:
     """A table of states and what may follow them, as a Mermaid state diagram."""
     starts = [state for state in table if not any(state in following for following in table.values())]
     lines = [f"    [*] --> {state.name}" for state in starts]

@@ -13,6 +13,7 @@ from pathlib import Path
 import triton
 from prfaas_kernels.common.delta_solve import delta_solve_kernel
 from prfaas_kernels.common.scalar_prep import scalar_prep_kernel
+from prfaas_kernels.common.segment_scan import segment_merge_kernel, segment_pass_kernel
 from prfaas_kernels.common.state_scan import state_scan_kernel
 from prfaas_kernels.common.tuning import DEFAULT
 from prfaas_kernels.kda.prep import kda_prep_kernel
@@ -25,10 +26,10 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 HALF, FULL, INDEX = "*bf16", "*fp32", "*i32"
 POINTERS = {
     **dict.fromkeys(("q", "k", "g", "beta", "v", "qg", "kg", "ke", "w", "u", "scores", "scores_out", "o"), HALF),
-    **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool"), FULL),
-    **dict.fromkeys(("table", "cu_seqlens", "strong", "slots", "first"), INDEX),
+    **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool", "maps", "starts"), FULL),
+    **dict.fromkeys(("table", "cu_seqlens", "strong", "slots", "first", "segments", "first_segment"), INDEX),
 }
-NUMBERS = {"heads": "i32", "scale": "fp32", "lower_bound": "fp32"}
+NUMBERS = {"heads": "i32", "segment_chunks": "i32", "scale": "fp32", "lower_bound": "fp32"}
 STRIDE = re.compile(r".*_[thskv]$")
 SHAPE = {"K": 128, "V": 128, "C": 64, "GROUP": 1, "DOT": "bf16", "PREC": "tf32"}
 PREP = {"BK": DEFAULT.prep_block, "L2NORM": True}
@@ -43,8 +44,13 @@ SCAN = {
     "KEEP_STARTS": False,
     "TRACK": False,
     "TRACK_SLOTS": False,
+    "SEGMENTED": False,
 }
+SERIAL = ("segments", "starts")
+PASS = {**SHAPE, "BV": DEFAULT.scan_block, "STAGES": DEFAULT.scan_stages}
+MERGE = {**SHAPE, "BV": DEFAULT.scan_block, "HAS_WARM": False, "MERGE_PREC": "tf32"}
 PREP_OPTIONS = {"num_warps": DEFAULT.prep_warps, "num_stages": DEFAULT.prep_stages}
+MERGE_OPTIONS = {"num_warps": DEFAULT.merge_warps, "num_stages": 1}
 SCAN_OPTIONS = {"num_warps": DEFAULT.scan_warps, "num_stages": DEFAULT.scan_stages}
 
 #: name -> (kernel, constexpr arguments, pointers that are None, launch options)
@@ -57,8 +63,12 @@ KERNELS = {
     ),
     "kda_prep_strong": (kda_prep_kernel, {**KDA, "STRONG": True}, (), PREP_OPTIONS),
     "delta_solve": (delta_solve_kernel, SOLVE, (), {"num_warps": DEFAULT.solve_warps}),
-    "state_scan": (state_scan_kernel, {**SCAN, "HAS_W": True}, (), SCAN_OPTIONS),
-    "state_scan_lightning": (state_scan_kernel, {**SCAN, "HAS_W": False}, ("w",), SCAN_OPTIONS),
+    "state_scan": (state_scan_kernel, {**SCAN, "HAS_W": True}, SERIAL, SCAN_OPTIONS),
+    "state_scan_lightning": (state_scan_kernel, {**SCAN, "HAS_W": False}, ("w", *SERIAL), SCAN_OPTIONS),
+    "state_scan_segments": (state_scan_kernel, {**SCAN, "HAS_W": True, "SEGMENTED": True}, (), SCAN_OPTIONS),
+    "segment_pass": (segment_pass_kernel, {**PASS, "HAS_W": True}, (), SCAN_OPTIONS),
+    "segment_pass_lightning": (segment_pass_kernel, {**PASS, "HAS_W": False}, ("w",), SCAN_OPTIONS),
+    "segment_merge": (segment_merge_kernel, {**MERGE, "HAS_W": True}, ("warm",), MERGE_OPTIONS),
     "gdn_prep": (scalar_prep_kernel, {**SHAPE, **PREP, "DELTA": True, "FIXED": False}, (), PREP_OPTIONS),
     "lightning_prep": (
         scalar_prep_kernel,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from prfaas_kernels.common.delta_solve import delta_solve_kernel
 from prfaas_kernels.common.scalar_prep import scalar_prep_kernel
@@ -17,19 +18,28 @@ from prfaas_kernels.common.segment_scan import segment_merge_kernel, segment_pas
 from prfaas_kernels.common.state_scan import state_scan_kernel
 from prfaas_kernels.common.tuning import DEFAULT
 from prfaas_kernels.kda.prep import kda_prep_kernel
+from prfaas_kernels.kv_pack.codec import LARGEST, TINY
+from prfaas_kernels.kv_pack.copy_rows import copy_rows_kernel
+from prfaas_kernels.kv_pack.quantise import dequantise_rows_kernel, quantise_rows_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TABLE = Path(__file__).with_name("sm90_table.json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
-HALF, FULL, INDEX = "*bf16", "*fp32", "*i32"
+HALF, FULL, INDEX, LONG, BYTE = "*bf16", "*fp32", "*i32", "*i64", "*u8"
 POINTERS = {
-    **dict.fromkeys(("q", "k", "g", "beta", "v", "qg", "kg", "ke", "w", "u", "scores", "scores_out", "o"), HALF),
-    **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool", "maps", "starts"), FULL),
+    **dict.fromkeys(
+        ("q", "k", "g", "beta", "v", "qg", "kg", "ke", "w", "u", "scores", "scores_out", "o", "kind"), HALF
+    ),
+    **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool", "maps", "starts", "scales"), FULL),
     **dict.fromkeys(("table", "cu_seqlens", "strong", "slots", "first", "segments", "first_segment"), INDEX),
+    **dict.fromkeys(("indices", "packed"), INDEX),
+    **dict.fromkeys(("addresses", "strides"), LONG),
+    "codes": BYTE,
 }
-NUMBERS = {"heads": "i32", "segment_chunks": "i32", "scale": "fp32", "lower_bound": "fp32"}
+COUNTS = ("heads", "segment_chunks", "rows", "units", "groups", "row_units", "scales_word")
+NUMBERS = {**dict.fromkeys(COUNTS, "i32"), "scale": "fp32", "lower_bound": "fp32"}
 STRIDE = re.compile(r".*_[thskv]$")
 SHAPE = {"K": 128, "V": 128, "C": 64, "GROUP": 1, "DOT": "bf16", "PREC": "tf32"}
 PREP = {"BK": DEFAULT.prep_block, "L2NORM": True}
@@ -49,6 +59,10 @@ SCAN = {
 SERIAL = ("segments", "starts")
 PASS = {**SHAPE, "BV": DEFAULT.scan_block, "STAGES": DEFAULT.scan_stages}
 MERGE = {**SHAPE, "BV": DEFAULT.scan_block, "HAS_WARM": False, "MERGE_PREC": "tf32"}
+LATENTS = {"WIDTH": 576, "BLOCK": 1024, "GROUPS": 2, "UNIT": 16}
+TO_INT8 = {**LATENTS, "LARGEST": LARGEST[torch.int8], "TINY": TINY, "INT8": True}
+TO_FLOAT8 = {**TO_INT8, "LARGEST": LARGEST[torch.float8_e4m3fn], "INT8": False}
+ROW_OPTIONS = {"num_warps": 4}
 PREP_OPTIONS = {"num_warps": DEFAULT.prep_warps, "num_stages": DEFAULT.prep_stages}
 MERGE_OPTIONS = {"num_warps": DEFAULT.merge_warps, "num_stages": 1}
 SCAN_OPTIONS = {"num_warps": DEFAULT.scan_warps, "num_stages": DEFAULT.scan_stages}
@@ -76,7 +90,15 @@ KERNELS = {
         ("beta", "ke", "lower_out"),
         PREP_OPTIONS,
     ),
+    "pack_rows": (copy_rows_kernel, {"BLOCK": 4096, "UNIT": 4, "GATHER": True}, (), {"num_warps": 8}),
+    "unpack_rows": (copy_rows_kernel, {"BLOCK": 4096, "UNIT": 4, "GATHER": False}, (), {"num_warps": 8}),
+    "quantise_int8": (quantise_rows_kernel, TO_INT8, (), ROW_OPTIONS),
+    "quantise_float8": (quantise_rows_kernel, TO_FLOAT8, (), ROW_OPTIONS),
+    "dequantise_int8": (dequantise_rows_kernel, {**LATENTS, "INT8": True}, (), ROW_OPTIONS),
+    "dequantise_float8": (dequantise_rows_kernel, {**LATENTS, "INT8": False}, (), ROW_OPTIONS),
 }
+#: These multiply no matrices, and move 16 bytes at a time.
+ROWS = ("pack_rows", "unpack_rows", "quantise_int8", "quantise_float8", "dequantise_int8", "dequantise_float8")
 
 
 def signature_of(kernel, constants, absent):
@@ -112,6 +134,7 @@ def measure(name):
         "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
         "shared_bytes": built.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
+        "wide_access": bool(re.search(r"(ld|st)\.global[.\w:]*\.v4\.b32", ptx)),
     }
 
 
@@ -121,7 +144,7 @@ def main():
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
         table[VERSION] = figures
         TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
-    print(json.dumps({"triton": VERSION, "kernels": figures}))
+    print(json.dumps({"triton": VERSION, "kernels": figures, "rows": ROWS}))
 
 
 if __name__ == "__main__":

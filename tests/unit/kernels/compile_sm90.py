@@ -17,6 +17,8 @@ from prfaas_kernels.common.scalar_prep import scalar_prep_kernel
 from prfaas_kernels.common.segment_scan import segment_merge_kernel, segment_pass_kernel
 from prfaas_kernels.common.state_scan import state_scan_kernel
 from prfaas_kernels.common.tuning import DEFAULT
+from prfaas_kernels.full_attention.kernel import prefill_attention_kernel
+from prfaas_kernels.full_attention.prefill import split_width
 from prfaas_kernels.kda.prep import kda_prep_kernel
 from prfaas_kernels.kv_pack.codec import LARGEST, TINY
 from prfaas_kernels.kv_pack.copy_rows import copy_rows_kernel
@@ -30,17 +32,35 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 HALF, FULL, INDEX, LONG, BYTE = "*bf16", "*fp32", "*i32", "*i64", "*u8"
 POINTERS = {
     **dict.fromkeys(
-        ("q", "k", "g", "beta", "v", "qg", "kg", "ke", "w", "u", "scores", "scores_out", "o", "kind"), HALF
+        (
+            "q",
+            "k",
+            "g",
+            "beta",
+            "v",
+            "qg",
+            "kg",
+            "ke",
+            "w",
+            "u",
+            "scores",
+            "scores_out",
+            "o",
+            "kind",
+            "k_pool",
+            "v_pool",
+        ),
+        HALF,
     ),
     **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool", "maps", "starts", "scales"), FULL),
     **dict.fromkeys(("table", "cu_seqlens", "strong", "slots", "first", "segments", "first_segment"), INDEX),
-    **dict.fromkeys(("indices", "packed"), INDEX),
+    **dict.fromkeys(("indices", "packed", "page_table", "prefix_lens"), INDEX),
     **dict.fromkeys(("addresses", "strides"), LONG),
     "codes": BYTE,
 }
 COUNTS = ("heads", "segment_chunks", "rows", "units", "groups", "row_units", "scales_word")
-NUMBERS = {**dict.fromkeys(COUNTS, "i32"), "scale": "fp32", "lower_bound": "fp32"}
-STRIDE = re.compile(r".*_[thskv]$")
+NUMBERS = {**dict.fromkeys(COUNTS, "i32"), "scale": "fp32", "lower_bound": "fp32", "factor": "fp32"}
+STRIDE = re.compile(r".*_[thskvn]$")
 SHAPE = {"K": 128, "V": 128, "C": 64, "GROUP": 1, "DOT": "bf16", "PREC": "tf32"}
 PREP = {"BK": DEFAULT.prep_block, "L2NORM": True}
 KDA = {**SHAPE, **PREP, "GATE": 1, "HAS_BIAS": True, "RAW_BETA": True, "SPAN": 112.0}
@@ -67,6 +87,32 @@ PREP_OPTIONS = {"num_warps": DEFAULT.prep_warps, "num_stages": DEFAULT.prep_stag
 MERGE_OPTIONS = {"num_warps": DEFAULT.merge_warps, "num_stages": 1}
 SCAN_OPTIONS = {"num_warps": DEFAULT.scan_warps, "num_stages": DEFAULT.scan_stages}
 
+
+def attention(width, value_width, group, *, page, shared=False):
+    """A row of :data:`KERNELS`: prefill attention with a prefix, heads of K = ``width`` and V = ``value_width``."""
+    wide = value_width > 128
+    rows = DEFAULT.attention_wide_rows if wide else DEFAULT.attention_rows
+    main, extra = split_width(width)
+    constants = {
+        "GROUP": group,
+        "HEADS": group,
+        "TOKENS": rows // group,
+        "ROWS": rows,
+        "KEYS": DEFAULT.attention_wide_keys if wide else DEFAULT.attention_keys,
+        "PAGE": page,
+        "MAIN": main,
+        "EXTRA": extra,
+        "V": value_width,
+        "SHARED": shared,
+        "PREFIX": True,
+        "DOT": "bf16",
+        "PREC": "tf32",
+        "STAGES": DEFAULT.attention_stages,
+    }
+    options = {"num_warps": DEFAULT.attention_warps, "num_stages": DEFAULT.attention_stages}
+    return prefill_attention_kernel, constants, (), options
+
+
 #: name -> (kernel, constexpr arguments, pointers that are None, launch options)
 KERNELS = {
     "kda_prep_mild": (
@@ -90,6 +136,9 @@ KERNELS = {
         ("beta", "ke", "lower_out"),
         PREP_OPTIONS,
     ),
+    "attention_gqa": attention(128, 128, 8, page=64),
+    "attention_mla": attention(192, 128, 1, page=1),
+    "attention_mla_absorbed": attention(576, 512, 32, page=64, shared=True),
     "pack_rows": (copy_rows_kernel, {"BLOCK": 4096, "UNIT": 4, "GATHER": True}, (), {"num_warps": 8}),
     "unpack_rows": (copy_rows_kernel, {"BLOCK": 4096, "UNIT": 4, "GATHER": False}, (), {"num_warps": 8}),
     "quantise_int8": (quantise_rows_kernel, TO_INT8, (), ROW_OPTIONS),

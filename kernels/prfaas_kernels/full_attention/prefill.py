@@ -95,6 +95,9 @@ def prefill_attention(
     rows, keys = settings.attention_rows, settings.attention_keys
     if values > 128:
         rows, keys = settings.attention_wide_rows, settings.attention_wide_keys
+    stages = settings.attention_stages
+    if q.dtype == torch.float32:  # twice the bytes: smaller blocks, or shared memory runs out
+        rows, keys, stages = rows // 2, keys // 2, 1
     group = heads // k.shape[1]
     together = group
     while together > rows:
@@ -141,8 +144,8 @@ def prefill_attention(
         PREFIX=k_pool is not None,
         DOT=precision.dot,
         PREC=precision.prec,
-        STAGES=settings.attention_stages,
+        STAGES=stages,
         num_warps=settings.attention_warps,
-        num_stages=settings.attention_stages,
+        num_stages=stages,
     )
     return out

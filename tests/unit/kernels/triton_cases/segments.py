@@ -18,7 +18,7 @@ def run_kda(x, cu, pool, slots, gate="usual", **options):
     return kda_cases.run(x, cu, pool, slots, gate, **{"segment_chunks": 2, **options})
 
 
-@pytest.mark.parametrize("gate", kda_cases.GATES)
+@pytest.mark.parametrize("gate", kda_cases.GATES if FULL else ["usual", "strong", "bounded and spiked"])
 def test_kda_gates(gate):
     lengths = [300, 17, 0, 129]
     x, pool, cu = kda_cases.inputs(sum(lengths), gate=gate), kda_cases.pool_of(5), marks(lengths)
@@ -31,7 +31,7 @@ def test_kda_gates(gate):
     assert torch.equal(pool[[1, 2, 4]], before[[1, 2, 4]])
 
 
-@pytest.mark.parametrize("tokens", [64, 127, 128, 129, 256, 257])
+@pytest.mark.parametrize("tokens", [64, 127, 128, 129, 256, 257] if FULL else [127, 128, 257])
 def test_kda_lengths_around_segment_borders(tokens):
     x, pool, cu = kda_cases.inputs(tokens), kda_cases.pool_of(), marks([tokens])
     want, want_state = kda_cases.truth(x, cu, pool[2:3])
@@ -52,7 +52,7 @@ def test_kda_at_full_width_in_bfloat16_is_no_worse_than_the_serial_scan():
     assert error(pool[1], want_state[0]) < HALF_LIMIT
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 4])
+@pytest.mark.parametrize("index", [0, 1, 2, 4] if FULL else [2, 4])
 def test_states_at_chunk_starts_and_tracked_state_equal_the_serial_scans(index):
     lengths = [100, 300]
     cu, x = marks(lengths), kda_cases.inputs(400)
@@ -106,7 +106,7 @@ def test_nearly_equal_keys_without_decay():
     assert error(pool[1], want_state[0]) < 10 * FULL_LIMIT
 
 
-@pytest.mark.parametrize("strength", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize("strength", [0.01, 1.0, 50.0] if FULL else [1.0])
 def test_gdn(strength):
     lengths = [300, 1, 129]
     x, cu = scalar_cases.gdn_inputs(sum(lengths), strength=strength), marks(lengths)

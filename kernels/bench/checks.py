@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from prfaas_kernels.full_attention import naive_prefill, prefill_attention
 from prfaas_kernels.gdn import recurrent_gdn
 from prfaas_kernels.kda import kda_gate, recurrent_kda
-from prfaas_kernels.kv_pack import PoolTable, pack_rows, unpack_rows
+from prfaas_kernels.kv_pack import PoolTable, encode_rows, pack_rows, quantise_rows, unpack_rows
 from prfaas_kernels.lightning import recurrent_lightning
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -56,6 +57,13 @@ def kda_truth(
     return recurrent_kda(x["q"][0], x["k"][0], x["v"][0], log_decay, beta, initial_state=initial, cu_seqlens=cu)
 
 
+def gdn_truth(x: dict[str, torch.Tensor], cu: torch.Tensor, initial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float64 recurrence of GDN, its gate the first channel of KDA's."""
+    log_decay = -torch.nn.functional.softplus(x["g"][0, ..., 0].double())
+    beta = x["beta"][0].double().sigmoid()
+    return recurrent_gdn(x["q"][0], x["k"][0], x["v"][0], log_decay, beta, initial_state=initial, cu_seqlens=cu)
+
+
 def _row(name: str, dtype: torch.dtype, o_error: float, state_error: float) -> dict[str, Any]:
     limit = LIMITS[dtype]
     green = o_error <= limit and state_error <= limit
@@ -83,6 +91,18 @@ def run_checks(device: str, *, width: int = 128, lengths: tuple[int, ...] = (130
             )
             errors = relative_error(out[0], want), relative_error(pool[slots.long()], states)
             rows.append(_row(f"kda {gate} {dtype}", dtype, *errors))
+            pool = fresh.clone()
+            out, _ = chunk_kda(
+                **x,
+                beta_is_raw=True,
+                lower_bound=lower_bound,
+                state_pool=pool,
+                cache_indices=slots,
+                cu_seqlens=cu,
+                segment_chunks=1,
+            )
+            errors = relative_error(out[0], want), relative_error(pool[slots.long()], states)
+            rows.append(_row(f"kda in segments, {gate} {dtype}", dtype, *errors))
         x = kda_inputs(tokens, 1, value_heads, width, dtype, device)
         g, beta = -torch.rand(1, tokens, value_heads, device=device), x["beta"].sigmoid()
         pool = fresh.clone()
@@ -99,11 +119,38 @@ def run_checks(device: str, *, width: int = 128, lengths: tuple[int, ...] = (130
         errors = relative_error(out, want), relative_error(pool[slots.long()], states)
         rows.append(_row(f"lightning {dtype}", dtype, *errors))
 
+    rows += [_attention_row(dtype, device, width) for dtype in LIMITS]
+    rows += _pack_checks(device)
+    return rows
+
+
+def _attention_row(dtype: torch.dtype, device: str, width: int) -> dict[str, Any]:
+    """40 and 3 new tokens after 0 and 50 in shuffled pages; relative error in o, none in a state."""
+    q = torch.randn(43, 4, width, device=device).to(dtype)
+    k, v = (torch.randn(43, 2, width, device=device).to(dtype) for _ in range(2))
+    k_pool, v_pool = (torch.randn(8 * 16, 2, width, device=device).to(dtype) for _ in range(2))
+    options = {
+        "cu_seqlens": torch.tensor([0, 40, 43], dtype=torch.int32, device=device),
+        "page_table": torch.tensor([[1, 4, 2, 7], [6, 3, 5, 0]], dtype=torch.int32, device=device),
+        "prefix_lens": torch.tensor([0, 50], dtype=torch.int32, device=device),
+        "page_size": 16,
+    }
+    want = naive_prefill(q, k, v, k_pool=k_pool, v_pool=v_pool, **options)
+    got = prefill_attention(q, k, v, k_pool=k_pool, v_pool=v_pool, **options)
+    return _row(f"attention {dtype}", dtype, relative_error(got, want), 0.0)
+
+
+def _pack_checks(device: str) -> list[dict[str, Any]]:
+    """Bytes that come back changed, or differ from the codec's, make a row red."""
     pools = [torch.randn(64, 576, device=device).bfloat16() for _ in range(3)]
     targets = [torch.zeros_like(pool) for pool in pools]
     pages = torch.tensor([3, 0], dtype=torch.int32, device=device)
-    unpack_rows(PoolTable.of(targets, page_size=16), pages, pack_rows(PoolTable.of(pools, page_size=16), pages))
+    table = PoolTable.of(pools, page_size=16)
+    unpack_rows(PoolTable.of(targets, page_size=16), pages, pack_rows(table, pages))
     same = all(torch.equal(a[48:], b[48:]) and torch.equal(a[:16], b[:16]) for a, b in zip(targets, pools, strict=True))
-    wrong = 0.0 if same else float("nan")
-    rows.append(_row("kv_pack and back", torch.float32, wrong, wrong))
-    return rows
+    verdicts = {"kv_pack and back": same}
+    for code in (torch.int8, torch.float8_e4m3fn):
+        data = quantise_rows(table, pages, width=576, code=code)
+        want = [encode_rows(pool.view(4, -1)[[3, 0]].cpu(), width=576, code=code) for pool in pools]
+        verdicts[f"quantised rows equal the codec's, {code}"] = torch.equal(data.cpu(), torch.stack(want))
+    return [_row(name, torch.float32, *[0.0 if good else float("nan")] * 2) for name, good in verdicts.items()]

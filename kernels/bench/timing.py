@@ -1,7 +1,11 @@
-"""Time callables on one GPU, interleaved, with the L2 cache flushed and their state restored outside the timed part."""
+"""Time callables on one GPU, interleaved, with the L2 cache flushed and their state restored outside the timed part.
+
+On a CPU (the smoke run) the host's clock is read instead: that shows that everything runs, not how fast.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +19,7 @@ class Arm(NamedTuple):
 
     name: str
     run: Callable[[], object]
-    restore: Callable[[], object]
+    restore: Callable[[], object] = lambda: None
 
 
 class Times(NamedTuple):
@@ -40,8 +44,13 @@ def as_graph(arm: Arm) -> Arm:
     return Arm(arm.name + " (graph)", graph.replay, arm.restore)
 
 
-def measure(arms: list[Arm], *, warmups: int = 25, iterations: int = 100) -> dict[str, Times]:
+def measure(arms: list[Arm], *, device: str, warmups: int = 25, iterations: int = 100) -> dict[str, Times]:
     """All arms in turn, ``iterations`` times."""
+    samples = _on_gpu(arms, warmups, iterations) if device == "cuda" else _on_cpu(arms, iterations)
+    return {name: _times(values) for name, values in samples.items()}
+
+
+def _on_gpu(arms: list[Arm], warmups: int, iterations: int) -> dict[str, list[float]]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     for arm in arms:
         for _ in range(warmups):
@@ -59,7 +68,18 @@ def measure(arms: list[Arm], *, warmups: int = 25, iterations: int = 100) -> dic
             end.record()
             marks[arm.name].append((begin, end))
         torch.cuda.synchronize()
-    return {name: _times([begin.elapsed_time(end) for begin, end in pairs]) for name, pairs in marks.items()}
+    return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in marks.items()}
+
+
+def _on_cpu(arms: list[Arm], iterations: int) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for _ in range(iterations):
+        for arm in arms:
+            arm.restore()
+            begin = time.perf_counter()
+            arm.run()
+            samples[arm.name].append((time.perf_counter() - begin) * 1e3)
+    return samples
 
 
 def _times(samples_ms: list[float]) -> Times:
@@ -71,9 +91,10 @@ def _times(samples_ms: list[float]) -> Times:
     return Times(at(0.5), at(0.1), at(0.9))
 
 
-def copy_rate_bytes_per_s(size_bytes: int = 4 << 30) -> float:
-    """Bytes read plus written per second by a device-to-device copy of ``size_bytes``."""
-    source = torch.empty(size_bytes, dtype=torch.uint8, device="cuda")
+def copy_rate_bytes_per_s(device: str, size_bytes: int = 4 << 30) -> float:
+    """Bytes read plus written per second by a copy of ``size_bytes`` on the device."""
+    source = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = measure([Arm("copy", lambda: target.copy_(source), lambda: None)], warmups=3, iterations=10)
+    arm = Arm("copy", lambda: target.copy_(source))
+    times = measure([arm], device=device, warmups=3, iterations=10)
     return 2 * size_bytes / (times["copy"].median_ms / 1e3)

@@ -27,20 +27,18 @@ class ChunkTable(NamedTuple):
 
 
 @triton.jit
-def chunk_table_kernel(
-    cu_seqlens, chunks, first, sequences, bound, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
+def chunk_table_kernel(cu_seqlens, chunks, first, sequences, bound, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Grid (N + 1): program n writes the rows of sequence n; the last one clears the unused rows."""
     n = tl.program_id(0)
     ids = tl.arange(0, BLOCK)
     before = ids < n
     begins = tl.load(cu_seqlens + ids, mask=before, other=0).to(tl.int32)
     ends = tl.load(cu_seqlens + ids + 1, mask=before, other=0).to(tl.int32)
-    row = tl.sum((ends - begins + C - 1) // C)
+    row = tl.sum((ends - begins + chunk - 1) // chunk)
     steps = tl.arange(0, ROWS)
     if n < sequences:
         length = tl.load(cu_seqlens + n + 1).to(tl.int32) - tl.load(cu_seqlens + n).to(tl.int32)
-        count = (length + C - 1) // C
+        count = (length + chunk - 1) // chunk
         tl.store(first + n, row)
         for at in range(0, count, ROWS):
             index = at + steps
@@ -54,14 +52,17 @@ def chunk_table_kernel(
             tl.store(chunks + 2 * index + 1, tl.full([ROWS], -1, tl.int32), mask=index < bound)
 
 
-def build_chunk_table(cu_seqlens: torch.Tensor, total_tokens: int) -> ChunkTable:
-    """``cu_seqlens`` ``[N+1]`` int32 or int64 on the launch's device, rising from 0 to at most ``total_tokens``."""
+def build_chunk_table(cu_seqlens: torch.Tensor, total_tokens: int, chunk: int = CHUNK) -> ChunkTable:
+    """``cu_seqlens`` ``[N+1]`` int32 or int64 on the launch's device, rising from 0 to at most ``total_tokens``.
+
+    ``chunk``: tokens of a chunk.
+    """
     sequences = cu_seqlens.shape[0] - 1
-    bound = -(-total_tokens // CHUNK) if sequences == 1 else total_tokens // CHUNK + sequences
+    bound = -(-total_tokens // chunk) if sequences == 1 else total_tokens // chunk + sequences
     chunks = torch.empty(max(bound, 1), 2, dtype=torch.int32, device=cu_seqlens.device)
     first = torch.empty(max(sequences, 1), dtype=torch.int32, device=cu_seqlens.device)
     block = triton.next_power_of_2(max(sequences, 1))
-    chunk_table_kernel[(sequences + 1,)](cu_seqlens, chunks, first, sequences, bound, C=CHUNK, BLOCK=block, ROWS=128)
+    chunk_table_kernel[(sequences + 1,)](cu_seqlens, chunks, first, sequences, bound, chunk, BLOCK=block, ROWS=128)
     return ChunkTable(chunks, first, bound, cu_seqlens)
 
 

@@ -1,4 +1,4 @@
-"""Launch of the parts that delta-rule operators share: workspace, triangular solve, scan."""
+"""Launch of the parts that the operators share: workspace, scalar prep, triangular solve, scan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from prfaas_kernels.common.chunk_table import CHUNK, ChunkTable
 from prfaas_kernels.common.delta_solve import delta_solve_kernel
 from prfaas_kernels.common.precision import Precision
 from prfaas_kernels.common.scalar_prep import scalar_prep_kernel
+from prfaas_kernels.common.segments import find_starts, log_plan, multiprocessors, plan_segments
 from prfaas_kernels.common.state_scan import state_scan_kernel
 from prfaas_kernels.common.tuning import Settings
 
@@ -172,22 +173,63 @@ def run_scan(
     table: ChunkTable,
     precision: Precision,
     settings: Settings,
+    *,
+    operator: str,
+    segment_chunks: int | None = None,
+    longest: int | None = None,
 ) -> None:
-    """Carry the state through each sequence's chunks; ``v`` and ``out`` ``[T, H, V]``."""
+    """Carry the state through each sequence's chunks; ``v`` and ``out`` ``[T, H, V]``.
+
+    ``segment_chunks``: chunks in a segment, 0 for a serial scan; None: by
+    :func:`prfaas_kernels.common.segments.plan_segments`, which ``longest`` (tokens of the longest sequence) helps.
+    """
     heads, value_width, width = v.shape[1], v.shape[2], work.qg.shape[3]
     sequences = table.cu_seqlens.shape[0] - 1
     block = min(settings.scan_block, value_width)
     if sequences * heads == 0:
         return
     pool, track = state.pool, state.track_state
+    pool_strides = (*pool.stride()[:2], pool.stride(state.key_dim), pool.stride(state.value_dim))
+    values = v if work.u is None else work.u
+    if segment_chunks is None:
+        plan = plan_segments(
+            tokens=v.shape[0],
+            sequences=sequences,
+            heads=heads,
+            blocks=value_width // block,
+            slots=multiprocessors(v.device) * settings.segment_programs,
+            settings=settings,
+            longest=longest,
+        )
+        log_plan(operator, heads, plan)
+        segment_chunks = plan.chunks
+    segments = None
+    if segment_chunks:
+        segments = find_starts(
+            kg=work.kg,
+            w=work.w,
+            u=values,
+            decay=work.decay,
+            pool=pool,
+            pool_strides=pool_strides,
+            slots=state.slots,
+            warm=state.warm,
+            table=table,
+            total_tokens=v.shape[0],
+            segment_chunks=segment_chunks,
+            value_width=value_width,
+            precision=precision,
+            settings=settings,
+        )
+    runs = sequences if segments is None else segments.table.bound
     track_strides = (0, 0, 0, 0)
     if track is not None:
         track_strides = (*track.stride()[:2], track.stride(state.key_dim), track.stride(state.value_dim))
-    state_scan_kernel[(value_width // block, sequences * heads)](
+    state_scan_kernel[(value_width // block, runs * heads)](
         work.qg,
         work.kg,
         work.w,
-        v if work.u is None else work.u,
+        values,
         work.scores,
         work.decay,
         out,
@@ -200,14 +242,14 @@ def run_scan(
         track,
         state.track_index,
         state.track_slots,
+        None if segments is None else segments.table.chunks,
+        None if segments is None else segments.starts,
+        segment_chunks,
         v.stride(0),
         v.stride(1),
         out.stride(0),
         out.stride(1),
-        pool.stride(0),
-        pool.stride(1),
-        pool.stride(state.key_dim),
-        pool.stride(state.value_dim),
+        *pool_strides,
         *track_strides,
         heads,
         K=width,
@@ -220,6 +262,7 @@ def run_scan(
         KEEP_STARTS=state.chunk_states is not None,
         TRACK=track is not None,
         TRACK_SLOTS=state.track_slots is not None,
+        SEGMENTED=segments is not None,
         DOT=precision.dot,
         PREC=precision.prec,
         STAGES=settings.scan_stages,

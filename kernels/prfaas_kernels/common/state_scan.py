@@ -5,6 +5,8 @@
     V' = U - W S            (V' = v without a delta rule)
     O  = Qg S + A V'
     S  = decay * S + Kg^T V'
+
+A program takes a whole sequence, or a segment of one whose start :mod:`prfaas_kernels.common.segment_scan` has found.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ def state_scan_kernel(
     track_state,
     track_index,
     track_slots,
+    segments,
+    starts,
+    segment_chunks,
     u_t,
     u_h,
     o_t,
@@ -56,22 +61,36 @@ def state_scan_kernel(
     KEEP_STARTS: tl.constexpr,
     TRACK: tl.constexpr,
     TRACK_SLOTS: tl.constexpr,
+    SEGMENTED: tl.constexpr,
     DOT: tl.constexpr,
     PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (V // BV, N * H). Workspace tiles ``[chunks, H, C, .]``; S ``[K, BV]`` float32 stays in registers.
+    """Grid (V // BV, runs * H); a run is a sequence or, SEGMENTED, a row of ``segments``. S ``[K, BV]`` float32 stays
+    in registers. Workspace tiles ``[chunks, H, C, .]``.
 
     ``qg``, ``kg``, ``w`` ``[.., C, K]``, ``u`` ``[.., C, V]`` (without W: v itself, ``[T, H, V]`` strided), ``scores``
     ``[.., C, C]``, ``decay`` ``[chunks, H, K]``; ``pool`` ``[slots, H, ., .]`` by strides, read and written where
     ``slots[n] >= 0``; ``o`` ``[T, H, V]``. ``chunk_states`` ``[chunks, H, V, K]`` receives S at each chunk's start,
-    ``track_state`` (row n, or ``track_slots[n]``) S at the start of chunk ``track_index[n]``.
+    ``track_state`` (row n, or ``track_slots[n]``) S at the start of chunk ``track_index[n]``. ``segments``
+    ``[runs, 2]``: (sequence, segment in it) or -1; a segment has ``segment_chunks`` chunks and starts from its row of
+    ``starts`` ``[runs, H, K, V]``; the last of a sequence stores the state.
     """
-    n = tl.program_id(1) // heads
+    run = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
+    n = run
+    lead = 0
+    if SEGMENTED:
+        n = tl.load(segments + 2 * run)
+        if n < 0:
+            return
+        lead = tl.load(segments + 2 * run + 1) * segment_chunks
     begin = tl.load(cu_seqlens + n).to(tl.int32)
     length = tl.load(cu_seqlens + n + 1).to(tl.int32) - begin
     count = (length + C - 1) // C
+    stop = count
+    if SEGMENTED:
+        stop = tl.minimum(count, lead + segment_chunks)
     slot = tl.load(slots + n).to(tl.int64)
 
     key = tl.arange(0, K)
@@ -79,11 +98,15 @@ def state_scan_kernel(
     row = tl.arange(0, C)
     state = tl.zeros([K, BV], tl.float32)
     home = pool + slot * pool_s + head * pool_h + key[:, None] * pool_k + value[None, :] * pool_v
-    resume = slot >= 0
-    if HAS_WARM:
-        resume = resume & (tl.load(warm + n).to(tl.int32) != 0)
-    if resume:
-        state = tl.load(home).to(tl.float32)
+    if SEGMENTED:
+        origin = starts + (run.to(tl.int64) * heads + head) * (K * V)
+        state = tl.load(origin + key[:, None] * V + value[None, :])
+    else:
+        resume = slot >= 0
+        if HAS_WARM:
+            resume = resume & (tl.load(warm + n).to(tl.int32) != 0)
+        if resume:
+            state = tl.load(home).to(tl.float32)
     if TRACK:
         tracked = tl.load(track_index + n).to(tl.int32)
         target = n.to(tl.int64)
@@ -92,7 +115,7 @@ def state_scan_kernel(
         spot = target * track_s + head * track_h + key[:, None] * track_k + value[None, :] * track_v
 
     tile = tl.load(first + n).to(tl.int64) * heads + head
-    for i in tl.range(0, count, num_stages=STAGES):
+    for i in tl.range(lead, stop, num_stages=STAGES):
         at = tile + i * heads
         wide = at * (C * K) + row[:, None] * K + key[None, :]
         token = i * C + row
@@ -119,5 +142,5 @@ def state_scan_kernel(
         state = tl.dot(tl.trans(keys), fresh, acc=state, input_precision=PREC)
 
     if STORE_STATE:  # noqa: SIM102
-        if slot >= 0:
+        if (slot >= 0) & (stop > lead) & (stop == count):
             tl.store(home, narrow(state, pool.dtype.element_ty, DOT))

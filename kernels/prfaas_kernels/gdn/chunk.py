@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from prfaas_kernels.common.dispatch import Backend, choose
@@ -24,16 +28,18 @@ def chunk_gdn(
     track_state: torch.Tensor | None = None,
     track_chunk_idx: torch.Tensor | None = None,
     return_chunk_states: bool = False,
+    max_seqlen: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The contract of SGLang's GDN ``extend``: see :func:`prfaas_kernels.gdn.chunk_torch.chunk_gdn`.
 
-    ``backend`` as in :func:`prfaas_kernels.kda.chunk_kda`.
+    ``max_seqlen`` and ``backend`` as in :func:`prfaas_kernels.kda.chunk_kda`.
     """
+    run: Callable[..., Any] = chunk_torch.chunk_gdn
     if choose("gdn", q, k, v, backend).backend == "triton":
-        from prfaas_kernels.gdn.chunk_triton import chunk_gdn as run
-    else:
-        run = chunk_torch.chunk_gdn
+        from prfaas_kernels.gdn.chunk_triton import chunk_gdn as on_triton
+
+        run = functools.partial(on_triton, max_seqlen=max_seqlen)
     return run(
         q,
         k,

@@ -35,6 +35,8 @@ def chunk_gdn(
     return_chunk_states: bool = False,
     settings: Settings | None = None,
     workspace: Workspace | None = None,
+    segment_chunks: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As :func:`prfaas_kernels.gdn.chunk_gdn`, on the GPU or in Triton's interpreter.
 
@@ -72,5 +74,16 @@ def chunk_gdn(
         track_state=None if track_chunk_idx is None else track_state,
         track_index=track_chunk_idx,
     )
-    run_scan(work, v[0], out, state, table, precision, settings)
+    run_scan(
+        work,
+        v[0],
+        out,
+        state,
+        table,
+        precision,
+        settings,
+        operator="gdn",
+        segment_chunks=segment_chunks,
+        longest=max_seqlen,
+    )
     return out.unsqueeze(0), None if starts is None or not starts.shape[0] else starts.unsqueeze(0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from prfaas_kernels.common.dispatch import Backend, choose
@@ -27,16 +31,20 @@ def chunk_kda(
     return_chunk_states: bool = False,
     track_state: torch.Tensor | None = None,
     track_chunk_idx: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The contract of SGLang's KDA ``extend``: see :func:`prfaas_kernels.kda.chunk_torch.chunk_kda`.
 
     ``backend`` "triton" raises ValueError where the kernels can't run; "auto" falls back to torch and logs why.
+    ``max_seqlen``: tokens of the longest sequence, where the caller knows it without waiting for the device; it helps
+    the choice between a serial scan and one in segments (:mod:`prfaas_kernels.common.segments`).
     """
+    run: Callable[..., Any] = chunk_torch.chunk_kda
     if choose("kda", q, k, v, backend).backend == "triton":
-        from prfaas_kernels.kda.chunk_triton import chunk_kda as run
-    else:
-        run = chunk_torch.chunk_kda
+        from prfaas_kernels.kda.chunk_triton import chunk_kda as on_triton
+
+        run = functools.partial(on_triton, max_seqlen=max_seqlen)
     return run(
         q,
         k,

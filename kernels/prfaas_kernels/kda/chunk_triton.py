@@ -34,11 +34,14 @@ def chunk_kda(
     track_chunk_idx: torch.Tensor | None = None,
     settings: Settings | None = None,
     workspace: Workspace | None = None,
+    segment_chunks: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As :func:`prfaas_kernels.kda.chunk_kda`, on the GPU or in Triton's interpreter.
 
     Launches only, no wait for the device (except with ``return_chunk_states``, whose shape depends on the lengths).
     ``settings`` overrides the tuning table; ``workspace`` gives buffers of the size ``make_workspace`` makes.
+    ``segment_chunks``, ``max_seqlen``: see :func:`prfaas_kernels.common.delta_chunks.run_scan`.
     """
     tokens, heads, width, value_width = q.shape[1], v.shape[2], k.shape[3], v.shape[3]
     scale = width**-0.5 if scale is None else scale
@@ -108,5 +111,16 @@ def chunk_kda(
         track_state=None if track_chunk_idx is None else track_state,
         track_index=track_chunk_idx,
     )
-    run_scan(work, v, out, state, table, precision, settings)
+    run_scan(
+        work,
+        v,
+        out,
+        state,
+        table,
+        precision,
+        settings,
+        operator="kda",
+        segment_chunks=segment_chunks,
+        longest=max_seqlen,
+    )
     return out.unsqueeze(0), None if starts is None or not starts.shape[0] else starts.unsqueeze(0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from prfaas_kernels.common.dispatch import Backend, choose
@@ -21,16 +25,18 @@ def chunk_lightning(
     scale: float | None = None,
     track_lens: torch.Tensor | None = None,
     track_slots: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """The contract of SGLang's ``seg_la_fwd``: see :func:`prfaas_kernels.lightning.chunk_torch.chunk_lightning`.
 
-    ``backend`` as in :func:`prfaas_kernels.kda.chunk_kda`.
+    ``max_seqlen`` and ``backend`` as in :func:`prfaas_kernels.kda.chunk_kda`.
     """
+    run: Callable[..., Any] = chunk_torch.chunk_lightning
     if choose("lightning", q, k, v, backend).backend == "triton":
-        from prfaas_kernels.lightning.chunk_triton import chunk_lightning as run
-    else:
-        run = chunk_torch.chunk_lightning
+        from prfaas_kernels.lightning.chunk_triton import chunk_lightning as on_triton
+
+        run = functools.partial(on_triton, max_seqlen=max_seqlen)
     return run(
         q,
         k,

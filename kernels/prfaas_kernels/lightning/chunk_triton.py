@@ -25,6 +25,8 @@ def chunk_lightning(
     track_slots: torch.Tensor | None = None,
     settings: Settings | None = None,
     workspace: Workspace | None = None,
+    segment_chunks: int | None = None,
+    max_seqlen: int | None = None,
 ) -> torch.Tensor:
     """As :func:`prfaas_kernels.lightning.chunk_lightning`, on the GPU or in Triton's interpreter.
 
@@ -57,5 +59,16 @@ def chunk_lightning(
         track_index=track_index,
         track_slots=track_slots,
     )
-    run_scan(work, v, out, state, table, precision, settings)
+    run_scan(
+        work,
+        v,
+        out,
+        state,
+        table,
+        precision,
+        settings,
+        operator="lightning",
+        segment_chunks=segment_chunks,
+        longest=max_seqlen,
+    )
     return out

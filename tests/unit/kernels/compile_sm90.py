@@ -10,26 +10,57 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from prfaas_kernels.common.delta_solve import delta_solve_kernel
 from prfaas_kernels.common.scalar_prep import scalar_prep_kernel
+from prfaas_kernels.common.segment_scan import segment_merge_kernel, segment_pass_kernel
 from prfaas_kernels.common.state_scan import state_scan_kernel
 from prfaas_kernels.common.tuning import DEFAULT
+from prfaas_kernels.full_attention.kernel import prefill_attention_kernel
+from prfaas_kernels.full_attention.prefill import split_width
 from prfaas_kernels.kda.prep import kda_prep_kernel
+from prfaas_kernels.kv_pack.codec import LARGEST, TINY
+from prfaas_kernels.kv_pack.copy_rows import copy_rows_kernel
+from prfaas_kernels.kv_pack.quantise import dequantise_rows_kernel, quantise_rows_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TABLE = Path(__file__).with_name("sm90_table.json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
-HALF, FULL, INDEX = "*bf16", "*fp32", "*i32"
+HALF, FULL, INDEX, LONG, BYTE = "*bf16", "*fp32", "*i32", "*i64", "*u8"
 POINTERS = {
-    **dict.fromkeys(("q", "k", "g", "beta", "v", "qg", "kg", "ke", "w", "u", "scores", "scores_out", "o"), HALF),
-    **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool"), FULL),
-    **dict.fromkeys(("table", "cu_seqlens", "strong", "slots", "first"), INDEX),
+    **dict.fromkeys(
+        (
+            "q",
+            "k",
+            "g",
+            "beta",
+            "v",
+            "qg",
+            "kg",
+            "ke",
+            "w",
+            "u",
+            "scores",
+            "scores_out",
+            "o",
+            "kind",
+            "k_pool",
+            "v_pool",
+        ),
+        HALF,
+    ),
+    **dict.fromkeys(("a_log", "dt_bias", "lower", "lower_out", "decay", "pool", "maps", "starts", "scales"), FULL),
+    **dict.fromkeys(("table", "cu_seqlens", "strong", "slots", "first", "segments", "first_segment"), INDEX),
+    **dict.fromkeys(("indices", "packed", "page_table", "prefix_lens"), INDEX),
+    **dict.fromkeys(("addresses", "strides"), LONG),
+    "codes": BYTE,
 }
-NUMBERS = {"heads": "i32", "scale": "fp32", "lower_bound": "fp32"}
-STRIDE = re.compile(r".*_[thskv]$")
+COUNTS = ("heads", "segment_chunks", "rows", "units", "groups", "row_units", "scales_word")
+NUMBERS = {**dict.fromkeys(COUNTS, "i32"), "scale": "fp32", "lower_bound": "fp32", "factor": "fp32"}
+STRIDE = re.compile(r".*_[thskvn]$")
 SHAPE = {"K": 128, "V": 128, "C": 64, "GROUP": 1, "DOT": "bf16", "PREC": "tf32"}
 PREP = {"BK": DEFAULT.prep_block, "L2NORM": True}
 KDA = {**SHAPE, **PREP, "GATE": 1, "HAS_BIAS": True, "RAW_BETA": True, "SPAN": 112.0}
@@ -43,9 +74,44 @@ SCAN = {
     "KEEP_STARTS": False,
     "TRACK": False,
     "TRACK_SLOTS": False,
+    "SEGMENTED": False,
 }
+SERIAL = ("segments", "starts")
+PASS = {**SHAPE, "BV": DEFAULT.scan_block, "STAGES": DEFAULT.scan_stages}
+MERGE = {**SHAPE, "BV": DEFAULT.scan_block, "HAS_WARM": False, "MERGE_PREC": "tf32"}
+LATENTS = {"WIDTH": 576, "BLOCK": 1024, "GROUPS": 2, "UNIT": 16}
+TO_INT8 = {**LATENTS, "LARGEST": LARGEST[torch.int8], "TINY": TINY, "INT8": True}
+TO_FLOAT8 = {**TO_INT8, "LARGEST": LARGEST[torch.float8_e4m3fn], "INT8": False}
+ROW_OPTIONS = {"num_warps": 4}
 PREP_OPTIONS = {"num_warps": DEFAULT.prep_warps, "num_stages": DEFAULT.prep_stages}
+MERGE_OPTIONS = {"num_warps": DEFAULT.merge_warps, "num_stages": 1}
 SCAN_OPTIONS = {"num_warps": DEFAULT.scan_warps, "num_stages": DEFAULT.scan_stages}
+
+
+def attention(width, value_width, group, *, page, shared=False):
+    """A row of :data:`KERNELS`: prefill attention with a prefix, heads of K = ``width`` and V = ``value_width``."""
+    wide = value_width > 128
+    rows = DEFAULT.attention_wide_rows if wide else DEFAULT.attention_rows
+    main, extra = split_width(width)
+    constants = {
+        "GROUP": group,
+        "HEADS": group,
+        "TOKENS": rows // group,
+        "ROWS": rows,
+        "KEYS": DEFAULT.attention_wide_keys if wide else DEFAULT.attention_keys,
+        "PAGE": page,
+        "MAIN": main,
+        "EXTRA": extra,
+        "V": value_width,
+        "SHARED": shared,
+        "PREFIX": True,
+        "DOT": "bf16",
+        "PREC": "tf32",
+        "STAGES": DEFAULT.attention_stages,
+    }
+    options = {"num_warps": DEFAULT.attention_warps, "num_stages": DEFAULT.attention_stages}
+    return prefill_attention_kernel, constants, (), options
+
 
 #: name -> (kernel, constexpr arguments, pointers that are None, launch options)
 KERNELS = {
@@ -57,8 +123,12 @@ KERNELS = {
     ),
     "kda_prep_strong": (kda_prep_kernel, {**KDA, "STRONG": True}, (), PREP_OPTIONS),
     "delta_solve": (delta_solve_kernel, SOLVE, (), {"num_warps": DEFAULT.solve_warps}),
-    "state_scan": (state_scan_kernel, {**SCAN, "HAS_W": True}, (), SCAN_OPTIONS),
-    "state_scan_lightning": (state_scan_kernel, {**SCAN, "HAS_W": False}, ("w",), SCAN_OPTIONS),
+    "state_scan": (state_scan_kernel, {**SCAN, "HAS_W": True}, SERIAL, SCAN_OPTIONS),
+    "state_scan_lightning": (state_scan_kernel, {**SCAN, "HAS_W": False}, ("w", *SERIAL), SCAN_OPTIONS),
+    "state_scan_segments": (state_scan_kernel, {**SCAN, "HAS_W": True, "SEGMENTED": True}, (), SCAN_OPTIONS),
+    "segment_pass": (segment_pass_kernel, {**PASS, "HAS_W": True}, (), SCAN_OPTIONS),
+    "segment_pass_lightning": (segment_pass_kernel, {**PASS, "HAS_W": False}, ("w",), SCAN_OPTIONS),
+    "segment_merge": (segment_merge_kernel, {**MERGE, "HAS_W": True}, ("warm",), MERGE_OPTIONS),
     "gdn_prep": (scalar_prep_kernel, {**SHAPE, **PREP, "DELTA": True, "FIXED": False}, (), PREP_OPTIONS),
     "lightning_prep": (
         scalar_prep_kernel,
@@ -66,7 +136,18 @@ KERNELS = {
         ("beta", "ke", "lower_out"),
         PREP_OPTIONS,
     ),
+    "attention_gqa": attention(128, 128, 8, page=64),
+    "attention_mla": attention(192, 128, 1, page=1),
+    "attention_mla_absorbed": attention(576, 512, 32, page=64, shared=True),
+    "pack_rows": (copy_rows_kernel, {"BLOCK": 4096, "UNIT": 4, "GATHER": True}, (), {"num_warps": 8}),
+    "unpack_rows": (copy_rows_kernel, {"BLOCK": 4096, "UNIT": 4, "GATHER": False}, (), {"num_warps": 8}),
+    "quantise_int8": (quantise_rows_kernel, TO_INT8, (), ROW_OPTIONS),
+    "quantise_float8": (quantise_rows_kernel, TO_FLOAT8, (), ROW_OPTIONS),
+    "dequantise_int8": (dequantise_rows_kernel, {**LATENTS, "INT8": True}, (), ROW_OPTIONS),
+    "dequantise_float8": (dequantise_rows_kernel, {**LATENTS, "INT8": False}, (), ROW_OPTIONS),
 }
+#: These multiply no matrices, and move 16 bytes at a time.
+ROWS = ("pack_rows", "unpack_rows", "quantise_int8", "quantise_float8", "dequantise_int8", "dequantise_float8")
 
 
 def signature_of(kernel, constants, absent):
@@ -102,6 +183,7 @@ def measure(name):
         "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
         "shared_bytes": built.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
+        "wide_access": bool(re.search(r"(ld|st)\.global[.\w:]*\.v4\.b32", ptx)),
     }
 
 
@@ -111,7 +193,7 @@ def main():
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
         table[VERSION] = figures
         TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
-    print(json.dumps({"triton": VERSION, "kernels": figures}))
+    print(json.dumps({"triton": VERSION, "kernels": figures, "rows": ROWS}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Inputs shared by the cases; on the GPU where there is one, else in the interpreter (TRITON_INTERPRET=1)."""
 
+import os
+
 import pytest
 import torch
+
+FULL = os.environ.get("PRFAAS_KERNEL_TESTS") == "full"
 
 #: Limits of relative L2 error against the float64 recurrence.
 FULL_LIMIT, HALF_LIMIT = 1e-5, 1e-2

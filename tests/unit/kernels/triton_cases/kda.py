@@ -1,17 +1,14 @@
 """KDA's Triton kernels against the float64 recurrence."""
 
-import os
-
 import prfaas_kernels.kda.chunk_triton as kda
 import pytest
 import torch
 from prfaas_kernels.kda import kda_gate, recurrent_kda
 
-from tests.unit.kernels.triton_cases.conftest import FULL_LIMIT, HALF_LIMIT, error, marks, on_device
+from tests.unit.kernels.triton_cases.conftest import FULL, FULL_LIMIT, HALF_LIMIT, error, marks, on_device
 
 H, HV, K, V = 1, 2, 32, 32
 PER_TOKEN = ("q", "k", "v", "g", "beta")
-LONG = os.environ.get("PRFAAS_KERNEL_TESTS") == "full"
 #: name -> (shift of the raw gate, share of tokens with a spike, lower bound)
 GATES = {
     "mild": (-3.0, 0.0, None),
@@ -169,7 +166,7 @@ def test_log_decay_and_activated_beta():
     assert error(pool[1], want_state[0]) < FULL_LIMIT
 
 
-@pytest.mark.skipif(not LONG, reason="PRFAAS_KERNEL_TESTS=full")
+@pytest.mark.skipif(not FULL, reason="PRFAAS_KERNEL_TESTS=full")
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_width_all_gates(gate, dtype):
@@ -183,7 +180,7 @@ def test_full_width_all_gates(gate, dtype):
     assert error(pool[[3, 1, 2]], want_state) < limit
 
 
-@pytest.mark.skipif(not LONG, reason="PRFAAS_KERNEL_TESTS=full")
+@pytest.mark.skipif(not FULL, reason="PRFAAS_KERNEL_TESTS=full")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eight_thousand_tokens(dtype):
     lengths = [5000, 3000, 192]

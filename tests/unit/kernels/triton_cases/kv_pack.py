@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from prfaas_kernels.kv_pack import PoolTable, pack_rows, quantise_rows, unpack_rows
+from prfaas_kernels.kv_pack import (
+    PoolTable,
+    decode_rows,
+    dequantise_rows,
+    encode_rows,
+    pack_rows,
+    quantise_rows,
+    unpack_rows,
+)
 
 from tests.unit.kernels.triton_cases.conftest import on_device
 
@@ -49,25 +57,71 @@ def test_strided_state_slots_and_skipped_rows():
         assert torch.equal(pool[:, 0], old[:, 0])
 
 
-@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_quantised_rows_equal_torch_and_come_back_close(code, dtype, monkeypatch):
-    pools = pools_of(dtype)
-    pools[1][3] = 0
+CODES = [torch.int8, torch.float8_e4m3fn]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def hard_pools(dtype):
+    """Values of all magnitudes; a zero group, groups below the smallest scale, one infinite, one NaN."""
+    rng = torch.Generator().manual_seed(2)
+    pools = []
+    for _ in range(LAYERS):
+        x = torch.randn(TOKENS, 1, WIDTH, generator=rng) * torch.exp2(
+            torch.randint(-12, 8, (TOKENS, 1, 1), generator=rng)
+        )
+        x[3] = -0.0
+        x[1, 0, 5] = float("inf")
+        x[2, 0, 7] = float("nan")
+        x[0] *= 2.0**-120
+        pools.append(on_device(x.to(dtype)))
+    return pools
+
+
+def same_bits(got, want):
+    """Equal bit by bit; a NaN equals any NaN."""
+    equal = (got.view(torch.uint8) == want.view(torch.uint8)).view(*got.shape, got.element_size()).all(-1)
+    return bool((equal | (got.isnan() & want.isnan())).all())
+
+
+@pytest.mark.parametrize("width", [WIDTH, 6, PAGE * WIDTH])
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_rows_equal_the_codec_bit_by_bit(code, dtype, width):
+    pools, ids = hard_pools(dtype), [2, -1, 0]
     table = PoolTable.of(pools, page_size=PAGE)
-    got = quantise_rows(table, pages(2, 0), width=WIDTH, code=code)
-    back = [torch.zeros_like(pool) for pool in pools]
-    unpack_rows(PoolTable.of(back, page_size=PAGE), pages(2, 0), got)
-    with monkeypatch.context() as patch:
-        patch.setattr("prfaas_kernels.kv_pack.pack._on_triton", lambda device: False)
-        want = quantise_rows(table, pages(2, 0), width=WIDTH, code=code)
-    assert torch.equal(got.scales, want.scales)
-    # A quotient may differ by a rounding between devices, and then fall to the neighbouring code.
-    assert (got.codes.float() != want.codes.float()).float().mean() <= 0.01
-    for got_pool, pool in zip(back, pools, strict=True):
-        rows = [*range(PAGE), *range(2 * PAGE, 3 * PAGE)]
-        limit = pool[rows].float().abs().amax(-1, keepdim=True) * (0.01 if code == torch.int8 else 0.07) + 1e-6
-        assert ((got_pool[rows].float() - pool[rows].float()).abs() <= limit).all()
+    data = quantise_rows(table, pages(*ids), width=width, code=code)
+    assert not data[:, 1].any()
+    back = [torch.full_like(pool, 7.0) for pool in pools]
+    dequantise_rows(PoolTable.of(back, page_size=PAGE), pages(1, -1, 2), data, width=width, code=code)
+    for layer, (pool, target) in enumerate(zip(pools, back, strict=True)):
+        rows = pool.cpu().reshape(-1, PAGE * WIDTH)[[2, 0]]
+        want = encode_rows(rows, width=width, code=code)
+        assert torch.equal(data[layer, [0, 2]].cpu(), want)
+        values = decode_rows(want, elements=PAGE * WIDTH, width=width, code=code, dtype=dtype)
+        got = target.cpu().reshape(-1, PAGE * WIDTH)
+        assert same_bits(got[1:], values)
+        assert (got[0] == 7.0).all()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_code_and_every_step_between_codes(code):
+    """All 256 codes are read as torch reads them; values on and beside every border between codes are rounded alike."""
+    size = 2048
+    raw = torch.arange(size, dtype=torch.int64).remainder(256).to(torch.uint8)
+    scales = torch.tensor([1.0, 0.3, 2.0**-90, -1.5]).repeat(2)
+    data = torch.cat((raw, scales.view(torch.uint8))).view(1, 1, -1)
+    pool = on_device(torch.zeros(1, size))
+    dequantise_rows(PoolTable.of([pool]), pages(0), on_device(data), width=size // 8, code=code)
+    want = decode_rows(data[0], elements=size, width=size // 8, code=code, dtype=torch.float32)
+    assert same_bits(pool.cpu(), want)
+
+    levels = raw[:256].view(code).float()
+    levels = levels[levels.isfinite()].sort().values
+    border = (levels[1:] + levels[:-1]) / 2
+    near = [torch.nextafter(border, border + step) for step in (-1.0, 1.0)]
+    x = torch.cat((levels, border, *near, torch.zeros(size - len(levels) - 3 * len(border)))).view(1, size)
+    got = quantise_rows(PoolTable.of([on_device(x)]), pages(0), width=size, code=code)
+    assert torch.equal(got[0].cpu(), encode_rows(x, width=size, code=code))
 
 
 def test_pools_that_differ_are_refused():

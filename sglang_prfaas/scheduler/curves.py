@@ -13,6 +13,7 @@ from sglang_prfaas.errors import ConfigError
 
 Interpolation = Literal["linear", "quadratic"]
 Floats = NDArray[np.float64]
+_TINY = float(np.finfo(float).tiny)
 
 
 class Curve(Struct, frozen=True, dict=True):
@@ -48,7 +49,7 @@ class Curve(Struct, frozen=True, dict=True):
         """y at one x."""
         if self.interpolation == "quadratic":
             a, b, c = self.coefficients
-            return max(a + x * (b + c * x), np.finfo(float).tiny)
+            return max(a + x * (b + c * x), _TINY)
         return float(self.over(np.array([x], dtype=np.float64))[0])
 
     def over(self, x: Floats) -> Floats:
@@ -63,4 +64,4 @@ class Curve(Struct, frozen=True, dict=True):
             left = np.clip(np.searchsorted(xs, x, side="right") - 1, 0, len(xs) - 2)
             slope = (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left])
             y = ys[left] + slope * (x - xs[left])
-        return np.asarray(np.maximum(y, np.finfo(float).tiny), dtype=np.float64)
+        return np.asarray(np.maximum(y, _TINY), dtype=np.float64)

@@ -12,7 +12,7 @@ from sglang_prfaas.simulate.cluster import Fault
 from sglang_prfaas.simulate.scenario import Scenario, objective_s, run_policy
 from sglang_prfaas.simulate.workload import Arrival, load_trace, spread, time_scaled, with_burst
 
-THRESHOLDS = (2000, 3000, 4000, 5000, 6000, 8000, 10_000, 14_000, 20_000)
+THRESHOLDS = (3000, 4000, 5000, 6000, 8000, 10_000)
 CACHE_BLOCKS = 200_000
 # label, order of scheduler.dispatch, prefixes fetched from the other site
 OURS = (("live, in order of arrival", False, False), ("live", True, False), ("live, prefixes fetched", True, True))
@@ -34,11 +34,6 @@ def measure(path: str, time_scale: float) -> dict[str, Any]:
             arrivals,
             (Fault(half_s, "kill_prfaas", 2), Fault(half_s + 600, "revive_prfaas", 2)),
         ),
-        "1 % loss on the link for 5 min": (
-            arrivals,
-            (Fault(half_s, "link_loss", 0.01), Fault(half_s + 300, "link_loss", 0.0)),
-        ),
-        "link cut for 1 min": (arrivals, (Fault(half_s, "link_gbps", 0.0), Fault(half_s + 60, "link_gbps", 100.0))),
     }
     found: dict[str, Any] = {"requests": len(arrivals), "time_scale": time_scale, "scenarios": {}}
     plain_t = 0

@@ -84,14 +84,22 @@ class DispatchQueue(Generic[Key]):
         self._expire(route, now_s)
         return sum(entry.work_s(route) for entry in self._timely[route].values())
 
-    def take(self, route: Route, now_s: float, left_s: Sequence[float], other_left_s: Sequence[float]) -> Key | None:
+    def take(
+        self,
+        route: Route,
+        now_s: float,
+        left_s: Sequence[float],
+        other_left_s: Sequence[float],
+        link_s: float = 0.0,
+    ) -> Key | None:
         """The request that a server with room should have next; None where it should stay free.
 
         `left_s`, `other_left_s`: for every usable server of this path and of the other one, the seconds of work that
-        it has, without what waits here. The request is no longer in the queue then.
+        it has, without what waits here. `link_s`: seconds that the link needs for what was sent over it so far, and for
+        what is being computed. The request is no longer in the queue then.
         """
         self._expire(route, now_s)
-        entry = self._next(route, now_s, left_s) or self._help(route, other_left_s)
+        entry = self._next(route, now_s, left_s) or self._help(route, other_left_s, link_s)
         if entry is not None:
             self.remove(entry.key)
         return entry.key if entry is not None else None
@@ -142,19 +150,22 @@ class DispatchQueue(Generic[Key]):
                 left_out.add(out)
         return left_out
 
-    def _help(self, route: Route, other_left_s: Sequence[float]) -> Waiting[Key] | None:
-        """A request of the other path, where a free server of this one does it some good."""
+    def _help(self, route: Route, other_left_s: Sequence[float], link_s: float) -> Waiting[Key] | None:
+        """A request of the other path, where a free server of this one is likely to have it done sooner."""
         other: Route = "prfaas" if route == "local" else "local"
         free = [entry for queue in (self._timely, self._late) for entry in queue[other].values() if not entry.fixed]
         if not free:
             return None
         if route == "prfaas":
-            return max(free, key=lambda entry: entry.local_s - entry.prfaas_s)
-        entry = min(free, key=lambda entry: entry.local_s)
+            entry = max(free, key=lambda entry: entry.local_s - entry.prfaas_s)
+        else:
+            entry = min(free, key=lambda entry: entry.local_s)
         if not other_left_s:
             return entry
-        wait_s = (sum(other_left_s) + self.work_s(other)) / len(other_left_s)
-        return entry if entry.local_s <= entry.prfaas_s + wait_s else None
+        there_s = (sum(other_left_s) + self.work_s(other)) / len(other_left_s)
+        far_s = max(entry.prfaas_s, link_s)
+        here, there = (far_s, entry.local_s) if route == "prfaas" else (entry.local_s, far_s)
+        return entry if here <= there + there_s else None
 
 
 def _arrived(entry: Waiting[Key]) -> float:

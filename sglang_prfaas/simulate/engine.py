@@ -182,7 +182,9 @@ class Simulation:
                 left_s = self._left_s(SITE_OF[route])
                 if min(left_s, default=float("inf")) > lead_s:
                     break
-                number = self._queue.take(route, now_s, left_s, self._left_s(SITE_OF[other]))
+                link = self.world.egress
+                link_s = link.outstanding_bytes() / max(1.0, gbps_to_bytes_per_s(link.gbps))
+                number = self._queue.take(route, now_s, left_s, self._left_s(SITE_OF[other]), link_s)
                 if number is None:
                     break
                 job = self._result.jobs[number]

@@ -91,6 +91,10 @@ class SharedLink:
         """Produced and not yet sent, as of the last advance."""
         return sum(flow.backlog for flow in self._flows.values())
 
+    def outstanding_bytes(self) -> float:
+        """Not yet sent of everything that has begun, as of the last advance."""
+        return sum(flow.total_bytes - flow.sent for flow in self._flows.values())
+
     def advance(self, now_s: float) -> list[int]:
         """Move to `now_s`, at most `next_event_s`. Returns the flows that are all sent, and forgets them."""
         dt = now_s - self._now_s

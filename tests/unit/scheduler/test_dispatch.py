@@ -76,6 +76,11 @@ def test_an_idle_path_helps_the_other() -> None:
     waiting.remove("long")
     waiting.add("b", "local", arrived_s=0.0, local_s=9.0, prfaas_s=3.0)
     assert waiting.take("prfaas", 0.0, [0.0], [0.0]) == "b", "what it speeds up most"
+    waiting.add("c", "local", arrived_s=0.0, local_s=9.0, prfaas_s=3.0)
+    waiting.remove("a")
+    assert waiting.take("prfaas", 0.0, [0.0], [0.0], 60.0) is None, "the link is full for a minute"
+    assert waiting.take("prfaas", 0.0, [0.0], [0.0], 5.0) == "c"
+    waiting.add("a", "local", arrived_s=0.0, local_s=2.0, prfaas_s=1.0)
     waiting.add("forced", "local", arrived_s=0.0, local_s=9.0, prfaas_s=3.0, fixed=True)
     waiting.remove("a")
     assert waiting.take("prfaas", 0.0, [0.0], [0.0]) is None

@@ -106,6 +106,17 @@ def test_a_prefix_of_the_other_site_is_fetched_while_the_link_has_room() -> None
     assert Simulation(scarce, StaticThreshold(50_000), asked).run().jobs[1].fetch_bytes == 0
 
 
+def test_idle_prfaas_servers_do_not_fill_a_slow_link() -> None:
+    faults = (Fault(200.0, "link_gbps", 3.0), Fault(500.0, "link_gbps", 100.0))
+    scenario = Scenario(fleet=FLEET, slo_tokens_per_s=40.0, n_p=3, t_tokens=19_400, faults=faults)
+    found = {
+        slo_s: run_policy(msgspec.structs.replace(scenario, ttft_slo_s=slo_s), "live", arrivals(1.3, 800.0)).summary()
+        for slo_s in (0.0, 6.8)
+    }
+    assert found[6.8].transfer_mean_s < 1.5 * found[0.0].transfer_mean_s + 1
+    assert found[6.8].ttft_p90_s < 1.1 * found[0.0].ttft_p90_s
+
+
 def test_link_traces(tmp_path: Path) -> None:
     path = tmp_path / "link"
     path.write_text("# a comment\n0 100\n\n10, 2.5 # slow\n")

@@ -260,7 +260,7 @@ class RolesConfig(_Config, frozen=True):
         float,
         Meta(
             ge=0,
-            description="Period in which one server alternates between both roles, where whole servers leave capacity "
+            description="Seconds of a period in which one server has both roles in turn, where whole servers leave capacity "
             "idle and it pays. 0: never.",
         ),
     ] = 0.0

@@ -260,8 +260,8 @@ class RolesConfig(_Config, frozen=True):
         float,
         Meta(
             ge=0,
-            description="Seconds of a period in which one server has both roles in turn, where whole servers leave capacity "
-            "idle and it pays. 0: never.",
+            description="Seconds of a period in which one server has both roles in turn, where whole servers leave "
+            "capacity idle and it pays. 0: never.",
         ),
     ] = 0.0
 

@@ -147,6 +147,43 @@ class Sustained(Struct, frozen=True, kw_only=True):
     offloaded_share: float
 
 
+def at_rate(
+    scenario: Scenario,
+    name: str,
+    workload: Workload,
+    *,
+    rate: float,
+    duration_s: float,
+    seeds: Sequence[int] = (1, 2, 3),
+) -> Sustained:
+    """Poisson arrivals at one rate; means over the seeds, their first tenth left out. `unloaded_p90_s` is 0."""
+    found = []
+    for seed in seeds:
+        arrivals = poisson(
+            workload.lengths,
+            rate=rate,
+            output_tokens=round(workload.output_tokens),
+            duration_s=duration_s,
+            seed=seed,
+        )
+        found.append(run_policy(scenario, name, arrivals, workload=workload).summary(duration_s / 10))
+
+    def mean(field: str) -> float:
+        return float(np.mean([getattr(entry, field) for entry in found]))
+
+    return Sustained(
+        rate=rate,
+        unloaded_p90_s=0.0,
+        mean_s=mean("ttft_mean_s"),
+        p50_s=mean("ttft_p50_s"),
+        p90_s=mean("ttft_p90_s"),
+        p99_s=mean("ttft_p99_s"),
+        max_s=max(entry.ttft_max_s for entry in found),
+        served_share=mean("throughput") / mean("arrival_rate"),
+        offloaded_share=mean("offloaded_share"),
+    )
+
+
 def sustained(
     scenario: Scenario,
     name: str,
@@ -163,31 +200,7 @@ def sustained(
     """
 
     def measure(rate: float, seconds: float = duration_s) -> Sustained:
-        found = []
-        for seed in seeds:
-            arrivals = poisson(
-                workload.lengths,
-                rate=rate,
-                output_tokens=round(workload.output_tokens),
-                duration_s=seconds,
-                seed=seed,
-            )
-            found.append(run_policy(scenario, name, arrivals, workload=workload).summary(seconds / 10))
-
-        def mean(field: str) -> float:
-            return float(np.mean([getattr(entry, field) for entry in found]))
-
-        return Sustained(
-            rate=rate,
-            unloaded_p90_s=0.0,
-            mean_s=mean("ttft_mean_s"),
-            p50_s=mean("ttft_p50_s"),
-            p90_s=mean("ttft_p90_s"),
-            p99_s=mean("ttft_p99_s"),
-            max_s=max(entry.ttft_max_s for entry in found),
-            served_share=mean("throughput") / mean("arrival_rate"),
-            offloaded_share=mean("offloaded_share"),
-        )
+        return at_rate(scenario, name, workload, rate=rate, duration_s=seconds, seeds=seeds)
 
     unloaded_s = measure(0.02, 50 * duration_s).p90_s
 

@@ -89,10 +89,11 @@ What gives what:
   wait in front of the servers; those that can still make twice the unloaded P90 go first, in order of arrival, but for
   the longest ones where not all can make it; an idle path takes requests of the other. It has a price, in the last
   columns: the longest prompts wait longer than in order of arrival, at most about two minutes.
-- The limit of any order at 3/5 is {limit:.2f} requests a second, and {limit_base:.2f} for the homogeneous cluster at
-  9/3: the mean of the prefill times over the lengths, where eq. 3 and 4 take the prefill time of the mean length.
-- With that order the sustained rate of "live" is where prefill has no time left, and the longest prompts have not
-  waited their full time when the run ends; the rows "at ... times" have the figures at the bars, with room to spare.
+- In the long run prefill at 3/5 has time for {limit:.2f} requests a second in any order, and for {limit_base:.2f} in the
+  homogeneous cluster at 9/3: the mean of the prefill times over the lengths, where eq. 3 and 4 take the prefill time
+  of the mean length.
+- The sustained rate of "live" is there: in a longer run the longest prompts would wait longer still. The rows
+  "at ... times" have the figures at the bars, where there is room to spare.
 - Shared roles: one PD instance prefills and decodes, and a decode step is taken to cost in proportion to its batch.
 
 The router does not hold requests back yet: it binds them when they arrive. Until `scheduler.dispatch` is wired into

@@ -64,7 +64,7 @@ def main() -> int:
 
     results: dict[str, Any] = {}
     started: list[routers.Contender] = []
-    prefill_port, decode_port, own_port, *peer_ports = free_ports(8)
+    prefill_port, decode_port, own_port, live_port, *peer_ports = free_ports(9)
     workers = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.router.workers", str(prefill_port), str(decode_port)], stdout=subprocess.PIPE
     )
@@ -73,6 +73,7 @@ def main() -> int:
             assert workers.stdout is not None
             workers.stdout.readline()
             started.append(routers.start_ours(Path(temporary), prefill_port, decode_port, own_port))
+            started.append(routers.start_ours(Path(temporary), prefill_port, decode_port, live_port, live=True))
             if args.peers_python:
                 started += routers.start_peers(
                     args.peers_python, Path(temporary), prefill_port, decode_port, peer_ports

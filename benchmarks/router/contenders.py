@@ -39,23 +39,26 @@ def _family(pid: int) -> list[int]:
     return [pid, *(grandchild for child in children for grandchild in _family(int(child)))]
 
 
-def start_ours(directory: Path, prefill_port: int, decode_port: int, port: int) -> Contender:
-    """This project's router, through its command line."""
+def start_ours(directory: Path, prefill_port: int, decode_port: int, port: int, *, live: bool = False) -> Contender:
+    """This project's router, through its command line; `live`: with the live policy, on the paper's profile."""
     from sglang_prfaas.tiny_models.tokenizer import write_tokenizer
 
     model = directory / "tiny"
     model.mkdir(exist_ok=True)
     write_tokenizer(model)
-    config = directory / "router.toml"
+    config = directory / f"router-{port}.toml"
+    policy = '[policy]\nprofile = "paper"\n' if live else ""
+    hardware = 'hardware = "H20"\n' if live else ""
     config.write_text(
-        f'[router]\nmodel = "{model}"\nserved_model_name = "tiny"\nport = {port}\n'
-        f'[[sites]]\nname = "home"\nrole = "pd"\n'
+        f'{policy}[router]\nmodel = "{model}"\nserved_model_name = "tiny"\nport = {port}\n'
+        f'[[sites]]\nname = "home"\nrole = "pd"\n{hardware}'
         f'[[sites.servers]]\nname = "p"\nrole = "prefill"\nurl = "http://127.0.0.1:{prefill_port}"\n'
         f"bootstrap_port = 8998\n"
         f'[[sites.servers]]\nname = "d"\nrole = "decode"\nurl = "http://127.0.0.1:{decode_port}"\n'
     )
     command = [sys.executable, "-m", "sglang_prfaas.launch", "router", str(config)]
-    return _start("prfaas router", installed_version("sglang-prfaas"), command, port, directory)
+    name = "prfaas router, live policy" if live else "prfaas router"
+    return _start(name, installed_version("sglang-prfaas"), command, port, directory)
 
 
 def start_peers(python: str, directory: Path, prefill_port: int, decode_port: int, ports: list[int]) -> list[Contender]:

@@ -89,9 +89,9 @@ What gives what:
   wait in front of the servers; those that can still make twice the unloaded P90 go first, in order of arrival, but for
   the longest ones where not all can make it; an idle path takes requests of the other. It has a price, in the last
   columns: the longest prompts wait longer than in order of arrival, at most about two minutes.
-- In the long run prefill at 3/5 has time for {limit:.2f} requests a second in any order, and for {limit_base:.2f} in the
-  homogeneous cluster at 9/3: the mean of the prefill times over the lengths, where eq. 3 and 4 take the prefill time
-  of the mean length.
+- In the long run prefill at 3/5 has time for {limit:.2f} requests a second in any order, and for {limit_base:.2f} in
+  the homogeneous cluster at 9/3: the mean of the prefill times over the lengths, where eq. 3 and 4 take the
+  prefill time of the mean length.
 - The sustained rate of "live" is there: in a longer run the longest prompts would wait longer still. The rows
   "at ... times" have the figures at the bars, where there is room to spare.
 - Shared roles: one PD instance prefills and decodes, and a decode step is taken to cost in proportion to its batch.
@@ -241,6 +241,7 @@ def _speed(results: dict[str, Any]) -> str:
         [
             ("a decision, 16 sites and 1,000 servers", f"{found['decision_us']:.0f} us", "50 us"),
             ("the next of 50 waiting requests", f"{found['dispatch_us']:.0f} us", "-"),
+            ("a live decision, 2 sites and 100 servers", f"{found['live_decision_100_servers_us']:.0f} us", "50 us"),
             ("an update of the live threshold", f"{found['threshold_us']:.0f} us", "-"),
             ("solver, 10,000 GPUs", f"{found['solver_10000_gpus_s'] * 1e3:.1f} ms", "1 s"),
             ("solver with shared roles, 10,000 GPUs", f"{found['solver_shared_10000_gpus_s'] * 1e3:.1f} ms", "1 s"),

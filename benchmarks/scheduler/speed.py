@@ -9,12 +9,15 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.request import RequestView
 from sglang_prfaas.scheduler import Observation, ServerView, SiteView, decide, paper
 from sglang_prfaas.scheduler.dispatch import DispatchQueue
 from sglang_prfaas.scheduler.lengths import nodes
+from sglang_prfaas.scheduler.live import LivePolicy
 from sglang_prfaas.scheduler.solver import solve, solve_shared
 from sglang_prfaas.scheduler.threshold import LiveState, PathLoad, ThresholdController
+from sglang_prfaas.scheduler.types import LinkView
 
 
 def _median_s(action: Callable[[], object], rounds: int) -> float:
@@ -26,12 +29,13 @@ def _median_s(action: Callable[[], object], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def measure() -> dict[str, float]:
-    """Medians: a decision with 16 sites and 1,000 servers, a threshold, and the solver over 10,000 GPUs."""
+def _observation(prfaas: int, pd: int, servers_in_all: int) -> Observation:
+    """Sites with servers at random loads; every PrfaaS site has a link to every PD site."""
     random = np.random.default_rng(1)
+    count = prfaas + pd
     sites = []
-    for number in range(16):
-        role = "prfaas" if number < 8 else "pd"
+    for number in range(count):
+        role = "prfaas" if number < prfaas else "pd"
         servers = [
             ServerView(
                 f"site-{number}",
@@ -41,14 +45,40 @@ def measure() -> dict[str, float]:
                 int(random.integers(20)),
                 int(random.integers(100_000)),
             )
-            for index in range(1000 // 16 + (number < 1000 % 16))
+            for index in range(servers_in_all // count + (number < servers_in_all % count))
         ]
         sites.append(SiteView(f"site-{number}", "prfaas" if role == "prfaas" else "pd", servers))
-    observation, request = Observation(sites, 19_400), RequestView(l_total=30_000)
+    link = LinkView(bytes_per_s=12.5e9, free_bytes_per_s=12.5e9)
+    names = [site.name for site in sites]
+    return Observation(sites, 19_400, links={(a, b): link for a in names[:prfaas] for b in names[prfaas:]})
+
+
+def _live_us(prfaas: int, pd: int, servers: int, rounds: int = 500) -> tuple[float, float]:
+    """Medians of a live decision (site, threshold, servers, reason), and of a look at all servers. Microseconds."""
+    profile, seen = paper.PAPER_PROFILE, _observation(prfaas, pd, servers)
+    policy = LivePolicy(
+        kv=profile.kv,
+        local={site.name: profile.prefill["H20"] for site in seen.sites if site.role == "pd"},
+        prfaas={site.name: profile.prefill["H200"] for site in seen.sites if site.role == "prfaas"},
+        settings=PolicyConfig(profile="paper"),
+    )
+    for site in seen.sites:
+        policy.learn(0.0, site.name, 30_000, 1.5)
+    moment, request = policy.look(1.0, seen), RequestView(l_total=30_000)
+    decision_s = _median_s(lambda: policy.decide(moment, seen, request), rounds)
+    return 1e6 * decision_s, 1e6 * _median_s(lambda: policy.look(1.0, seen), rounds)
+
+
+def measure() -> dict[str, float]:
+    """Medians: decisions with a given t (16 sites, 1,000 servers) and live ones, a threshold, the solver."""
+    random = np.random.default_rng(1)
+    observation, request = _observation(8, 8, 1000), RequestView(l_total=30_000)
+    live_us, look_us = _live_us(1, 1, 100)
+    live_sites_us, look_sites_us = _live_us(8, 8, 1000)
 
     profile = paper.PAPER_PROFILE
     controller = ThresholdController(
-        local=profile.prefill["H20"], prfaas=profile.prefill["H200"], kv=profile.kv, start_t_tokens=19_400
+        local=profile.prefill["H20"].time_s, prfaas=profile.prefill["H200"].time_s, kv=profile.kv, start_t_tokens=19_400
     )
     for index, length in enumerate(random.permutation(nodes(paper.CASE_STUDY_LENGTHS, 1000))):
         controller.observe(index * 0.3, int(length), int(length))
@@ -72,6 +102,10 @@ def measure() -> dict[str, float]:
     return {
         "decision_us": 1e6 * _median_s(lambda: decide(observation, request), 500),
         "dispatch_us": 1e6 * _median_s(take, 500),
+        "live_decision_100_servers_us": live_us,
+        "live_look_100_servers_us": look_us,
+        "live_decision_16_sites_1000_servers_us": live_sites_us,
+        "live_look_16_sites_1000_servers_us": look_sites_us,
         "threshold_us": 1e6 * _median_s(lambda: controller.choose(state, 30_000, 30_000), 500),
         "solver_10000_gpus_s": _median_s(lambda: solve(fleet, workload), 10),
         "solver_shared_10000_gpus_s": _median_s(lambda: solve_shared(fleet, workload), 10),

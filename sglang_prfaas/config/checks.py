@@ -10,7 +10,14 @@ from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
-from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerConfig, SiteConfig, TransportConfig
+from sglang_prfaas.config.schema import (
+    PolicyConfig,
+    RouterConfig,
+    RouterSite,
+    ServerConfig,
+    SiteConfig,
+    TransportConfig,
+)
 from sglang_prfaas.config.security import NO_KEYS, beyond_this_machine
 
 Exists = Callable[[str], bool]
@@ -51,7 +58,13 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
 
 def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.path.exists) -> list[Finding]:
     """Check one router. exists: whether a path exists, for the model."""
-    found = [*_router_sites(config), *_role_changes(config), *_model("router.model", config.router.model, exists)]
+    found = [
+        *_router_sites(config),
+        *_model("router.model", config.router.model, exists),
+        *_policy(config, exists),
+        *_router_links(config),
+        *_role_changes(config),
+    ]
     return [Finding(source, path, text, fatal) for path, text, fatal in found]
 
 
@@ -237,6 +250,48 @@ def _router_sites(config: RouterConfig) -> Iterator[_Raw]:
         yield "sites", 'no site with role = "prfaas": every prompt is prefilled locally, whatever the threshold', False
     for site in config.sites:
         yield from _router_site(site)
+
+
+def _policy(config: RouterConfig, exists: Exists) -> Iterator[_Raw]:
+    policy = config.policy
+    if policy.mode == "live" and not policy.profile:
+        text = (
+            '"live" needs measured curves; write policy.profile = "FILE" (docs/planning.md has the format), or "paper"'
+        )
+        yield "policy.mode", text, True
+    if policy.mode == "fixed" and policy.profile:
+        yield "policy.profile", 'not used with mode = "fixed"; remove it, or write mode = "live"', False
+    if policy.profile.startswith("~"):
+        yield "policy.profile", "starts with '~', which is not expanded; write the whole path", True
+    elif policy.profile not in ("", "paper") and not exists(policy.profile):
+        yield "policy.profile", f'no such file: {policy.profile!r}; write the path of a profile file, or "paper"', True
+    if policy.is_live:
+        return
+    defaults = PolicyConfig()
+    for key in ("slo_ttft_s", "max_wait_s", "max_kv_occupancy"):
+        if getattr(policy, key) != getattr(defaults, key):
+            text = "has no effect with a fixed threshold; write a profile, or remove it"
+            yield f"policy.{key}", text, False
+
+
+def _router_links(config: RouterConfig) -> Iterator[_Raw]:
+    """Live routing has to know every link between a PrfaaS and a PD site."""
+    pd = [site.name for site in config.sites if site.role == "pd"]
+    for site in config.sites:
+        path = f"sites.{site.name}.links"
+        if site.role == "pd" and site.links:
+            yield path, "links are those of prfaas sites, which send; write it there", True
+            continue
+        to = [link.to_site for link in site.links]
+        for name in dict.fromkeys(to):
+            if to.count(name) > 1:
+                yield path, f"{to.count(name)} links lead to site {name!r}; keep one", True
+            if name not in pd:
+                yield path, f"leads to {name!r}, which is no pd site of this router; it has {', '.join(pd)}", True
+        for name in pd if site.role == "prfaas" and config.policy.is_live else ():
+            if name not in to:
+                text = f"live routing has to know the link to {name}; add [[sites.links]] with "
+                yield path, text + f'to_site = "{name}" and capacity_gbps', True
 
 
 def _router_site(site: RouterSite) -> Iterator[_Raw]:

@@ -17,6 +17,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 SiteRole = Literal["prfaas", "pd"]
 ServerRole = Literal["prefill", "decode"]
 SecurityMode = Literal["auto", "keys", "off"]
+PolicyMode = Literal["auto", "fixed", "live"]
 
 
 class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -212,6 +213,12 @@ class RouterSite(_Config, frozen=True):
     servers: Annotated[list[TargetConfig], Meta(description="The site's servers, where there is no agent.")] = field(
         default_factory=list
     )
+    hardware: Annotated[
+        str, Meta(description="Prefill curve of policy.profile that its servers have. Empty: the only one.")
+    ] = ""
+    links: Annotated[
+        list[LinkConfig], Meta(description="PrfaaS site: its links to PD sites, as far as no report measures them.")
+    ] = field(default_factory=list)
 
 
 class RouterSection(_Config, frozen=True):
@@ -274,8 +281,26 @@ class RolesConfig(_Config, frozen=True):
 class PolicyConfig(_Config, frozen=True):
     """How requests are routed (PrfaaS section 3.4.3)."""
 
+    mode: Annotated[
+        PolicyMode,
+        Meta(
+            description="fixed: t is threshold_tokens. live: t follows lengths, queues and links, and needs profile. "
+            "auto: live where profile is given."
+        ),
+    ] = "auto"
+    profile: Annotated[
+        str,
+        Meta(
+            description="Profile file with measured curves (docs/planning.md), or paper for the paper's case study. "
+            "Empty: none."
+        ),
+    ] = ""
     threshold_tokens: Annotated[
-        int, Meta(ge=0, description="t: requests with more uncached tokens than this go to a PrfaaS site.")
+        int,
+        Meta(
+            ge=0,
+            description="t: requests with more uncached tokens than this go to a PrfaaS site. Live: where t starts.",
+        ),
     ] = 19_400
     exact_count_band: Annotated[
         float,
@@ -285,7 +310,69 @@ class PolicyConfig(_Config, frozen=True):
             description="Share of the threshold, around it, within which tokens are counted exactly.",
         ),
     ] = 0.5
+    slo_ttft_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Live: promised seconds to the first token. A request whose path would miss it takes the other "
+            "path where that meets it. 0: no promise.",
+        ),
+    ] = 0.0
+    window_requests: Annotated[
+        int, Meta(ge=50, le=1_000_000, description="Live: recent requests whose lengths t is solved over.")
+    ] = 1000
+    solve_interval_s: Annotated[
+        float, Meta(gt=0, description="Live: seconds between two solutions of t; a change of servers or links is one.")
+    ] = 10.0
+    hysteresis: Annotated[
+        float, Meta(ge=0, lt=1, description="Live: relative change of t below which it stays as it is.")
+    ] = 0.02
+    staleness_s: Annotated[
+        float, Meta(gt=0, description="Live: age in seconds from which a report of a load or a link is not trusted.")
+    ] = 1.0
+    max_link_utilisation: Annotated[
+        float, Meta(gt=0, le=1, description="Live: share of a link in use from which bandwidth counts as scarce.")
+    ] = 0.9
+    max_wait_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Live: seconds of prefill queue beyond which a request takes the other path, or is answered "
+            "429 where that has as long a queue. 0: no limit.",
+        ),
+    ] = 0.0
+    max_decode_requests: Annotated[
+        int,
+        Meta(ge=0, description="Requests in work per decode server; beyond it, on all of them, 429. 0: no limit."),
+    ] = 0
+    max_kv_occupancy: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="Live: share of its KV in use, as reported, from which a decode server gets no request; on all "
+            "of them, 429. 1: no limit.",
+        ),
+    ] = 1.0
+    correct_profile: Annotated[
+        bool, Meta(description="Live: correct the profile's prefill curves by what requests really take.")
+    ] = True
+    max_correction: Annotated[
+        float, Meta(ge=1, le=100, description="Live: largest factor, up or down, on a prefill curve.")
+    ] = 4.0
+    correction_half_life_s: Annotated[
+        float, Meta(gt=0, description="Live: seconds in which what was learnt loses half its weight.")
+    ] = 600.0
+    decisions_kept: Annotated[
+        int, Meta(ge=0, le=100_000, description="Last decisions that GET /decisions shows, with their figures.")
+    ] = 256
+
     roles: RolesConfig = RolesConfig()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the live policy runs."""
+        return self.mode == "live" or (self.mode == "auto" and bool(self.profile))
 
 
 class RouterLimits(_Config, frozen=True):

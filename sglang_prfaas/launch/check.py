@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
             else:
                 routers[file] = load.load_router(file, args.overrides, check=False)
                 findings += checks.router_findings(routers[file], file)
+                findings += profile_findings(routers[file], file)
         except ConfigError as error:
             problems += error.problems
     findings += deployment_findings(sites, routers)
@@ -56,6 +57,19 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(describe_router(file, router)), end="\n\n")
     print(f"{len(sites) + len(routers)} of {len(set(args.files))} files are right", file=sys.stderr)
     return 0
+
+
+def profile_findings(config: RouterConfig, source: str) -> list[checks.Finding]:
+    """Whether the profile of a live policy can be read, and has a curve for every site."""
+    if not config.policy.is_live or not config.policy.profile:
+        return []
+    from sglang_prfaas.router.profile import router_profile
+
+    try:
+        router_profile(config)
+    except ConfigError as error:
+        return [checks.Finding(source, "policy.profile", problem) for problem in error.problems]
+    return []
 
 
 def describe_site(file: str, config: SiteConfig) -> list[str]:
@@ -86,7 +100,7 @@ def describe_router(file: str, config: RouterConfig) -> list[str]:
     router = config.router
     lines = [
         f"{file}: router on {router.host}:{router.port}, model {router.served_model_name or router.model}, "
-        f"threshold {config.policy.threshold_tokens} tokens"
+        f"{'live threshold from' if config.policy.is_live else 'threshold'} {config.policy.threshold_tokens} tokens"
     ]
     for site in config.sites:
         how = f"servers listed by its agent {site.agent_url}" if site.agent_url else f"{len(site.servers)} servers"

@@ -92,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-tokens", type=int, default=24, metavar="N", help="tokens generated for each request (default: 24)"
     )
+    parser.add_argument(
+        "--linear-attn-prefill-backend",
+        choices=("triton", "prfaas"),
+        help="of the prefill servers; prfaas takes prfaas_kernels for linear attention (default: what SGLang takes)",
+    )
     parser.add_argument("--keep", action="store_true", help="leave everything serving and print a curl command")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.add_argument(
@@ -105,7 +110,12 @@ def run(args: argparse.Namespace) -> int:
     from sglang_prfaas.launch.local_deployment import Choices, run_deployment, write_deployment
 
     started = time.monotonic()
-    choices = Choices(family=args.model, threshold_tokens=args.threshold_tokens)
+    backend = args.linear_attn_prefill_backend
+    choices = Choices(
+        family=args.model,
+        threshold_tokens=args.threshold_tokens,
+        prefill_args=("--linear-attn-prefill-backend", backend) if backend else (),
+    )
     deployment = write_deployment(args.directory / args.model, choices)
     _say(f"model family {args.model} ({FAMILIES[args.model].attention}), files in {deployment.directory}")
     for file in (deployment.prfaas_file, deployment.pd_file, deployment.router_file):

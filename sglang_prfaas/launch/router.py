@@ -31,8 +31,11 @@ def run(args: argparse.Namespace) -> int:
     log_to_stderr()
     print_warnings(checks.router_findings(config, load.name_of(args.file)))
     from sglang_prfaas import router
+    from sglang_prfaas.router.profile import router_profile
     from sglang_prfaas.site.free_ports import require_free
 
+    if config.policy.is_live:
+        router_profile(config)  # what is wrong with it is said before the tokenizer is loaded
     require_free(router_claims(config))
     router.run(config, ready=partial(_announce, config, args.json_status))
     return 0

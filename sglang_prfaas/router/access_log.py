@@ -11,6 +11,7 @@ from typing import IO
 import msgspec
 
 from sglang_prfaas.http import Request
+from sglang_prfaas.router.decisions import DecisionRecord
 from sglang_prfaas.scheduler import Decision
 
 _FLUSH_S = 0.2
@@ -28,6 +29,7 @@ class AccessRecord:
         "error",
         "first_byte_s",
         "input_tokens",
+        "recent",
         "request",
         "request_id",
         "room",
@@ -42,6 +44,7 @@ class AccessRecord:
         self.endpoint = endpoint
         self.start_s = start_s
         self.decision: Decision | None = None
+        self.recent: DecisionRecord | None = None
         self.first_byte_s: float | None = None
         self.input_tokens = 0
         self.room = 0
@@ -111,6 +114,12 @@ def _line(record: AccessRecord, end_s: float, wall_s: float) -> str:
         fields["prefill"] = f"{decision.prefill.site}/{decision.prefill.name}"
         fields["decode"] = f"{decision.decode.site}/{decision.decode.name}"
         fields["room"] = record.room
+    if decision is not None and (figures := decision.figures) is not None:
+        far = decision.route == "prfaas"
+        expected_s = figures.prfaas_ttft_s if far else figures.local_ttft_s
+        fields["t_tokens"] = decision.t_tokens
+        fields["expected_ttft_ms"] = round(expected_s * 1e3, 3)
+        fields["wait_ms"] = round((figures.prfaas_wait_s if far else figures.local_wait_s) * 1e3, 3)
     if record.first_byte_s is not None:
         fields["ttft_ms"] = round((record.first_byte_s - record.start_s) * 1e3, 3)
     fields["total_ms"] = round((end_s - record.start_s) * 1e3, 3)

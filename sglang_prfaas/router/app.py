@@ -23,6 +23,7 @@ from sglang_prfaas.http import (
     relay,
 )
 from sglang_prfaas.http.messages import safe_header_value
+from sglang_prfaas.monitor.load_source import LoadSource, NoReports
 from sglang_prfaas.router.access_log import AccessLog
 from sglang_prfaas.router.body import new_request_id
 from sglang_prfaas.router.filters import (
@@ -31,9 +32,12 @@ from sglang_prfaas.router.filters import (
     ModelNames,
     check_method,
     check_passthrough,
+    newest_wanted,
 )
 from sglang_prfaas.router.health import HealthMonitor
-from sglang_prfaas.router.metrics import Metrics
+from sglang_prfaas.router.metrics import Gauge, Metrics
+from sglang_prfaas.router.policy import make_policy
+from sglang_prfaas.router.prefixes import NoPrefixes, PrefixLookup
 from sglang_prfaas.router.proxy import PdProxy
 from sglang_prfaas.router.registry import Registry, Target
 from sglang_prfaas.router.tokens import TokenCounter
@@ -48,7 +52,19 @@ _JSON = ((b"content-type", b"application/json"),)
 class Router:
     """All parts of one router. Must be made in the event loop it runs in."""
 
-    def __init__(self, config: RouterConfig, counter: TokenCounter, access_log: AccessLog | None = None) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        counter: TokenCounter,
+        access_log: AccessLog | None = None,
+        *,
+        loads: LoadSource | None = None,
+        prefixes: PrefixLookup | None = None,
+    ) -> None:
+        """`loads`, `prefixes`: reports of monitors and an index of cached prefixes, where there are any.
+
+        Raises ConfigError for a policy whose profile does not fit.
+        """
         limits = config.limits
         self.config = config
         self.counter = counter
@@ -64,8 +80,9 @@ class Router:
         self.health = HealthMonitor(config, self.registry)
         self.models = ModelNames((config.router.served_model_name, config.router.model))
         self.access_log = access_log or AccessLog()
+        self.policy = make_policy(config, self.registry, loads or NoReports(), prefixes or NoPrefixes())
         self.proxy = PdProxy(
-            config, self.registry, counter, self.models, self.metrics, self.access_log, self.refresh_models
+            config, self.registry, counter, self.models, self.metrics, self.access_log, self.refresh_models, self.policy
         )
         self.server = HttpServer(
             self.handle,
@@ -114,6 +131,10 @@ class Router:
             elif path == "/metrics":
                 text = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
                 response.send(200, self.metrics.render(self._gauges()), text)
+            elif path == "/policy":
+                response.send(200, msgspec.json.encode(self.policy.describe(self.client.loop.time())), _JSON)
+            elif path == "/decisions":
+                response.send(200, self.proxy.decisions.render(newest_wanted(request)), _JSON)
             else:
                 await self._pass_through(request, response)
         except HttpError as exc:
@@ -162,7 +183,7 @@ class Router:
         pd_sites = {site.name for site in self.registry.observation.sites if site.role == "pd"}
         return [t for t in self.registry.targets() if t.role == role and t.alive and t.site in pd_sites]
 
-    def _gauges(self) -> list[tuple[str, str, tuple[str, ...], list[tuple[tuple[str, ...], float]]]]:
+    def _gauges(self) -> list[Gauge]:
         targets = [((t.site, t.name, t.role), t) for t in self.registry.targets()]
         labels = ("site", "server", "role")
         return [
@@ -197,6 +218,7 @@ class Router:
                 (),
                 [((), self.counter.bytes_per_token)],
             ),
+            *self.policy.gauges(self.client.loop.time()),
         ]
 
     async def refresh_models(self) -> None:
@@ -244,9 +266,9 @@ async def run_router(
         gc.collect()
         gc.freeze()  # the tokenizer's libraries hold many objects: full collections over them would stall requests
         gc.set_threshold(_GC_OBJECTS, 20, 20)
-        log.info(
-            "router listens on http://%s:%d, t = %d tokens", config.router.host, port, config.policy.threshold_tokens
-        )
+        policy = "live t from" if config.policy.is_live else "t ="
+        where = f"http://{config.router.host}:{port}"
+        log.info("router listens on %s, %s %d tokens", where, policy, config.policy.threshold_tokens)
         if ready is not None:
             ready(port)
         models = asyncio.create_task(_watch_models(router))

@@ -11,6 +11,7 @@ import asyncio
 from sglang_prfaas.http import Exchange, Response
 from sglang_prfaas.router.legs import DecodeSink, PrefillSink
 from sglang_prfaas.router.outcome import Failure, Outcome
+from sglang_prfaas.router.policy import Flight
 from sglang_prfaas.router.registry import Target
 
 
@@ -26,7 +27,9 @@ class Attempt:
         *,
         uncached_tokens: int,
         merge_logprobs: bool,
+        flight: Flight | None = None,
     ) -> None:
+        """`flight`: hears when prefill has answered, or will not."""
         self.response = response
         self.prefill = prefill
         self.decode = decode
@@ -35,6 +38,7 @@ class Attempt:
         self.merge_logprobs = merge_logprobs
         self._loop = loop
         self._tokens = uncached_tokens
+        self._flight = flight
         self._holds_prefill = False
         self._holds_decode = False
         self._succeeded = False
@@ -91,8 +95,10 @@ class Attempt:
             self._succeeded = not broken
             self.done.set_result(Outcome(broken=broken))
 
-    def prefill_finished(self) -> None:
+    def prefill_finished(self, *, answered: bool = False) -> None:
         if self._holds_prefill:
+            if self._flight is not None:
+                (self._flight.prefilled if answered else self._flight.ended)(self._loop.time())
             self._holds_prefill = False
             self.prefill.inflight_requests -= 1
             self.prefill.inflight_tokens -= self._tokens

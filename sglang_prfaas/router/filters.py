@@ -21,6 +21,8 @@ _METHODS = {
     "/v1/models": ("GET", "HEAD"),
     "/health": ("GET", "HEAD"),
     "/metrics": ("GET", "HEAD"),
+    "/policy": ("GET", "HEAD"),
+    "/decisions": ("GET", "HEAD"),
 }
 
 # SGLang 0.5.23's endpoints of level ADMIN_OPTIONAL: they change or stop a server, or show its weights.
@@ -111,6 +113,18 @@ def forced_route(request: Request) -> Route | None:
         return "prfaas"
     got = value[:40].decode("latin-1")
     raise HttpError(400, f"x-prfaas-route must be local or prfaas, got {got!r}.", code="invalid_route")
+
+
+def newest_wanted(request: Request) -> int | None:
+    """`newest` of `GET /decisions?newest=N`; None without it. Raises HttpError 400 for anything but a number."""
+    for part in request.query.split(b"&"):
+        name, _, value = part.partition(b"=")
+        if name == b"newest":
+            if not value.isdigit() or len(value) > 9:
+                got = value[:40].decode("latin-1")
+                raise HttpError(400, f"newest must be a number, got {got!r}.", code="invalid_query")
+            return int(value)
+    return None
 
 
 class ModelNames:

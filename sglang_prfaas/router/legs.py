@@ -112,8 +112,7 @@ class PrefillSink(LegSink):
         assert self.head is not None
         if self.head.status != 200:
             self.fail_status()
-        else:
-            self.attempt.prefill_finished()
+        self.attempt.prefill_finished(answered=self.head.status == 200)
 
     def on_failure(self, error: UpstreamError) -> None:
         self.fail_transport(error)  # nothing happens when decode answers already

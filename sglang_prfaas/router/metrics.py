@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 Labels = tuple[str, ...]
+Gauge = tuple[str, str, Labels, list[tuple[Labels, float]]]
+"""Name, help, label names, values by label."""
 
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576)
@@ -87,6 +89,7 @@ class Metrics:
         self.refused = Counter("prfaas_router_refused_total", "Requests refused before routing.", ("status",))
         self.relayed_bytes = Counter("prfaas_router_relayed_bytes_total", "Bytes of answers relayed.", ("route",))
         self.counts = Counter("prfaas_router_token_counts_total", "Prompts counted, exactly or estimated.", ("kind",))
+        self.shed = Counter("prfaas_router_shed_total", "Requests answered 429 for the load.", ("reason",))
         self.ttft = Histogram(
             "prfaas_router_ttft_seconds",
             "From a complete request to the first byte of its answer.",
@@ -97,8 +100,8 @@ class Metrics:
             "prfaas_router_input_tokens", "Prompt tokens per request.", ("route",), tuple(float(t) for t in _TOKENS)
         )
 
-    def render(self, gauges: Iterable[tuple[str, str, Labels, list[tuple[Labels, float]]]]) -> bytes:
-        """The text of `/metrics`. `gauges`: (name, help, label names, values by label)."""
+    def render(self, gauges: Iterable[Gauge]) -> bytes:
+        """The text of `/metrics`."""
         lines: list[str] = []
         for metric in vars(self).values():
             lines.extend(metric.lines())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from math import ceil
 
 from sglang_prfaas.config.schema import RouterConfig
 from sglang_prfaas.core.request import RequestView, ServerKey
@@ -18,12 +19,14 @@ from sglang_prfaas.http.messages import (
 from sglang_prfaas.router.access_log import AccessLog, AccessRecord
 from sglang_prfaas.router.attempt import Attempt
 from sglang_prfaas.router.body import Endpoint, new_rooms, parse_body
+from sglang_prfaas.router.decisions import DecisionRecord, RecentDecisions
 from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, ModelNames, forced_route
 from sglang_prfaas.router.metrics import Metrics
 from sglang_prfaas.router.outcome import Failure
+from sglang_prfaas.router.policy import RoutingPolicy
 from sglang_prfaas.router.registry import Registry, Target
 from sglang_prfaas.router.tokens import TokenCount, TokenCounter
-from sglang_prfaas.scheduler import Decision, decide
+from sglang_prfaas.scheduler import Decision
 
 # Reconnecting costs nothing and says nothing about a server, so it is not counted as a retry, but it must end.
 _MAX_STALE = 3
@@ -41,6 +44,7 @@ class PdProxy:
         metrics: Metrics,
         access_log: AccessLog,
         refresh_models: Callable[[], Awaitable[None]],
+        policy: RoutingPolicy,
     ) -> None:
         self._limits = config.limits
         self._registry = registry
@@ -50,9 +54,9 @@ class PdProxy:
         self._log = access_log
         self._refresh_models = refresh_models
         self._loop = asyncio.get_running_loop()
-        t, band = config.policy.threshold_tokens, config.policy.exact_count_band
-        self._exact_from = t * (1 - band)
-        self._exact_to = t * (1 + band)
+        self._policy = policy
+        self._exact_count_band = config.policy.exact_count_band
+        self.decisions = RecentDecisions(config.policy.decisions_kept)
 
     async def handle(self, request: Request, response: Response, endpoint: Endpoint, request_id: bytes) -> None:
         """Serve one request. Raises HttpError for what is refused or cannot be served."""
@@ -77,7 +81,8 @@ class PdProxy:
             if not self._models.knows(body.model):
                 raise self._models.unknown(body.model)
         forced = forced_route(request)
-        tokens = await self._counter.count(body, self._exact_from, self._exact_to)
+        t, band = self._registry.observation.t_tokens, self._exact_count_band
+        tokens = await self._counter.count(body, t * (1 - band), t * (1 + band))
         record.input_tokens = tokens.total
         record.stream = body.stream
         self._metrics.counts.add(("exact" if tokens.exact else "estimate",))
@@ -94,8 +99,10 @@ class PdProxy:
         retries = stale = 0
         while True:
             view = RequestView(l_total=tokens.longest, exact=tokens.exact, forced=forced, avoid=avoid)
-            decision = decide(self._registry.observation, view)
+            decision = self._policy.decide(self._loop.time(), view, body)
             record.decision = decision
+            record.recent = DecisionRecord(time.time(), record.request_id, tokens.total, len(record.attempts), decision)
+            self.decisions.add(record.recent)
             if decision.prefill is None or decision.decode is None:
                 raise self._unservable(decision, last)
             assert isinstance(decision.prefill, Target)
@@ -111,6 +118,7 @@ class PdProxy:
                 self._loop,
                 uncached_tokens=decision.uncached_tokens,
                 merge_logprobs=body.merges_logprobs,
+                flight=self._policy.begin(self._loop.time(), decision, tokens),
             )
             try:
                 attempt.start(method, request.target, header_block, injected)
@@ -161,11 +169,14 @@ class PdProxy:
         record.status = head.status
         response.send(head.status, body, forwardable_response_headers(head.headers))
 
-    @staticmethod
-    def _unservable(decision: Decision, last: Failure | None) -> HttpError:
+    def _unservable(self, decision: Decision, last: Failure | None) -> HttpError:
         message = decision.reason[0].upper() + decision.reason[1:] + "."
         if last is not None:
             message += f" Before that: {last.message}."
+        if decision.retry_after_s:
+            self._metrics.shed.add((decision.reason_class,))
+            after = b"%d" % ceil(decision.retry_after_s)
+            return HttpError(429, message, code=decision.reason_class, headers=((b"retry-after", after),))
         return HttpError(503, message, code=decision.reason_class, headers=((b"retry-after", b"1"),))
 
     @staticmethod
@@ -173,7 +184,7 @@ class PdProxy:
         assert decision.prefill is not None
         assert decision.decode is not None
         assert decision.route is not None
-        return [
+        headers = [
             (b"x-request-id", safe_header_value(record.request_id)),
             (b"x-prfaas-route", decision.route.encode()),
             (b"x-prfaas-reason", safe_header_value(decision.reason)),
@@ -183,6 +194,10 @@ class PdProxy:
             (b"x-prfaas-input-tokens", b"%d" % tokens.total),
             (b"x-prfaas-uncached-tokens", b"%d" % decision.uncached_tokens),
         ]
+        if decision.figures is not None:
+            expected_s = decision.figures.prfaas_ttft_s if decision.route == "prfaas" else decision.figures.local_ttft_s
+            headers.append((b"x-prfaas-expected-ttft-ms", b"%.1f" % (expected_s * 1e3)))
+        return headers
 
     def _account(self, record: AccessRecord, response: Response) -> None:
         """Metrics and the log line of a request that has ended."""
@@ -192,6 +207,10 @@ class PdProxy:
         if record.first_byte_s is not None:
             metrics.ttft.observe((route,), record.first_byte_s - record.start_s)
             metrics.input_tokens.observe((route,), record.input_tokens)
+        if record.recent is not None:
+            record.recent.status = record.status
+            if record.first_byte_s is not None:
+                record.recent.ttft_s = record.first_byte_s - record.start_s
         record.bytes_out = response.bytes_written
         metrics.relayed_bytes.add((route,), record.bytes_out)
         self._log.write(record, self._loop.time(), time.time())

@@ -13,6 +13,7 @@ from msgspec import Struct
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerRole
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.http import Client, Upstream
+from sglang_prfaas.scheduler.prefill_queue import PrefillQueue
 from sglang_prfaas.scheduler.types import Observation, ServerView, SiteView
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ class Target(ServerView, kw_only=True, eq=False):
     healthy: bool = False  # by our own checks
     failures: int = 0  # failed checks in a row
     error: str = "not checked yet"
+    queue: PrefillQueue = msgspec.field(default_factory=PrefillQueue)  # what live routing has sent it
+    foreign_wait_s: float = 0.0  # part of wait_s that reports say and we did not send
     probe_now: Any = msgspec.field(default_factory=asyncio.Event)
 
     def update_alive(self) -> None:

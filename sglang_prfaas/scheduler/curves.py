@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from msgspec import Struct
@@ -14,6 +15,16 @@ from sglang_prfaas.errors import ConfigError
 Interpolation = Literal["linear", "quadratic"]
 Floats = NDArray[np.float64]
 _TINY = float(np.finfo(float).tiny)
+
+
+class TimeCurve(Protocol):
+    """Seconds over tokens: a profile's curve, or one that is corrected."""
+
+    def at(self, x: float) -> float:
+        """y at one x."""
+
+    def over(self, x: Floats) -> Floats:
+        """y at every x; [N] -> [N]."""
 
 
 class Curve(Struct, frozen=True, dict=True):
@@ -50,7 +61,11 @@ class Curve(Struct, frozen=True, dict=True):
         if self.interpolation == "quadratic":
             a, b, c = self.coefficients
             return max(a + x * (b + c * x), _TINY)
-        return float(self.over(np.array([x], dtype=np.float64))[0])
+        xs, ys = self.x, self.y
+        if len(xs) == 1:
+            return max(ys[0], _TINY)
+        left = min(max(bisect_right(xs, x) - 1, 0), len(xs) - 2)
+        return max(ys[left] + (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left]) * (x - xs[left]), _TINY)
 
     def over(self, x: Floats) -> Floats:
         """y at every x; [N] -> [N]."""

@@ -1,50 +1,72 @@
 """The per-request decision: uncached length against the threshold t, then the least loaded server of each role.
 
-PrfaaS section 3.4.3, with a fixed t. A pure function: it reads the observation and changes nothing.
+PrfaaS section 3.4.3. A pure function: it reads the observation and changes nothing. Where t comes from, fixed or
+live, is not its business.
 """
 
 from __future__ import annotations
 
 from sglang_prfaas.core.request import RequestView, Route, ServerKey
-from sglang_prfaas.scheduler.types import Decision, Observation, ReasonClass, ServerRole, ServerView, SiteView
+from sglang_prfaas.scheduler.types import (
+    FULL,
+    Decision,
+    Observation,
+    Preference,
+    ReasonClass,
+    ServerRole,
+    ServerView,
+    SiteView,
+)
 
 
-def uncached_length(observation: Observation, request: RequestView) -> int:
+def site_prefix(site: SiteView) -> int:
+    """Tokens of the request's prefix that the site can use, if the request goes to the right server."""
+    return max(site.cached_tokens, max(site.affinity.values())) if site.affinity else site.cached_tokens
+
+
+def uncached_length(observation: Observation, request: RequestView, home: str = "") -> int:
     """Tokens left to prefill (PrfaaS section 3.4.3).
 
     Scarce bandwidth: l_total - l_pd, caches judged apart. Ample: l_total - max(l_prfaas, l_pd), the longer prefix is
-    fetched across.
+    fetched across. `home`: the PD site that l_pd is of; by default whichever holds most.
     """
     l_prfaas = l_pd = 0
     for site in observation.sites:
-        if site.role == "pd":
-            l_pd = max(l_pd, site.cached_tokens)
-        else:
-            l_prfaas = max(l_prfaas, site.cached_tokens)
+        if site.role != "pd":
+            l_prfaas = max(l_prfaas, site_prefix(site))
+        elif not home or site.name == home:
+            l_pd = max(l_pd, site_prefix(site))
     l_prefix = l_pd if observation.bandwidth_scarce else max(l_prfaas, l_pd)
     return max(0, request.l_total - l_prefix)
 
 
-def decide(observation: Observation, request: RequestView) -> Decision:
+def decide(
+    observation: Observation, request: RequestView, *, home: str = "", prefer: Preference | None = None
+) -> Decision:
     """Choose route and servers for one request.
 
-    Uncached length above t goes to a PrfaaS site, the rest to a PD site's prefill; each falls back on the other where
-    it has no server alive, or only ones that failed for this request. A forced route falls back on nothing.
+    Uncached length above t goes to a PrfaaS site, the rest to a PD site's prefill, unless `prefer` says otherwise; each
+    falls back on the other where it has no server alive, or only ones that failed for this request. A forced route
+    falls back on nothing. `home`: the PD site that is to decode, as long as it can.
     """
     t = observation.t_tokens
     avoid = request.avoid
-    uncached = uncached_length(observation, request)
+    uncached = uncached_length(observation, request, home)
     about = "" if request.exact else "about "
     pd = [site for site in observation.sites if site.role == "pd"]
 
-    fresh, any_decode = _least_loaded(pd, "decode", avoid)
+    fresh, any_decode = _least_loaded([site for site in pd if site.name == home] if home else pd, "decode", avoid)
+    if fresh is None and home:
+        fresh, any_decode = _least_loaded(pd, "decode", avoid)
     decode = fresh or any_decode
     if decode is None:
         reason = "no decode server of the PD site is alive"
         return Decision(None, None, None, reason, "no_decode", t, uncached)
+    if (busy := _busy(observation, decode)) and not avoid:
+        return Decision(None, None, decode, busy, "busy_decode", t, uncached, retry_after_s=1.0)
 
     is_long = uncached > t
-    wanted: Route = request.forced or ("prfaas" if is_long else "local")
+    wanted: Route = request.forced or (prefer.route if prefer else "prfaas" if is_long else "local")
     fallback: Route = "local" if wanted == "prfaas" else "prfaas"
     comparison = f"uncached {about}{uncached} {'>' if is_long else '<='} t {t}"
     place = "PrfaaS" if wanted == "prfaas" else "local"
@@ -57,6 +79,8 @@ def decide(observation: Observation, request: RequestView) -> Decision:
         return Decision(wanted, chosen, decode, f"forced by header; {comparison}", "forced", t, uncached)
 
     usual: ReasonClass = "long" if is_long else "short"
+    if prefer is not None:
+        usual, comparison = prefer.reason_class, f"{comparison}, but {prefer.why}"
     if prefill is not None:
         return Decision(wanted, prefill, decode, comparison, usual, t, uncached)
     missing: ReasonClass = "no_prfaas" if wanted == "prfaas" else "no_local"
@@ -75,6 +99,16 @@ def decide(observation: Observation, request: RequestView) -> Decision:
 Pair = tuple[ServerView | None, ServerView | None]
 
 
+def _busy(observation: Observation, decode: ServerView) -> str:
+    """Why the least loaded decode server, and so every one, must get no request; empty if it may."""
+    if decode.extra_load >= FULL:
+        return "the KV of every decode server is full"
+    most = observation.max_decode_requests
+    if most and decode.inflight_requests + decode.extra_load >= most:
+        return f"every decode server has {most} requests, which is policy.max_decode_requests"
+    return ""
+
+
 def _prefill(observation: Observation, route: Route, decode: ServerView, avoid: frozenset[ServerKey]) -> Pair:
     """The least loaded prefill server of a route. With several PD sites, local means the datacenter that decodes."""
     if route == "prfaas":
@@ -87,13 +121,15 @@ def _prefill(observation: Observation, route: Route, decode: ServerView, avoid: 
 def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[ServerKey]) -> Pair:
     """The least loaded server that is alive: among those not to avoid, and among all.
 
-    Prefill is loaded by the time and then the tokens that it has in work, decode by its requests. One pass and few
-    attributes for each server: this runs for every request, over all servers.
+    Prefill is loaded by the time and then the tokens that it has in work, decode by its requests; what a site costs
+    beyond the queue, and a prefix that a server holds, count as time. One pass and few attributes for each server: this
+    runs for every request, over all servers.
     """
     best: ServerView | None = None
     load = second = float("inf")
     skipped: list[ServerView] = []
     for site in sites:
+        cost_s, affinity, per_token_s = site.cost_s, site.affinity, site.s_per_token
         for server in site.servers:
             if not server.alive or server.role != role:
                 continue
@@ -101,12 +137,16 @@ def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[Serv
                 skipped.append(server)
                 continue
             if role == "prefill":
-                own = server.wait_s
+                own = server.wait_s + cost_s
+                own_second = server.inflight_tokens
+                if affinity and server.name in affinity:
+                    held = max(0, affinity[server.name] - site.cached_tokens)
+                    own -= per_token_s * held
+                    own_second -= held
                 if own > load:
                     continue
-                own_second = server.inflight_tokens
             else:
-                own = server.inflight_requests
+                own = server.inflight_requests + server.extra_load
                 if own > load:
                     continue
                 own_second = 0

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.core.units import gbps_to_bytes_per_s
-from sglang_prfaas.scheduler.profiles import PrefillProfile
+from sglang_prfaas.scheduler.curves import TimeCurve
 
 Floats = NDArray[np.float64]
 NOTHING_OFFLOADED = 1 << 40
@@ -88,8 +88,8 @@ class ThresholdController:
     def __init__(
         self,
         *,
-        local: PrefillProfile,
-        prfaas: PrefillProfile,
+        local: TimeCurve,
+        prfaas: TimeCurve,
         kv: KvLayout,
         start_t_tokens: int,
         window: int = 1000,
@@ -99,10 +99,11 @@ class ThresholdController:
         local_weight: float = 3.0,
         damping_per_s: float = 3.0,
     ) -> None:
-        """`window`: requests in the sample. `hysteresis`: relative change of t below which it stays as it is.
-        `local_weight`, `damping_per_s`: w and d; the defaults were chosen on the scenarios of docs/reproduction.md.
+        """`local`, `prfaas`: T_prefill on either path. `window`: requests in the sample. `hysteresis`: relative change
+        of t below which it stays as it is. `local_weight`, `damping_per_s`: w and d; the defaults were chosen on the
+        scenarios of docs/reproduction.md.
         """
-        self._local, self._prfaas, self._kv = local.time_s, prfaas.time_s, kv
+        self._local, self._prfaas, self._kv = local, prfaas, kv
         self._sample: deque[tuple[float, float, float]] = deque(maxlen=window)
         self._solve_interval_s, self._hysteresis, self._min_sample = solve_interval_s, hysteresis, min_sample
         self._local_weight, self._damping_per_s = local_weight, damping_per_s

@@ -63,6 +63,19 @@ def with_queue_and_transfer(
     )
 
 
+def exposed_transfer_s(
+    *, total_bytes: float, state_bytes: float, prefill_s: float, bytes_per_s: float, rtt_s: float = 0.0
+) -> float:
+    """What is left to send of one request when its prefill ends, in seconds: layer-wise sending overlaps the rest.
+
+    The recurrent state is ready only then. Infinite without a link.
+    """
+    if bytes_per_s <= 0:
+        return float("inf")
+    late_s = max(0.0, (total_bytes - state_bytes) / bytes_per_s - prefill_s)
+    return late_s + state_bytes / bytes_per_s + rtt_s / 2
+
+
 def _split(fleet: Fleet, workload: Workload, t_tokens: float) -> tuple[Floats, NDArray[np.bool_]]:
     lengths = nodes(workload.lengths)
     return lengths, (lengths > t_tokens) & (fleet.n_prfaas > 0)

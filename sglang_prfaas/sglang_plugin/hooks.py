@@ -58,7 +58,7 @@ def problems_with(hooks: tuple[Hook, ...] = HOOKS) -> list[str]:
         except (ImportError, AttributeError) as error:
             found.append(f"{hook.target} is missing ({error}); it {hook.reason}")
             continue
-        if hook.kind in ("around", "before"):
+        if hook.kind in ("around", "before", "override"):
             names = tuple(inspect.signature(inspect.unwrap(target)).parameters)
             if names != hook.parameters:
                 found.append(f"{hook.target} takes ({', '.join(names)}), expected ({', '.join(hook.parameters)})")

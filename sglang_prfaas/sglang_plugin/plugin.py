@@ -1,7 +1,8 @@
 """Entry point `sglang.srt.plugins`, name `prfaas`: run by SGLang in every process, before arguments are parsed.
 
-Installing the package is all it takes for `--disaggregation-transfer-backend prfaas` to work. With another backend
-nothing changes, whatever happens here; a server that asks for prfaas and cannot have all of it does not start.
+Installing the package is all it takes for `--disaggregation-transfer-backend prfaas` and `--linear-attn-prefill-backend
+prfaas` to work. With other backends nothing changes, whatever happens here; a server that asks for prfaas and cannot
+have all of it does not start.
 """
 
 from __future__ import annotations
@@ -9,28 +10,53 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.sglang_plugin import hooks
+from sglang_prfaas.sglang_plugin.linear_attention import hooks as linear_attention
 
 ALLOW_UNTESTED = "PRFAAS_ALLOW_UNTESTED_SGLANG"
 """Set to 1 to run with an SGLang version this release was not tested with."""
 
-ASKED_FOR = "PRFAAS_ASKED_FOR"
-"""Set for child processes by the server's first process, whose command line tells that it wants the backend."""
+
+class Feature(NamedTuple):
+    """What the value `prfaas` of a flag asks for.
+
+    asked_for: environment variable set for child processes by the server's first process, whose command line tells.
+    """
+
+    name: str
+    flag: str
+    asked_for: str
+    install: Callable[[], None]
+
+
+FEATURES = (
+    Feature("the transfer backend", "--disaggregation-transfer-backend", "PRFAAS_ASKED_FOR", hooks.install),
+    Feature(
+        "the linear attention prefill", linear_attention.FLAG, "PRFAAS_ASKED_FOR_PREFILL", linear_attention.install
+    ),
+)
 
 
 def register() -> None:
-    """Install the backend. Ends the process with a message where it was asked for and cannot be had."""
-    asked_for = _asked_for(sys.argv) or os.environ.get(ASKED_FOR) == "1"
+    """Install every feature. Ends the process with a message where one was asked for and cannot be had."""
+    for feature in FEATURES:
+        _register(feature)
+
+
+def _register(feature: Feature) -> None:
+    asked_for = _asked_for(feature.flag, sys.argv) or os.environ.get(feature.asked_for) == "1"
     if asked_for:
-        os.environ[ASKED_FOR] = "1"
+        os.environ[feature.asked_for] = "1"
     try:
         _check_version()
-        hooks.install()
+        feature.install()
     except Exception as error:
         message = (
-            "sglang_prfaas: the transfer backend prfaas is not available in this process:\n"
+            f"sglang_prfaas: {feature.name} prfaas is not available in this process:\n"
             + "".join(f"  - {line}\n" for line in str(error).splitlines() or [repr(error)])
             + f"Install the SGLang version it is tested with: pip install sglang=={hooks.TESTED_SGLANG[-1]}"
         )
@@ -40,9 +66,8 @@ def register() -> None:
             raise SystemExit(3) from error
 
 
-def _asked_for(argv: list[str]) -> bool:
-    """Whether a server's command line names the backend, in either spelling of a flag's value."""
-    flag = "--disaggregation-transfer-backend"
+def _asked_for(flag: str, argv: list[str]) -> bool:
+    """Whether a server's command line gives a flag the value prfaas, in either spelling."""
     return f"{flag}={hooks.BACKEND}" in argv or (flag, hooks.BACKEND) in itertools.pairwise(argv)
 
 

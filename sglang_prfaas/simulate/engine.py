@@ -110,14 +110,10 @@ class Simulation:
         usable = dict.fromkeys(cached, max(cached.values())) if fetch else cached
         request = RequestView(l_total=total, avoid=avoid)
         job.uncached_tokens = uncached_length(world.observation, request)
-        local_tokens, prfaas_tokens = total - usable[PD], total - usable[PRFAAS]
-        if not job.retries:
-            self._policy.observe(world.now_s, local_tokens, prfaas_tokens)
-            if self.role_changes is not None:
-                self.role_changes.observe(local_tokens, job.arrival.output_tokens)
-        world.observation.t_tokens = self._policy.t_tokens(self._state(), local_tokens, prfaas_tokens)
+        if self.role_changes is not None and not job.retries:
+            self.role_changes.observe(total - usable[PD], job.arrival.output_tokens)
         self._refresh_waits()
-        decision = decide(world.observation, request)
+        decision = self._policy.decide(self._state(), world.observation, request)
         if decision.prefill is None or decision.decode is None:
             job.failed = True
             self._done += 1
@@ -245,6 +241,7 @@ class Simulation:
         if epoch != server.epoch:
             return
         job = server.finish(self.world.now_s)
+        self._policy.learn(self.world.now_s, job.route, job.compute_tokens, job.work_s)
         self.world.caches[job.route].insert(job.arrival)
         if job.route == PD:
             self._kv_complete(job)

@@ -1,24 +1,28 @@
-"""Policies to compare. Each gives the threshold; `scheduler.decide` makes every decision with it."""
+"""Policies to compare: one threshold for good, and the production policy."""
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Protocol
 
-from sglang_prfaas.scheduler.threshold import NOTHING_OFFLOADED, LiveState, ThresholdController
+from sglang_prfaas.core.request import RequestView
+from sglang_prfaas.scheduler import Decision, Observation, decide
+from sglang_prfaas.scheduler.live import LivePolicy, Moment, SiteLoad
+from sglang_prfaas.scheduler.threshold import NOTHING_OFFLOADED, LiveState
 
 
 class Policy(Protocol):
-    """The source of t."""
+    """Decides, and hears what prefills took."""
 
     @property
     def live(self) -> bool:
-        """Whether `t_tokens` looks at the state."""
+        """Whether `decide` looks at the state."""
 
-    def observe(self, now_s: float, local_tokens: int, prfaas_tokens: int) -> None:
-        """A request came in."""
+    def decide(self, state: LiveState, observation: Observation, request: RequestView) -> Decision:
+        """Route one request."""
 
-    def t_tokens(self, state: LiveState, local_tokens: int, prfaas_tokens: int) -> int:
-        """The threshold for the next decision."""
+    def learn(self, now_s: float, site: str, tokens: int, measured_s: float) -> None:
+        """A prefill of `tokens` took `measured_s` of a server of `site`."""
 
 
 class StaticThreshold:
@@ -29,11 +33,12 @@ class StaticThreshold:
     def __init__(self, t_tokens: int) -> None:
         self._t_tokens = t_tokens
 
-    def observe(self, now_s: float, local_tokens: int, prfaas_tokens: int) -> None:
-        """Nothing to learn."""
+    def decide(self, state: LiveState, observation: Observation, request: RequestView) -> Decision:
+        observation.t_tokens = self._t_tokens
+        return decide(observation, request)
 
-    def t_tokens(self, state: LiveState, local_tokens: int, prfaas_tokens: int) -> int:
-        return self._t_tokens
+    def learn(self, now_s: float, site: str, tokens: int, measured_s: float) -> None:
+        """Nothing to learn."""
 
 
 def homogeneous() -> StaticThreshold:
@@ -47,15 +52,20 @@ def naive() -> StaticThreshold:
 
 
 class LiveThreshold:
-    """Ours: the production controller."""
+    """Ours: the router's own object."""
 
     live = True
 
-    def __init__(self, controller: ThresholdController) -> None:
-        self._controller = controller
+    def __init__(self, policy: LivePolicy) -> None:
+        self._policy = policy
 
-    def observe(self, now_s: float, local_tokens: int, prfaas_tokens: int) -> None:
-        self._controller.observe(now_s, local_tokens, prfaas_tokens)
+    def decide(self, state: LiveState, observation: Observation, request: RequestView) -> Decision:
+        loads = {}
+        for site in observation.sites:
+            path = state.local if site.role == "pd" else state.prfaas
+            loads[site.name] = SiteLoad(ceil(path.servers), path.wait_s, 0.0)
+        states = {site.name: state for site in observation.sites if site.role == "pd"}
+        return self._policy.decide(Moment(state.now_s, loads, states), observation, request)
 
-    def t_tokens(self, state: LiveState, local_tokens: int, prfaas_tokens: int) -> int:
-        return self._controller.choose(state, local_tokens, prfaas_tokens).t_tokens
+    def learn(self, now_s: float, site: str, tokens: int, measured_s: float) -> None:
+        self._policy.learn(now_s, site, tokens, measured_s)

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from sglang_prfaas.config.schema import RolesConfig
+from sglang_prfaas.config.schema import PolicyConfig, RolesConfig
 from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.scheduler.live import LivePolicy
 from sglang_prfaas.scheduler.long_term import RolePolicy
 from sglang_prfaas.scheduler.role_capacity import SolvedCapacity
 from sglang_prfaas.scheduler.solver import solve, solve_shared
-from sglang_prfaas.scheduler.threshold import ThresholdController
 from sglang_prfaas.scheduler.throughput import Fleet, Workload
 from sglang_prfaas.scheduler.ttft import prefill_only
 from sglang_prfaas.simulate.cluster import Cluster, Fault, RoleChangeCost
@@ -22,6 +22,7 @@ from sglang_prfaas.simulate.engine import Simulation
 from sglang_prfaas.simulate.policies import LiveThreshold, Policy, StaticThreshold, homogeneous, naive
 from sglang_prfaas.simulate.result import Result
 from sglang_prfaas.simulate.workload import Arrival, poisson
+from sglang_prfaas.simulate.world import PD, PRFAAS
 
 OURS = ("live", "shared")
 POLICIES = ("homogeneous", "naive", "static", *OURS)
@@ -102,10 +103,14 @@ def policy_of(scenario: Scenario, name: str) -> Policy:
     fleet = scenario.fleet
     if fleet.prfaas_prefill is None:
         raise ConfigError(f"policy {name} needs a PrfaaS site")
-    controller = ThresholdController(
-        local=fleet.pd_prefill, prfaas=fleet.prfaas_prefill, kv=fleet.kv, start_t_tokens=scenario.t_tokens
+    return LiveThreshold(
+        LivePolicy(
+            kv=fleet.kv,
+            local={PD: fleet.pd_prefill},
+            prfaas={PRFAAS: fleet.prfaas_prefill},
+            settings=PolicyConfig(threshold_tokens=scenario.t_tokens),
+        )
     )
-    return LiveThreshold(controller)
 
 
 def run_policy(

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from sglang_prfaas.config.schema import (
+    LinkConfig,
     PolicyConfig,
     RouterConfig,
     RouterLimits,
@@ -23,9 +24,11 @@ from sglang_prfaas.config.schema import (
     TargetConfig,
 )
 from sglang_prfaas.http import Client, ClientLimits, FetchedResponse, Framing, HttpServer, Request, Response
+from sglang_prfaas.monitor.load_source import LoadSource
 from sglang_prfaas.router.access_log import AccessLog
 from sglang_prfaas.router.app import Router
 from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.prefixes import PrefixLookup
 from sglang_prfaas.router.tokens import TokenCount, TokenCounter
 
 DEADLINE_S = 30.0
@@ -112,14 +115,15 @@ class FakeServer:
         if request.path not in ("/v1/chat/completions", "/v1/completions", "/generate"):
             response.send(200, b"passed " + request.target, ((b"content-type", b"text/plain"),))
             return
-        self.bodies.append(json.loads(request.body))
+        body = json.loads(request.body)
+        self.bodies.append(body)
         self.started.set()
         try:
             if self.behave is not None and await self.behave(request, response):
                 return
             if self.gate is not None:
                 await self.gate.wait()
-            await (self.prefill if self.role == "prefill" else self.decode)(self.bodies[-1], response)
+            await (self.prefill if self.role == "prefill" else self.decode)(body, response)
         except asyncio.CancelledError:
             self.aborted += 1
             raise
@@ -205,8 +209,14 @@ async def cluster(
     threshold_tokens: int = 10,
     allow_admin: bool = False,
     counter: TokenCounter | None = None,
+    policy: PolicyConfig | None = None,
+    hardware: dict[str, str] | None = None,
+    links: dict[str, list[LinkConfig]] | None = None,
+    loads: LoadSource | None = None,
+    prefixes: PrefixLookup | None = None,
 ) -> AsyncIterator[Cluster]:
     """Everything up and healthy; closed at the end. t is 10 words."""
+    hardware, links = hardware or {}, links or {}
     it = Cluster()
     sites = []
     named: tuple[tuple[str, SiteRole, tuple[str, ...]], ...] = (
@@ -222,15 +232,23 @@ async def cluster(
             bootstrap = 9000 + len(it.servers) if kind == "prefill" else 0
             targets.append(TargetConfig(name=name, role=kind, url=server.url, bootstrap_port=bootstrap))
         if targets:
-            sites.append(RouterSite(name=site, role=role, servers=targets))
+            sites.append(
+                RouterSite(
+                    name=site,
+                    role=role,
+                    servers=targets,
+                    hardware=hardware.get(site, ""),
+                    links=links.get(site, []),
+                )
+            )
     config = RouterConfig(
         router=RouterSection(model="/models/tiny", served_model_name=MODEL, allow_admin=allow_admin),
         sites=sites,
-        policy=PolicyConfig(threshold_tokens=threshold_tokens),
+        policy=policy or PolicyConfig(threshold_tokens=threshold_tokens),
         limits=limits or RouterLimits(health_interval_s=0.05, drain_timeout_s=1.0),
     )
     with open("/dev/null", "w") as sink:
-        it.router = Router(config, counter or WordCounter(), AccessLog(sink))
+        it.router = Router(config, counter or WordCounter(), AccessLog(sink), loads=loads, prefixes=prefixes)
         it.router.health.start()
         it.port = await it.router.server.start("127.0.0.1", 0)
         it.client = Client(ClientLimits(first_byte_timeout_s=DEADLINE_S))

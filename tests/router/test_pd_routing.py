@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from sglang_prfaas.config.schema import RouterLimits
 from tests.router.pd_fakes import MODEL, cluster, header, raw_exchange, run, until
 
 
@@ -57,7 +58,7 @@ def test_streams_are_relayed_byte_for_byte() -> None:
 
 def test_keep_alive_serves_many_requests_over_one_connection() -> None:
     async def main() -> None:
-        async with cluster() as c:
+        async with cluster(limits=RouterLimits(health_interval_s=60.0)) as c:  # no check takes a connection
             for i in range(20):
                 answer = await c.request(body={"prompt": "a", "stream": i % 2 == 0})
                 assert answer.status == 200

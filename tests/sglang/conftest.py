@@ -10,6 +10,7 @@ import pytest
 
 from sglang_prfaas.launch.local_deployment import Choices, LocalCluster, run_deployment, write_deployment
 
+from . import prefill_by_prfaas
 from .driving import Driver
 
 RUNNING: list[LocalCluster] = []
@@ -19,8 +20,10 @@ RUNNING: list[LocalCluster] = []
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """Kimi Linear (KDA + MLA): a prefill server in the PrfaaS site, a prefill and a decode server in the PD site, a
     router, and a single server to compare with. Prefill chunks of 512 tokens; more than 512 uncached tokens go out.
-    KVCache moves with keys here, without in the clusters of families."""
-    deployment = write_deployment(tmp_path_factory.mktemp("kimi-linear"), Choices(chunk_tokens=512, keys=True))
+    KVCache moves with keys here, without in the clusters of families. KDA's prefill runs on prfaas_kernels in the two
+    prefill servers, on the CPU platform's stand-in for SGLang's kernel in the others."""
+    choices = Choices(chunk_tokens=512, keys=True, prefill_args=prefill_by_prfaas.BACKEND)
+    deployment = write_deployment(tmp_path_factory.mktemp("kimi-linear"), choices)
     with run_deployment(deployment) as running:
         RUNNING.append(running)
         yield Driver(running)

@@ -162,15 +162,16 @@ class Driver:
 
     def log_size(self, name: str) -> int:
         """Length of a server's log now, in bytes."""
-        return self._log(name).stat().st_size
+        return self.log(name).stat().st_size
 
     def prefill_batches_since(self, name: str, offset: int) -> int:
         """Prefill chunks a server has begun since its log was `offset` bytes long."""
-        with self._log(name).open("rb") as file:
+        with self.log(name).open("rb") as file:
             file.seek(offset)
             return sum(b"Prefill batch" in line and b"#new-token: 0" not in line for line in file)
 
-    def _log(self, name: str) -> Any:
+    def log(self, name: str) -> Any:
+        """The path of a server's log."""
         return self.cluster.sites[PRFAAS if name == REMOTE else PD].log(name)
 
 

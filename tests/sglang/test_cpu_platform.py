@@ -72,7 +72,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _server(model: Path, log: Path, *extra: str) -> Iterator[str]:
+def running_server(model: Path, log: Path, *extra: str) -> Iterator[str]:
     """A server of ``FAMILY`` on loopback; its address once it is ready, its log in the failure if it is not."""
     port = _free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1"]
@@ -139,7 +139,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_answers_depend_on_the_prefix_and_not_on_chunks_or_server(model: Path, tmp_path: Path) -> None:
     lengths = (1, 15, 65, 700, 4000)
-    with _server(model, tmp_path / "whole.log") as address:
+    with running_server(model, tmp_path / "whole.log") as address:
         whole = {length: _generate(address, _prompt(length, length), 16) for length in lengths}
         changed = _prompt(1700, 1)
         before = _generate(address, changed, 8)
@@ -153,7 +153,7 @@ def test_answers_depend_on_the_prefix_and_not_on_chunks_or_server(model: Path, t
     assert longer[0] == before[0][4:]
     assert longer[2] >= 1600, "an extended prompt must hit the radix cache, recurrent state included"
 
-    with _server(model, tmp_path / "chunked.log", "--chunked-prefill-size", "512") as address:
+    with running_server(model, tmp_path / "chunked.log", "--chunked-prefill-size", "512") as address:
         for length in lengths:
             tokens, logprobs, _ = _generate(address, _prompt(length, length), 16)
             assert tokens == whole[length][0]

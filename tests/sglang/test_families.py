@@ -6,6 +6,7 @@ import pytest
 
 from sglang_prfaas.launch.local_deployment import Choices
 
+from . import prefill_by_prfaas
 from .driving import Driver, words
 
 pytestmark = pytest.mark.sglang
@@ -13,10 +14,11 @@ pytestmark = pytest.mark.sglang
 RADIX = ("--disaggregation-decode-enable-radix-cache",)
 FAMILIES = [
     Choices(family="qwen3", chunk_tokens=512, decode_args=RADIX),
-    Choices(family="qwen3-next", chunk_tokens=512, decode_args=RADIX),
+    Choices(family="qwen3-next", chunk_tokens=512, decode_args=RADIX, prefill_args=prefill_by_prfaas.BACKEND),
     Choices(family="swa", chunk_tokens=512),
-    Choices(family="ring", chunk_tokens=512),
+    Choices(family="ring", chunk_tokens=512, prefill_args=prefill_by_prfaas.BACKEND),
 ]
+LINEAR_ATTENTION = {"qwen3-next": "gdn", "ring": "lightning"}
 
 
 @pytest.mark.parametrize("family_cluster", FAMILIES, indirect=True, ids=lambda choices: choices.family)
@@ -27,8 +29,11 @@ def test_family(family_cluster: Driver) -> None:
         answer = cluster.ask(prompt)
         cluster.assert_equal(answer, prompt)
         assert answer.routing["route"] == route
-    if cluster.cluster.deployment.choices.decode_args == RADIX:
+    choices = cluster.cluster.deployment.choices
+    if choices.decode_args == RADIX:
         _only_the_suffix_is_sent(cluster)
+    if choices.prefill_args == prefill_by_prfaas.BACKEND:
+        prefill_by_prfaas.check(cluster, LINEAR_ATTENTION[choices.family])
 
 
 def _only_the_suffix_is_sent(cluster: Driver) -> None:

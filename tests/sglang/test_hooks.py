@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from sglang_prfaas.sglang_plugin.hooks import HOOKS
+from sglang_prfaas.sglang_plugin.linear_attention import hooks as linear_attention
 from sglang_prfaas.tiny_models import cpu_server_env
 
 pytestmark = pytest.mark.sglang
@@ -49,8 +50,9 @@ def test_every_entry_fits_the_installed_sglang() -> None:
 
 
 def test_every_entry_has_a_reason_and_is_checked() -> None:
-    assert all(hook.reason and hook.target.startswith("sglang.srt.") for hook in HOOKS)
-    assert len({hook.target for hook in HOOKS}) == len(HOOKS)
+    hooks = (*HOOKS, *linear_attention.ENTRY, *linear_attention.KERNELS)
+    assert all(hook.reason and hook.target.startswith("sglang.srt.") for hook in hooks)
+    assert len({hook.target for hook in hooks}) == len(hooks)
 
 
 CHANGED = """
@@ -93,6 +95,32 @@ def test_a_server_with_another_backend_is_left_alone() -> None:
     result = _python(BROKEN, "--disaggregation-transfer-backend", "mooncake")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "went on" in result.stdout
+
+
+NO_PREFILL_FLAG = """
+import sys
+from sglang_prfaas.sglang_plugin.linear_attention import hooks
+hooks.ENTRY += (hooks.Hook("sglang.srt.no_such_module.thing", "around", (), "is made up"),)
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.choices import LINEAR_ATTN_KERNEL_BACKEND_CHOICES as choices
+from sglang.srt.disaggregation.utils import TransferBackend
+print("went on", "prfaas" in choices, TransferBackend("prfaas").value)
+"""
+
+
+def test_a_server_that_asks_for_prefill_by_prfaas_refuses_to_start() -> None:
+    result = _python(NO_PREFILL_FLAG, "--linear-attn-prefill-backend=prfaas")
+    assert result.returncode == 3
+    assert "the linear attention prefill prfaas is not available in this process" in result.stderr
+    assert "sglang.srt.no_such_module.thing is missing" in result.stderr
+    assert "went on" not in result.stdout
+
+
+def test_without_prefill_by_prfaas_the_transfer_backend_stays() -> None:
+    result = _python(NO_PREFILL_FLAG, "--disaggregation-transfer-backend", "prfaas")
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "went on False prfaas" in result.stdout
 
 
 OTHER_VERSION = """

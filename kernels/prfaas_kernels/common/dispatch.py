@@ -31,7 +31,7 @@ def _log(operator: str, choice: Choice) -> None:
     logger.info("%s runs on %s: %s", operator, choice.backend, choice.reason)
 
 
-def _obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why Triton's kernels can't take these inputs (``[.., T, H, width]``), or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -39,6 +39,8 @@ def _obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
         return "the tensors are on the CPU"
     if q.device.type not in ("cpu", "cuda"):
         return f"device {q.device.type} is not supported"
+    if q.device.type == "cuda" and torch.version.hip is not None:
+        return "ROCm is not supported"
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < OLDEST_CAPABILITY:
         return f"compute capability is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
     if v.dtype not in DTYPES:
@@ -56,11 +58,11 @@ def choose(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bac
     """Triton where it can, else torch. Raises ValueError where ``backend`` is "triton" and it can't."""
     if backend == "torch":
         return Choice("torch", "asked for")
-    obstacle = _obstacle(q, k, v)
-    if obstacle is not None and backend == "triton":
+    hindrance = obstacle(q, k, v)
+    if hindrance is not None and backend == "triton":
         raise ValueError(
-            f"{operator}: backend 'triton' can't run: {obstacle}; use backend='auto' to fall back to torch"
+            f"{operator}: backend 'triton' can't run: {hindrance}; use backend='auto' to fall back to torch"
         )
-    choice = Choice("triton", "all inputs are supported") if obstacle is None else Choice("torch", obstacle)
+    choice = Choice("triton", "all inputs are supported") if hindrance is None else Choice("torch", hindrance)
     _log(operator, choice)
     return choice

@@ -21,6 +21,8 @@ def chunk_gdn(
     qk_l2norm: bool = True,
     scale: float | None = None,
     store_state: bool = True,
+    track_state: torch.Tensor | None = None,
+    track_chunk_idx: torch.Tensor | None = None,
     return_chunk_states: bool = False,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -44,5 +46,7 @@ def chunk_gdn(
         qk_l2norm=qk_l2norm,
         scale=scale,
         store_state=store_state,
+        track_state=track_state,
+        track_chunk_idx=track_chunk_idx,
         return_chunk_states=return_chunk_states,
     )

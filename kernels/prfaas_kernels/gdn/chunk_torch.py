@@ -46,6 +46,8 @@ def chunk_gdn(
     qk_l2norm: bool = True,
     scale: float | None = None,
     store_state: bool = True,
+    track_state: torch.Tensor | None = None,
+    track_chunk_idx: torch.Tensor | None = None,
     return_chunk_states: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Prefill: SGLang's ``extend`` contract (srt/layers/attention/linear/gdn_backend.py, 0.5.23).
@@ -53,8 +55,10 @@ def chunk_gdn(
     ``q``, ``k`` ``[1, T, Hk, K]``, ``v`` ``[1, T, HV, V]``, ``log_decay`` (<= 0) and ``beta`` (in (0, 1))
     ``[1, T, HV]``.
     ``state_pool`` ``[slots, HV, V, K]`` is read and, if ``store_state``, updated in place at ``cache_indices`` ``[N]``;
-    -1 means start from zeros and store nothing. Returns ``o`` ``[1, T, HV, V]`` in the dtype of ``v`` and, if asked,
-    the states at the start of every 64-token chunk ``[1, chunks, HV, V, K]`` float32. Inputs are not changed.
+    -1 means start from zeros and store nothing. ``track_state`` ``[N, HV, V, K]`` receives, where
+    ``track_chunk_idx[n] >= 0``, the state at the start of that 64-token chunk. Returns ``o`` ``[1, T, HV, V]`` in the
+    dtype of ``v`` and, if asked, the states at the start of every 64-token chunk ``[1, chunks, HV, V, K]`` float32.
+    Inputs are not changed.
     """
     heads, width = v.shape[2], k.shape[3]
     scale = width**-0.5 if scale is None else scale
@@ -67,19 +71,24 @@ def chunk_gdn(
 
     out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     chunk_states: list[torch.Tensor] = []
-    for (begin, end), slot in zip(sequence_bounds(q.shape[1], cu_seqlens), cache_indices.tolist(), strict=True):
+    tracked = [-1] * (cu_seqlens.shape[0] - 1) if track_chunk_idx is None else track_chunk_idx.tolist()
+    keep = return_chunk_states or any(index >= 0 for index in tracked)
+    bounds = sequence_bounds(q.shape[1], cu_seqlens)
+    for n, ((begin, end), slot) in enumerate(zip(bounds, cache_indices.tolist(), strict=True)):
         if begin == end:
             continue
         rows = slice(begin, end)
         terms = _terms(query[rows], key[rows], value[rows], gate[rows], rate[rows], scale)
         state = value.new_zeros(heads, width, v.shape[3]) if slot < 0 else state_pool[slot].float().mT
-        result = scan_chunks(terms, state, keep_starts=return_chunk_states)
+        result = scan_chunks(terms, state, keep_starts=keep)
         out[0, rows] = result.o.flatten(1, 2)[:, : end - begin].transpose(0, 1).to(v.dtype)
         if store_state and slot >= 0:
             state_pool[slot] = result.state.mT.to(state_pool.dtype)
         if result.starts is not None:
             chunk_states.append(result.starts.mT)
-    return out, torch.cat(chunk_states).unsqueeze(0) if chunk_states else None
+            if tracked[n] >= 0 and track_state is not None:
+                track_state[n] = result.starts[tracked[n]].mT.to(track_state.dtype)
+    return out, torch.cat(chunk_states).unsqueeze(0) if return_chunk_states and chunk_states else None
 
 
 def gdn_step(

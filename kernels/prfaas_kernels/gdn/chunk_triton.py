@@ -30,6 +30,8 @@ def chunk_gdn(
     qk_l2norm: bool = True,
     scale: float | None = None,
     store_state: bool = True,
+    track_state: torch.Tensor | None = None,
+    track_chunk_idx: torch.Tensor | None = None,
     return_chunk_states: bool = False,
     settings: Settings | None = None,
     workspace: Workspace | None = None,
@@ -62,6 +64,13 @@ def chunk_gdn(
     starts = None
     if return_chunk_states:
         starts = torch.empty(real_chunks(cu_seqlens), heads, value_width, width, device=v.device)
-    state = StateIo(pool=state_pool, slots=cache_indices, store=store_state, chunk_states=starts)
+    state = StateIo(
+        pool=state_pool,
+        slots=cache_indices,
+        store=store_state,
+        chunk_states=starts,
+        track_state=None if track_chunk_idx is None else track_state,
+        track_index=track_chunk_idx,
+    )
     run_scan(work, v[0], out, state, table, precision, settings)
     return out.unsqueeze(0), None if starts is None or not starts.shape[0] else starts.unsqueeze(0)

@@ -1,4 +1,7 @@
-"""SGLang's linear-attention entry points on top of the torch kernels; same names and parameters as theirs."""
+"""SGLang's linear-attention entry points on top of the torch kernels; same names and parameters as theirs.
+
+Torch also under ``TRITON_INTERPRET=1``: Triton runs where ``--linear-attn-prefill-backend prfaas`` asks for it.
+"""
 
 from __future__ import annotations
 
@@ -127,6 +130,7 @@ def chunk_kda(
         return_chunk_states=output_intermediate_states,
         track_state=track_state,
         track_chunk_idx=track_chunk_idx,
+        backend="torch",
     )
     return (out, states) if output_intermediate_states else out
 
@@ -252,6 +256,7 @@ def chunk_gated_delta_rule(
         scale=scale,
         store_state=inplace_update,
         return_chunk_states=True,
+        backend="torch",
     )
     return out, None, states
 
@@ -328,4 +333,5 @@ def seg_la_fwd(
         scale=softmax_scale,
         track_lens=track_lens,
         track_slots=track_state_indices,
+        backend="torch",
     )

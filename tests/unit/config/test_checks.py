@@ -241,3 +241,36 @@ def test_keys_beyond_this_machine(write: WriteToml) -> None:
 def test_security_settings_that_do_not_fit(write: WriteToml, lines: str, path: str, fatal: bool) -> None:
     finding = only(site_findings(site(write, PD.replace("[agent]", f"[transport]\n{lines}\n\n[agent]"))))
     assert (finding.path, finding.fatal) == (path, fatal)
+
+
+LINKED = ROUTER + '[[sites.links]]\nto_site = "pd"\ncapacity_gbps = 100\n'
+
+
+def live(text: str, policy: str) -> str:
+    return text.replace("threshold_tokens = 2000", policy)
+
+
+def test_a_live_policy_needs_a_profile_and_its_links(write: WriteToml) -> None:
+    assert router_findings(router(write, live(LINKED, 'profile = "paper"'))) == []
+    finding = only(router_findings(router(write, live(LINKED, 'mode = "live"'))))
+    assert finding.path == "policy.mode"
+    assert 'write policy.profile = "FILE"' in finding.text
+    finding = only(router_findings(router(write, live(ROUTER, 'profile = "paper"'))))
+    assert (finding.path, finding.fatal) == ("sites.prfaas.links", True)
+    assert 'to_site = "pd" and capacity_gbps' in finding.text
+    finding = only(router_findings(router(write, live(LINKED, 'profile = "/no/such.toml"'))))
+    assert "no such file" in finding.text
+
+
+def test_what_a_fixed_threshold_does_not_use(write: WriteToml) -> None:
+    finding = only(router_findings(router(write, live(LINKED, 'mode = "fixed"\nprofile = "paper"'))))
+    assert (finding.path, finding.fatal) == ("policy.profile", False)
+    finding = only(router_findings(router(write, live(ROUTER, "slo_ttft_s = 2.0"))))
+    assert (finding.path, finding.fatal) == ("policy.slo_ttft_s", False)
+
+
+def test_links_of_a_router(write: WriteToml) -> None:
+    finding = only(router_findings(router(write, LINKED.replace('to_site = "pd"', 'to_site = "elsewhere"'))))
+    assert "which is no pd site of this router; it has pd" in finding.text
+    twice = LINKED + '[[sites.links]]\nto_site = "pd"\ncapacity_gbps = 10\n'
+    assert "2 links lead to site 'pd'" in only(router_findings(router(write, twice))).text

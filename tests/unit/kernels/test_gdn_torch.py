@@ -64,6 +64,19 @@ def test_ragged_batch_and_chunk_states():
     torch.testing.assert_close(starts[0, [0, 2, 3]], initial[[0, 2, 3]])
 
 
+def test_the_tracked_state_is_that_at_its_chunks_start():
+    lengths = [17, 64, 130]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    x, track = _inputs(sum(lengths)), torch.full((3, HV, V, K), torch.nan)
+    slots = {"cache_indices": torch.tensor([4, -1, 1]), "cu_seqlens": cu}
+    _, starts = chunk_gdn(**x, state_pool=_pool(), **slots, return_chunk_states=True)
+    options = {"track_state": track, "track_chunk_idx": torch.tensor([-1, 0, 2], dtype=torch.int32)}
+    _, none = chunk_gdn(**x, state_pool=_pool(), **slots, **options)
+    assert none is None
+    assert track[0].isnan().all()
+    assert torch.equal(track[1:], starts[0, [1, 4]])
+
+
 def test_split_prefill_and_steps_equal_one_prefill():
     x, whole, parts = _inputs(130), _pool(), _pool()
     want, _ = chunk_gdn(**x, state_pool=whole, cache_indices=torch.tensor([1]), cu_seqlens=torch.tensor([0, 130]))

@@ -39,7 +39,7 @@ def state(
 
 def controller(rate: float = 3.2) -> ThresholdController:
     """Has seen 500 requests of the case study at a rate, the last one at 0 s."""
-    made = ThresholdController(local=LOCAL, prfaas=PRFAAS, kv=KV, start_t_tokens=19_400)
+    made = ThresholdController(local=LOCAL.time_s, prfaas=PRFAAS.time_s, kv=KV, start_t_tokens=19_400)
     lengths = np.random.default_rng(1).permutation(nodes(paper.CASE_STUDY_LENGTHS, 500))
     for index, length in enumerate(lengths):
         made.observe((index - 500) / rate, int(length), int(length))
@@ -64,7 +64,7 @@ def test_at_full_load_t_is_the_balanced_one() -> None:
 
 
 def test_without_load_whatever_is_faster_wins() -> None:
-    made = ThresholdController(local=LOCAL, prfaas=PRFAAS, kv=KV, start_t_tokens=19_400)
+    made = ThresholdController(local=LOCAL.time_s, prfaas=PRFAAS.time_s, kv=KV, start_t_tokens=19_400)
     assert made.choose(state()).t_tokens < 1000, "an H200 is always faster here, but for the transfer of the state"
 
 

@@ -78,13 +78,19 @@ def test_gdn_ragged_batch_states_and_a_pool_left_alone():
     want, want_state = gdn_truth(x, cu, initial)
     out, _ = run_gdn(x, cu, pool, [4, -1, 1, 2], store_state=False)
     assert torch.equal(pool, before)
-    again, starts = run_gdn(x, cu, pool, [4, -1, 1, 2], return_chunk_states=True)
+    track = on_device(torch.zeros(4, HV, V, K))
+    chunks = on_device(torch.tensor([-1, 0, -1, 2], dtype=torch.int32))
+    again, starts = run_gdn(
+        x, cu, pool, [4, -1, 1, 2], return_chunk_states=True, track_state=track, track_chunk_idx=chunks
+    )
     assert torch.equal(out, again)
     assert error(out[0], want) < FULL_LIMIT
     assert all(error(pool[slot], want_state[n]) < FULL_LIMIT for n, slot in ((0, 4), (2, 1), (3, 2)))
     assert torch.equal(pool[[0, 3]], before[[0, 3]])
     assert starts.shape == (1, 1 + 1 + 1 + 3, HV, V, K)
     torch.testing.assert_close(starts[0, [0, 2, 3]], initial[[0, 2, 3]])
+    torch.testing.assert_close(track[[1, 3]], starts[0, [1, 5]])
+    assert not track[[0, 2]].any()
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 130])

@@ -1,0 +1,171 @@
+"""The live policy in the router: what it sees goes into the observation, every decision comes out of `scheduler.live`.
+
+`LiveSource` is what it sees: the router's own accounting of each prefill server, reports where they are fresh, links.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from sglang_prfaas.config.schema import RouterConfig
+from sglang_prfaas.core.request import RequestView
+from sglang_prfaas.monitor.load_source import LoadSource
+from sglang_prfaas.router import policy_report, reported
+from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.metrics import Gauge
+from sglang_prfaas.router.prefixes import PrefixLookup, PrefixWriter
+from sglang_prfaas.router.profile import site_curve
+from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.tokens import TokenCount
+from sglang_prfaas.scheduler import Decision
+from sglang_prfaas.scheduler.live import LivePolicy, Moment
+from sglang_prfaas.scheduler.profiles import ProfileFile
+from sglang_prfaas.scheduler.types import LinkView
+
+_LOOK_S_PER_SERVER = 1e-4
+_FREE_SERVERS = 16
+"""A digest of all servers may be this old for each server beyond these: looking must not cost more than deciding."""
+_QUIET_WAIT_S = 0.1
+"""Links and servers with more waiting than this, that we did not send, teach nothing about prefill."""
+
+
+class LiveSource:
+    """What can be seen of servers and links: own accounting, and reports that are fresh."""
+
+    def __init__(self, config: RouterConfig, registry: Registry, loads: LoadSource, policy: LivePolicy) -> None:
+        self._registry, self._loads, self._policy = registry, loads, policy
+        self._settings = config.policy
+        roles = {site.name: site.role for site in config.sites}
+        self._links = {
+            (site.name, link.to_site): reported.configured_link(link)
+            for site in config.sites
+            for link in site.links
+            if roles.get(link.to_site) == "pd"
+        }
+        self.scarce = True
+        self.servers = 0
+
+    def refresh(self, now_s: float) -> None:
+        """Bring the waits, decode loads and links of the observation to now."""
+        staleness_s = self._settings.staleness_s
+        self.servers = 0
+        for target in self._registry.targets():
+            self.servers += 1
+            load = self._loads.server(target.site, target.name)
+            if load is not None and load.age_s > staleness_s:
+                load = None
+            if target.role == "prefill":
+                target.wait_s = target.queue.wait_s(now_s)
+                if load is not None:
+                    told_s = reported.reported_wait_s(load, partial(self._policy.prefill_s, target.site))
+                    target.foreign_wait_s = max(0.0, told_s - target.wait_s)
+                    target.wait_s += target.foreign_wait_s
+                else:
+                    target.foreign_wait_s = 0.0
+            elif load is not None:
+                target.extra_load = reported.reported_decode_load(
+                    load, target.inflight_requests, self._settings.max_kv_occupancy
+                )
+            else:
+                target.extra_load = 0.0
+        self.scarce = False
+        for pair, configured in self._links.items():
+            link = self._loads.link(*pair)
+            if link is None or link.age_s > staleness_s:
+                self._registry.observation.links[pair] = configured
+            else:
+                self._registry.observation.links[pair] = reported.measured_link(link, configured)
+                self.scarce |= reported.is_scarce(link, self._settings.max_link_utilisation)
+
+
+class LiveRouting:
+    """t follows lengths, queues and links."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        registry: Registry,
+        profile: ProfileFile,
+        loads: LoadSource,
+        prefixes: PrefixLookup,
+    ) -> None:
+        curves = {site.name: site_curve(profile, site.name, site.hardware) for site in config.sites}
+        self.config, self.registry, self.profile = config, registry, profile
+        self.observation = registry.observation
+        self._prefixes = PrefixWriter(registry.observation, prefixes)
+        self.live = LivePolicy(
+            kv=profile.kv,
+            local={site.name: curves[site.name] for site in config.sites if site.role == "pd"},
+            prfaas={site.name: curves[site.name] for site in config.sites if site.role == "prfaas"},
+            settings=config.policy,
+        )
+        self.source = LiveSource(config, registry, loads, self.live)
+        self._moment = Moment(float("-inf"), {}, {})
+
+    def look(self, now_s: float, oldest_s: float = 0.0) -> Moment:
+        """A digest of all servers and links that is at most `oldest_s` old."""
+        if now_s - self._moment.now_s >= oldest_s:
+            self.source.refresh(now_s)
+            self.observation.bandwidth_scarce = self.source.scarce or not self._prefixes.fetches
+            self._moment = self.live.look(now_s, self.observation)
+        return self._moment
+
+    def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
+        self._prefixes.write(body)
+        oldest_s = _LOOK_S_PER_SERVER * max(0, self.source.servers - _FREE_SERVERS)
+        return self.live.decide(self.look(now_s, oldest_s), self.observation, view)
+
+    def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight:
+        target, figures = decision.prefill, decision.figures
+        assert isinstance(target, Target)
+        assert figures is not None
+        far = decision.route == "prfaas"
+        to_compute = figures.prfaas_tokens if far else figures.local_tokens
+        held = tokens.longest - figures.local_tokens
+        link = self.observation.links.get((target.site, figures.pd_site)) if far else None
+        return Flight(self, target, now_s, to_compute, tokens, link, held)
+
+    def describe(self, now_s: float) -> dict[str, Any]:
+        return policy_report.describe(self, now_s)
+
+    def gauges(self, now_s: float) -> list[Gauge]:
+        return policy_report.gauges(self, now_s)
+
+
+class Flight:
+    """Keeps the queue of its prefill server, and learns from its end."""
+
+    __slots__ = ("_number", "_policy", "_target", "_teaches", "_tokens")
+
+    def __init__(
+        self,
+        policy: LiveRouting,
+        target: Target,
+        now_s: float,
+        to_compute: int,
+        tokens: TokenCount,
+        link: LinkView | None,
+        held: int,
+    ) -> None:
+        live = policy.live
+        work_s = live.prefill_s(target.site, float(to_compute))
+        after_s = live.exposed_s(link, tokens.longest, held, work_s)
+        self._policy, self._target, self._tokens = policy, target, to_compute
+        self._teaches = (
+            tokens.total == tokens.longest > 0
+            and target.foreign_wait_s < _QUIET_WAIT_S
+            and (link is None or not (link.congested or link.wait_s > _QUIET_WAIT_S))
+        )
+        work_s *= max(1.0, tokens.total / max(1, tokens.longest))
+        self._number = target.queue.add(now_s, work_s, after_s)
+        target.wait_s += work_s
+
+    def prefilled(self, now_s: float) -> None:
+        busy_s = self._target.queue.finish(now_s, self._number)
+        self._target.wait_s = self._target.queue.wait_s(now_s) + self._target.foreign_wait_s
+        if busy_s is not None and self._teaches and self._policy.config.policy.correct_profile:
+            self._policy.live.learn(now_s, self._target.site, float(self._tokens), busy_s)
+
+    def ended(self, now_s: float) -> None:
+        self._target.queue.drop(now_s, self._number)

@@ -1,0 +1,52 @@
+"""What the router asks of a prefix index, and where the answer goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.scheduler.types import Observation, SitePrefix
+
+
+class PrefixLookup(Protocol):
+    """Which site holds how much of a prompt. Asked once for each request, in the event loop: it must be quick."""
+
+    @property
+    def fetches(self) -> bool:
+        """Whether a prefix that only the other site holds is fetched over the link, where bandwidth is ample."""
+
+    def match(self, body: ParsedBody) -> Mapping[str, SitePrefix]:
+        """Cached prefix of the prompt by site; sites without any may be left out. Of a batch: its longest prompt."""
+
+
+class NoPrefixes:
+    """No index: nothing is known to be cached."""
+
+    fetches = False
+
+    def match(self, body: ParsedBody) -> Mapping[str, SitePrefix]:
+        return {}
+
+
+class PrefixWriter:
+    """Writes what is cached of a request into the observation."""
+
+    def __init__(self, observation: Observation, lookup: PrefixLookup) -> None:
+        self._observation, self._lookup = observation, lookup
+        self._written = False
+
+    @property
+    def fetches(self) -> bool:
+        return self._lookup.fetches
+
+    def write(self, body: ParsedBody) -> None:
+        held = self._lookup.match(body)
+        if not held and not self._written:
+            return
+        self._written = bool(held)
+        for site in self._observation.sites:
+            prefix = held.get(site.name)
+            site.cached_tokens = prefix.cached_tokens if prefix is not None else 0
+            alive = {server.name for server in site.servers if server.alive} if prefix and prefix.servers else ()
+            site.affinity = {name: n for name, n in prefix.servers.items() if name in alive} if prefix else {}

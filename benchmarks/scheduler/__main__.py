@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.scheduler import case_study, replay, report, speed
+from benchmarks.scheduler import case_study, replay, report, role_shift, speed
 from sglang_prfaas.launch.plan import paper_json
 from sglang_prfaas.launch.tables import write_json
 from sglang_prfaas.scheduler import planner
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--render", action="store_true", help="measure nothing: write the markdown from the JSON file")
     parser.add_argument("--trace", metavar="FILE", help="Mooncake trace to replay")
     parser.add_argument("--time-scale", type=float, default=1.6, help="speed of the trace")
-    parser.add_argument("--duration", type=float, default=5400.0, help="simulated seconds of each case study run")
+    parser.add_argument("--duration", type=float, default=2400.0, help="simulated seconds of each case study run")
     parser.add_argument("--markdown", metavar="FILE", help="write docs/reproduction.md, too")
     args = parser.parse_args()
 
@@ -42,7 +42,9 @@ def main() -> int:
         "paper": paper_json(rows),
     }
     print("case study", file=sys.stderr)
-    results["case_study"] = case_study.measure(args.duration)
+    results["case_study"], results["case_study_s"] = case_study.measure(args.duration), args.duration
+    print("role changes", file=sys.stderr)
+    results["roles"] = role_shift.measure()
     if args.trace:
         print("trace", file=sys.stderr)
         results["trace"] = replay.measure(args.trace, args.time_scale)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import msgspec
 
 from sglang_prfaas.scheduler import paper
 from sglang_prfaas.simulate.cluster import Fault
-from sglang_prfaas.simulate.scenario import Scenario, run_policy
+from sglang_prfaas.simulate.scenario import Scenario, objective_s, run_policy
 from sglang_prfaas.simulate.workload import Arrival, load_trace, spread, time_scaled, with_burst
 
-THRESHOLDS = (2000, 3000, 4000, 5000, 6000, 8000, 10_000, 14_000, 20_000)
+THRESHOLDS = (3000, 4000, 5000, 6000, 8000, 10_000)
 CACHE_BLOCKS = 200_000
+# label, order of scheduler.dispatch, prefixes fetched from the other site
+OURS = (("live, in order of arrival", False, False), ("live", True, False), ("live, prefixes fetched", True, True))
 
 
 def measure(path: str, time_scale: float) -> dict[str, Any]:
-    """Four scenarios; in each the best static t for it, the best static t of the plain trace, and ours."""
+    """In each scenario the best static t for it, the best static t of the plain trace, and ours."""
     arrivals = time_scaled(spread(load_trace(path), 3.0), time_scale)
     half_s = arrivals[-1].at_s * 0.4
     burst = with_burst(arrivals, start_s=half_s, end_s=half_s + 120, factor=3)
@@ -43,19 +46,34 @@ def measure(path: str, time_scale: float) -> dict[str, Any]:
             "best_static": static[best_t],
             "plain_static_t": plain_t,
             "plain_static": static[plain_t],
-            "live": _run("live", plain_t, asked, faults),
+            "ours": {
+                label: _run("live", plain_t, asked, faults, ordered=ordered, fetch=fetch)
+                for label, ordered, fetch in OURS
+            },
         }
+        print(f"  {name}", file=sys.stderr, flush=True)
     return found
 
 
-def _run(policy: str, t_tokens: int, arrivals: list[Arrival], faults: tuple[Fault, ...]) -> dict[str, Any]:
+def _run(
+    policy: str,
+    t_tokens: int,
+    arrivals: list[Arrival],
+    faults: tuple[Fault, ...],
+    *,
+    ordered: bool = False,
+    fetch: bool = False,
+) -> dict[str, Any]:
+    fleet = paper.case_study_fleet()
     scenario = Scenario(
-        fleet=paper.case_study_fleet(),
+        fleet=fleet,
         slo_tokens_per_s=paper.SLO_TOKENS_PER_S,
         n_p=3,
         t_tokens=t_tokens,
         rtt_s=0.02,
         cache_blocks=CACHE_BLOCKS,
+        ttft_slo_s=objective_s(fleet, paper.case_study_workload()) if ordered else 0.0,
+        fetch_prefixes=fetch,
         faults=faults,
     )
     return msgspec.structs.asdict(run_policy(scenario, policy, arrivals).summary())

@@ -12,6 +12,7 @@ import numpy as np
 from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.request import RequestView
 from sglang_prfaas.scheduler import Observation, ServerView, SiteView, decide, paper
+from sglang_prfaas.scheduler.dispatch import DispatchQueue
 from sglang_prfaas.scheduler.lengths import nodes
 from sglang_prfaas.scheduler.live import LivePolicy
 from sglang_prfaas.scheduler.solver import solve, solve_shared
@@ -87,10 +88,20 @@ def measure() -> dict[str, float]:
         local=PathLoad(servers=3, wait_s=1.0),
         link_gbps=100.0,
     )
+    waiting: DispatchQueue[int] = DispatchQueue(ttft_slo_s=60.0)
+    for index in range(50):
+        waiting.add(index, "prfaas", arrived_s=index * 0.02, local_s=4.0, prfaas_s=0.5 + index % 7 * 0.5)
+
+    def take() -> None:
+        key = waiting.take("prfaas", 1.0, [0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0])
+        assert key is not None
+        waiting.add(key, "prfaas", arrived_s=key * 0.02, local_s=4.0, prfaas_s=0.5 + key % 7 * 0.5)
+
     fleet = msgspec.structs.replace(paper.case_study_fleet(), n_prfaas=417, n_pd=833, egress_gbps=10_000.0)
     workload = paper.case_study_workload()
     return {
         "decision_us": 1e6 * _median_s(lambda: decide(observation, request), 500),
+        "dispatch_us": 1e6 * _median_s(take, 500),
         "live_decision_100_servers_us": live_us,
         "live_look_100_servers_us": look_us,
         "live_decision_16_sites_1000_servers_us": live_sites_us,

@@ -63,11 +63,36 @@ def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.
         *_model("router.model", config.router.model, exists),
         *_policy(config, exists),
         *_router_links(config),
+        *_role_changes(config),
     ]
     return [Finding(source, path, text, fatal) for path, text, fatal in found]
 
 
 _Raw = tuple[str, str, bool]
+
+
+def _role_changes(config: RouterConfig) -> Iterator[_Raw]:
+    roles = config.policy.roles
+    if roles.horizon_s <= roles.cost_s:
+        yield (
+            "policy.roles.horizon_s",
+            f"{roles.horizon_s:g} s is not longer than a switch takes (drain_s + switch_s = {roles.cost_s:g} s), so "
+            "none could pay; write a longer horizon",
+            True,
+        )
+    if 0 < roles.slot_period_s <= 2 * roles.cost_s:
+        yield (
+            "policy.roles.slot_period_s",
+            f"{roles.slot_period_s:g} s is not longer than its two switches ({2 * roles.cost_s:g} s); write a longer "
+            "period, or 0 for no slots",
+            True,
+        )
+    if roles.enabled and not any(site.role == "pd" and site.agent_url for site in config.sites):
+        yield (
+            "policy.roles.enabled",
+            "no pd site has an agent, and only an agent changes roles; write its agent_url, or enabled = false",
+            True,
+        )
 
 
 def _names(config: SiteConfig) -> Iterator[_Raw]:

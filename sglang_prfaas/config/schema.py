@@ -248,6 +248,48 @@ class RouterSection(_Config, frozen=True):
     ] = False
 
 
+class RolesConfig(_Config, frozen=True):
+    """The long timescale: when a server of the PD site changes its role."""
+
+    enabled: Annotated[bool, Meta(description="Change roles of the PD site's servers as traffic shifts.")] = False
+    interval_s: Annotated[float, Meta(gt=0, description="Seconds between two looks at utilisation and queues.")] = 60.0
+    drain_s: Annotated[
+        float,
+        Meta(ge=0, description="Expected seconds until a server has finished its work; weighed against the gain."),
+    ] = 30.0
+    switch_s: Annotated[
+        float, Meta(ge=0, description="Expected seconds from then until it serves again; weighed against the gain.")
+    ] = 20.0
+    horizon_s: Annotated[float, Meta(gt=0, description="Seconds over which a switch has to pay.")] = 900.0
+    min_gain: Annotated[
+        float,
+        Meta(ge=0, le=1, description="Share of the demand that a switch must win over the horizon, after its cost."),
+    ] = 0.03
+    headroom: Annotated[
+        float,
+        Meta(ge=1, description="Demand counts as so many times the forecast: a stage just large enough has queues."),
+    ] = 1.15
+    confirm: Annotated[int, Meta(ge=1, description="Looks in a row that must want the same switch.")] = 2
+    settle_s: Annotated[float, Meta(ge=0, description="Seconds of rest after a switch.")] = 120.0
+    backoff_s: Annotated[
+        float,
+        Meta(ge=0, description="Seconds of rest after a failed switch; doubles up to 16 times with each further one."),
+    ] = 300.0
+    slot_period_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Seconds of a period in which one server has both roles in turn, where whole servers leave "
+            "capacity idle and it pays. 0: never.",
+        ),
+    ] = 0.0
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds that one server does not serve during a switch."""
+        return self.drain_s + self.switch_s
+
+
 class PolicyConfig(_Config, frozen=True):
     """How requests are routed (PrfaaS section 3.4.3)."""
 
@@ -336,6 +378,8 @@ class PolicyConfig(_Config, frozen=True):
     decisions_kept: Annotated[
         int, Meta(ge=0, le=100_000, description="Last decisions that GET /decisions shows, with their figures.")
     ] = 256
+
+    roles: RolesConfig = RolesConfig()
 
     @property
     def is_live(self) -> bool:

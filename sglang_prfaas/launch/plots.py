@@ -54,7 +54,7 @@ def over_time(folder: Path, name: str, columns: dict[str, list[Any]]) -> Path:
         ("t (tokens)", ("t_tokens",)),
         ("queued", ("prfaas_queue", "local_queue", "decode_waiting")),
         ("Gbps", ("egress_gbps", "link_gbps")),
-        ("PrfaaS servers", ("prfaas_alive",)),
+        ("servers", ("prfaas_alive", "prefill_servers", "decode_servers")),
         ("TTFT mean (s)", ("ttft_mean_s",)),
     )
     figure, rows = pyplot.subplots(len(panels), 1, sharex=True, figsize=(8, 2 * len(panels)))

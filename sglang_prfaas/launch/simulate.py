@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sglang_prfaas.config.schema import RolesConfig
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.launch import plan, plots
 from sglang_prfaas.launch.tables import table, write_json
 from sglang_prfaas.scheduler import paper
 from sglang_prfaas.scheduler.profiles import load_profile
 from sglang_prfaas.scheduler.solver import solve
-from sglang_prfaas.simulate.cluster import Fault, FaultKind
+from sglang_prfaas.simulate.cluster import FAULT_KINDS, Fault, FaultKind, RoleChangeCost
+from sglang_prfaas.simulate.link_trace import load_link_trace
 from sglang_prfaas.simulate.result import Summary
-from sglang_prfaas.simulate.scenario import POLICIES, Scenario, run_policy
+from sglang_prfaas.simulate.scenario import POLICIES, Scenario, objective_s, run_policy
 from sglang_prfaas.simulate.workload import Arrival, load_trace, poisson, spread, time_scaled, with_burst
 
 
@@ -35,10 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-scale", type=float, default=1.0, help="speed at which a trace is played")
     parser.add_argument("--threshold", type=float, metavar="T", help="t of the static policy (default: solved)")
     parser.add_argument("--cache-blocks", type=int, default=200_000, help="prefix cache of a site, 512-token blocks")
-    parser.add_argument("--order-slack", type=float, default=0.0, help="order queues by arrival + slack x prefill time")
+    parser.add_argument(
+        "--ttft-slo",
+        type=float,
+        metavar="S",
+        help="ours: seconds within which requests should have their first token; decides which waiting one is next "
+        "(default: twice the P90 of prefill alone; 0: order of arrival)",
+    )
+    parser.add_argument("--fetch", action="store_true", help="ours: fetch prefixes that only the other site holds")
+    parser.add_argument("--roles", action="store_true", help="live: change roles of PD servers as traffic shifts")
+    parser.add_argument("--switch-s", type=float, default=20.0, metavar="S", help="a role change after the drain")
+    parser.add_argument("--n-p", type=int, metavar="N", help="prefill servers of the PD site (default: solved)")
     parser.add_argument("--link", action="append", default=[], metavar="S:GBPS", help="the link changes; repeat")
+    parser.add_argument("--loss", action="append", default=[], metavar="S:SHARE", help="the link loses; repeat")
+    parser.add_argument("--link-trace", metavar="FILE", help="the link over time: lines of seconds and Gbps")
     parser.add_argument("--kill", action="append", default=[], metavar="S:N", help="N PrfaaS servers die; repeat")
     parser.add_argument("--revive", action="append", default=[], metavar="S:N", help="N of them return; repeat")
+    for role in ("prefill", "decode"):
+        for action, verb in (("kill", "die"), ("revive", "return")):
+            parser.add_argument(
+                f"--{action}-{role}", action="append", default=[], metavar="S:N", help=f"N {role} servers of PD {verb}"
+            )
     parser.add_argument("--burst", metavar="S:SECONDS:FACTOR", help="FACTOR times the arrivals for SECONDS")
     parser.add_argument("--link-gbps", type=float, default=paper.LINK_GBPS, help="egress of the PrfaaS site")
     parser.add_argument("--rtt-ms", type=float, default=20.0, help="round-trip time of the link")
@@ -63,11 +82,14 @@ def run(args: argparse.Namespace) -> int:
     scenario = Scenario(
         fleet=fleet,
         slo_tokens_per_s=args.slo,
-        n_p=best.n_p,
+        n_p=best.n_p if args.n_p is None else args.n_p,
         t_tokens=round(best.t_tokens if args.threshold is None else args.threshold),
         rtt_s=args.rtt_ms / 1e3,
         cache_blocks=args.cache_blocks,
-        order_slack=args.order_slack,
+        ttft_slo_s=objective_s(fleet, workload) if args.ttft_slo is None else args.ttft_slo,
+        fetch_prefixes=args.fetch,
+        role_limits=RolesConfig(enabled=True, switch_s=args.switch_s) if args.roles else None,
+        role_cost=RoleChangeCost(switch_s=args.switch_s),
         faults=_faults(args),
     )
     arrivals = _arrivals(args)
@@ -76,18 +98,23 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     summaries: dict[str, Summary] = {}
-    over_time = {}
+    over_time, changes = {}, {}
     for name in names:
         result = run_policy(scenario, name, arrivals, progress=_progress(name))
         summaries[name], over_time[name] = result.summary(), result.over_time()
+        changes[name] = result.role_changes
         if args.plot:
             plots.over_time(Path(args.plot), name, over_time[name])
     print(table(_HEADER, [_row(name, summary) for name, summary in summaries.items()]))
+    for name, done in changes.items():
+        for change in done:
+            end = "done" if change.succeeded else "back in its old role"
+            print(f"{name}: {change.at_s:.0f} s, {change.server} to {change.role}, {end} at {change.done_s:.0f} s")
     if args.json:
         write_json(
             args.json,
             {"command": "simulate", "requests": len(arrivals), "t_static": scenario.t_tokens, "n_p": scenario.n_p,
-             "policies": summaries, "over_time": over_time},
+             "policies": summaries, "role_changes": changes, "over_time": over_time},
         )  # fmt: skip
     return 0
 
@@ -100,10 +127,13 @@ _HEADER = (
     "P50",
     "P90",
     "P99",
+    "max",
     "queue",
     "transfer",
     "decode wait",
     "Gbps",
+    "retried",
+    "failed",
 )
 
 
@@ -114,12 +144,20 @@ def _row(name: str, summary: Summary) -> tuple[str, ...]:
         f"{summary.offloaded_share:.1%}",
         *(
             f"{value:.2f}"
-            for value in (summary.ttft_mean_s, summary.ttft_p50_s, summary.ttft_p90_s, summary.ttft_p99_s)
+            for value in (
+                summary.ttft_mean_s,
+                summary.ttft_p50_s,
+                summary.ttft_p90_s,
+                summary.ttft_p99_s,
+                summary.ttft_max_s,
+            )
         ),
         f"{summary.queue_mean_s:.2f}",
         f"{summary.transfer_mean_s:.3f}",
         f"{summary.decode_wait_mean_s:.2f}",
         f"{summary.egress_gbps:.1f}",
+        str(summary.retried),
+        str(summary.failed + summary.broken),
     )
 
 
@@ -141,16 +179,17 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
 
 
 def _faults(args: argparse.Namespace) -> tuple[Fault, ...]:
-    kinds: tuple[tuple[str, FaultKind, list[str]], ...] = (
-        ("--link", "link_gbps", args.link),
-        ("--kill", "kill_prfaas", args.kill),
-        ("--revive", "revive_prfaas", args.revive),
-    )
-    found = [
-        Fault(at_s=at_s, kind=kind, value=value)
-        for flag, kind, texts in kinds
-        for at_s, value in (_numbers(flag, text, 2) for text in texts)
-    ]
+    flags: dict[FaultKind, str] = {
+        "link_gbps": "link", "link_loss": "loss", "kill_prfaas": "kill", "revive_prfaas": "revive"
+    }  # fmt: skip
+    found = []
+    for kind in FAULT_KINDS:
+        flag = flags.get(kind, kind)
+        for text in getattr(args, flag):
+            at_s, value = _numbers(f"--{flag.replace('_', '-')}", text, 2)
+            found.append(Fault(at_s=at_s, kind=kind, value=value))
+    if args.link_trace:
+        found += load_link_trace(args.link_trace)
     return tuple(sorted(found, key=lambda fault: fault.at_s))
 
 

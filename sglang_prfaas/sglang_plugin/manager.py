@@ -65,6 +65,7 @@ class PrfaasKVManager(BaseKVManager):
                 raise ConfigError(f"{flag} {size}: the prfaas transfer backend supports 1; use tensor parallelism")
         self.tp_rank = int(parallel.attn_tp_rank)
         self.dp_rank = int(args.system_dp_rank or 0)
+        self._rank = self.dp_rank * int(parallel.attn_tp_size) + self.tp_rank
         self.layout = layout_of(
             args, model_identity(ModelConfig.from_server_args(server_args).hf_config), int(parallel.attn_tp_size)
         )
@@ -79,10 +80,9 @@ class PrfaasKVManager(BaseKVManager):
             self._start_decode()
 
     def _start_prefill(self) -> None:
-        parallel = get_parallel()
         host = resolve(self.config.bind_host or get_serving().host)
         base = env.port_from_env(os.environ)
-        rank = self.dp_rank * int(parallel.attn_tp_size) + self.tp_rank
+        rank = self._rank
         self.send_mover = SendMover(
             self.layout, self.memory, self.config, self.clock, host=host, first_port=base + 2 * rank if base else 0
         )
@@ -98,7 +98,13 @@ class PrfaasKVManager(BaseKVManager):
 
     def _start_decode(self) -> None:
         self.receive_mover = ReceiveMover(
-            self.layout, self.memory, self.config, self.clock, site=self.site, server=self.server
+            self.layout,
+            self.memory,
+            self.config,
+            self.clock,
+            site=self.site,
+            server=self.server,
+            rank=self._rank,
         )
         self.receive_mover.start()
 

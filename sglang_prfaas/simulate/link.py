@@ -2,13 +2,30 @@
 
 Layer-wise prefill pipelining: a flow's full-attention KV becomes ready evenly over the prefill, its recurrent state
 when the prefill ends. What is left to send then is the exposed part of the transfer.
+
+Loss slows TCP down: a connection that loses a share p of its segments gets at most MSS / RTT * sqrt(3 / (2 p)) (Mathis
+et al., 1997, for congestion control of Reno's kind), and the lost bytes go twice.
 """
 
 from __future__ import annotations
 
-from sglang_prfaas.core.units import gbps_to_bytes_per_s
+import math
+
+from sglang_prfaas.core.units import bytes_per_s_to_gbps, gbps_to_bytes_per_s
 
 _EPSILON_BYTES = 64.0
+_MSS_BYTES = 1448.0
+
+
+def lossy_gbps(gbps: float, loss: float, rtt_s: float, connections: int) -> float:
+    """What TCP gets through a link of `gbps` that loses a share of its segments."""
+    if loss <= 0:
+        return gbps
+    left = gbps * (1 - loss)
+    if rtt_s <= 0:
+        return left
+    each = _MSS_BYTES / rtt_s * math.sqrt(3 / (2 * loss))
+    return min(left, bytes_per_s_to_gbps(connections * each))
 
 
 class Flow:
@@ -32,7 +49,9 @@ class Flow:
 class SharedLink:
     """Capacity shared by flows, max-min fair. Advanced from event to event; never sleeps or looks at a clock."""
 
-    def __init__(self, gbps: float) -> None:
+    def __init__(self, gbps: float, rtt_s: float = 0.0, connections: int = 64) -> None:
+        """`rtt_s` and `connections` count where segments are lost."""
+        self._raw_gbps, self._loss, self._rtt_s, self._connections = gbps, 0.0, rtt_s, connections
         self._bytes_per_s = gbps_to_bytes_per_s(gbps)
         self._flows: dict[int, Flow] = {}
         self._now_s = 0.0
@@ -42,7 +61,18 @@ class SharedLink:
     def set_capacity(self, gbps: float, now_s: float) -> None:
         """A change of capacity; 0 is a cut."""
         self.advance(now_s)
-        self.gbps, self._bytes_per_s = gbps, gbps_to_bytes_per_s(gbps)
+        self._raw_gbps = gbps
+        self._changed()
+
+    def set_loss(self, loss: float, now_s: float) -> None:
+        """A change of the share of segments that are lost."""
+        self.advance(now_s)
+        self._loss = loss
+        self._changed()
+
+    def _changed(self) -> None:
+        self.gbps = lossy_gbps(self._raw_gbps, self._loss, self._rtt_s, self._connections)
+        self._bytes_per_s = gbps_to_bytes_per_s(self.gbps)
         self._share()
 
     def start(self, key: int, total_bytes: float, state_bytes: float, prefill_s: float, now_s: float) -> None:
@@ -61,10 +91,16 @@ class SharedLink:
         """Produced and not yet sent, as of the last advance."""
         return sum(flow.backlog for flow in self._flows.values())
 
+    def outstanding_bytes(self) -> float:
+        """Not yet sent of everything that has begun, as of the last advance."""
+        return sum(flow.total_bytes - flow.sent for flow in self._flows.values())
+
     def advance(self, now_s: float) -> list[int]:
         """Move to `now_s`, at most `next_event_s`. Returns the flows that are all sent, and forgets them."""
         dt = now_s - self._now_s
         self._now_s = now_s
+        if not self._flows:
+            return []
         finished: list[int] = []
         changed = False
         for flow in self._flows.values():

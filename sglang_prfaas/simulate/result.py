@@ -22,6 +22,9 @@ class Sample(Struct, frozen=True, kw_only=True):
     decode_waiting: int
     decode_running: int
     prfaas_alive: int
+    prefill_servers: int
+    """Of the PD site, in rotation."""
+    decode_servers: int
     link_gbps: float
     sent_bytes: float
 
@@ -32,6 +35,8 @@ class Summary(Struct, frozen=True, kw_only=True):
     requests: int
     failed: int
     retried: int
+    broken: int
+    """Streams that ended with their decode server."""
     arrival_rate: float
     throughput: float
     """First tokens within the window, a second of it."""
@@ -40,12 +45,27 @@ class Summary(Struct, frozen=True, kw_only=True):
     ttft_p50_s: float
     ttft_p90_s: float
     ttft_p99_s: float
+    ttft_max_s: float
     queue_mean_s: float
     prefill_mean_s: float
     transfer_mean_s: float
     """Exposed part: after prefill, of offloaded requests."""
     decode_wait_mean_s: float
     egress_gbps: float
+    fetched_share: float
+    """Requests that fetched a prefix from the other site's cache."""
+
+
+class RoleChange(Struct, frozen=True, kw_only=True):
+    """One role change as it was carried out."""
+
+    at_s: float
+    done_s: float
+    server: str
+    role: str
+    """What it was to be."""
+    succeeded: bool
+    reason: str
 
 
 class Result(Struct):
@@ -55,6 +75,7 @@ class Result(Struct):
     samples: list[Sample]
     link_bytes: float = 0.0
     busy_s: dict[str, float] = field(default_factory=dict)
+    role_changes: list[RoleChange] = field(default_factory=list)
 
     def ttft_s(self, start_s: float = 0.0, end_s: float = float("inf")) -> NDArray[np.float64]:
         """TTFT of the requests that arrived in [start, end) and were served."""
@@ -80,6 +101,7 @@ class Result(Struct):
             requests=len(jobs),
             failed=sum(job.failed for job in jobs),
             retried=sum(job.retries > 0 for job in jobs),
+            broken=sum(job.broken for job in jobs),
             arrival_rate=len(jobs) / span_s,
             throughput=in_window / span_s,
             offloaded_share=len(far) / max(1, len(served)),
@@ -87,11 +109,13 @@ class Result(Struct):
             ttft_p50_s=p50,
             ttft_p90_s=p90,
             ttft_p99_s=p99,
+            ttft_max_s=float(ttft.max()),
             queue_mean_s=_mean([job.prefill_start_s - job.arrival.at_s for job in served]),
             prefill_mean_s=_mean([job.prefill_end_s - job.prefill_start_s for job in served]),
             transfer_mean_s=_mean([job.arrived_s - job.prefill_end_s for job in far]),
             decode_wait_mean_s=_mean([job.first_token_s - job.arrived_s for job in served]),
             egress_gbps=bytes_per_s_to_gbps(sum(job.move_bytes for job in far) / span_s),
+            fetched_share=sum(job.fetch_bytes > 0 for job in served) / max(1, len(served)),
         )
 
     def over_time(self) -> dict[str, list[Any]]:

@@ -170,6 +170,25 @@ def test_keys_that_a_decode_server_does_not_use_are_a_warning(write: WriteToml) 
             "a prefill server needs one",
         ),
         (
+            "threshold_tokens = 2000\n",
+            "threshold_tokens = 2000\n[policy.roles]\nhorizon_s = 40.0\n",
+            "policy.roles.horizon_s",
+            "write a longer horizon",
+        ),
+        (
+            "threshold_tokens = 2000\n",
+            "threshold_tokens = 2000\n[policy.roles]\nslot_period_s = 100.0\n",
+            "policy.roles.slot_period_s",
+            "write a longer period, or 0",
+        ),
+        (
+            'threshold_tokens = 2000\n\n[[sites]]\nname = "pd"\nrole = "pd"\nagent_url = "http://127.0.0.1:9000"\n',
+            '[policy.roles]\nenabled = true\n[[sites]]\nname = "pd"\nrole = "pd"\n'
+            '[[sites.servers]]\nname = "d"\nrole = "decode"\nurl = "http://h:1"\n',
+            "policy.roles.enabled",
+            "only an agent changes roles",
+        ),
+        (
             'agent_url = "http://127.0.0.1:9010"\n',
             '[[sites.servers]]\nname = "d"\nrole = "decode"\nurl = "http://h:1"\n',
             "sites.prfaas.servers.d.role",

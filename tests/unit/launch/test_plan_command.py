@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,10 +53,22 @@ def test_wrong_plans(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
-def test_plots_say_what_they_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_say_what_they_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plan", "--paper", "--plot", str(tmp_path)]) == 2
     assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["plan", "--paper", "--plot", str(tmp_path / "plan")]) == 0
+    arguments = ["--rate", "1", "--duration", "60", "--policies", "static,live", "--link", "20:5"]
+    assert main(["simulate", *arguments, "--plot", str(tmp_path / "runs")]) == 0
+    found = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.png")}
+    assert set(found) == {"plan/figure_5a.png", "plan/figure_5b.png", "runs/static.png", "runs/live.png"}
+    assert all(content.startswith(b"\x89PNG") and len(content) > 10_000 for content in found.values())
 
 
 def test_simulate_a_trace_with_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,9 +96,25 @@ def test_simulate_a_trace_with_faults(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {10.0, 100.0} <= set(columns["link_gbps"])
 
 
+def test_simulate_role_changes_and_a_link_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, link = tmp_path / "out.json", tmp_path / "link"
+    link.write_text("# seconds Gbps\n0 100\n100, 20\n")
+    arguments = ["--policies", "live", "--rate", "2.2", "--duration", "600", "--output-tokens", "3000", "--n-p", "4"]
+    arguments += ["--roles", "--fetch", "--link-trace", str(link), "--kill-decode", "500:1", "--loss", "550:0.001"]
+    assert main(["simulate", *arguments, "--json", str(out)]) == 0
+    assert "to decode, done" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["role_changes"]["live"][0]["role"] == "decode"
+    assert {3, 4} <= set(found["over_time"]["live"]["prefill_servers"])
+    assert found["policies"]["live"]["broken"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--link-trace", "/none"], "cannot be read"),
+        (["--loss", "10:1.5"], "must be a share below 1"),
+        (["--ttft-slo", "-1"], "must be positive"),
         (["--policies", "best"], "best unknown; there are homogeneous"),
         (["--link", "10"], "--link 10: needs 2 numbers"),
         (["--kill", "10:9"], "there are 4"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_prfaas.simulate.link import SharedLink
+from sglang_prfaas.simulate.link import SharedLink, lossy_gbps
 
 GB = 1e9
 
@@ -60,6 +60,18 @@ def test_a_cut_stops_everything_until_it_is_back() -> None:
     assert link.backlog_bytes() == pytest.approx(2 * GB)
     link.set_capacity(8.0, 10.0)
     assert finish(link)[1] == pytest.approx(12.0)
+
+
+def test_loss_costs_the_lost_bytes_and_slows_every_connection() -> None:
+    assert lossy_gbps(100.0, 0.0, 0.02, 64) == 100.0
+    assert lossy_gbps(100.0, 1e-9, 0.02, 64) == pytest.approx(100.0)
+    # MSS / RTT * sqrt(3 / (2 p)) = 1448 / 0.02 * 12.25 bytes a second = 7.1 Mbps each
+    assert lossy_gbps(100.0, 0.01, 0.02, 64) == pytest.approx(64 * 7.094e-3, rel=1e-3)
+    assert lossy_gbps(0.1, 0.01, 0.02, 64) == pytest.approx(0.099), "a slow link: only the lost bytes count"
+    link = SharedLink(8.0, rtt_s=0.0)
+    link.start(1, 2 * GB, 0, 0.1, 0.0)
+    link.set_loss(0.5, 0.0)
+    assert finish(link)[1] == pytest.approx(4.0)
 
 
 def test_a_dropped_flow_is_gone() -> None:

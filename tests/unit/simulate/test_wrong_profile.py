@@ -10,9 +10,10 @@ from sglang_prfaas.scheduler import paper
 from sglang_prfaas.scheduler.live import LivePolicy
 from sglang_prfaas.scheduler.profiles import PrefillProfile
 from sglang_prfaas.simulate.cluster import Cluster
-from sglang_prfaas.simulate.engine import PD, PRFAAS, Simulation
+from sglang_prfaas.simulate.engine import Simulation
 from sglang_prfaas.simulate.policies import LiveThreshold
 from sglang_prfaas.simulate.workload import poisson
+from sglang_prfaas.simulate.world import PD, PRFAAS
 
 FLEET, WORKLOAD = paper.case_study_fleet(), paper.case_study_workload()
 

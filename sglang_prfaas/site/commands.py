@@ -33,9 +33,10 @@ class ServerCommand(Struct, frozen=True):
     needs_nccl_port: bool = False
 
 
-def site_commands(config: SiteConfig, python: str = sys.executable) -> list[ServerCommand]:
-    """The commands of a site's servers, in the order of the file. python: the interpreter that has SGLang."""
-    return [_command(config, server, python) for server in config.servers]
+def site_commands(config: SiteConfig, python: str = sys.executable, link_reports: str = "") -> list[ServerCommand]:
+    """The commands of a site's servers, in the order of the file. python: the interpreter that has SGLang.
+    link_reports: the endpoint where the agent takes the movers' figures of links, empty for none."""
+    return [_command(config, server, python, link_reports) for server in config.servers]
 
 
 def plain_command(
@@ -62,7 +63,7 @@ def listening_host(host: str) -> str:
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host.strip("[]"))
 
 
-def _command(config: SiteConfig, server: ServerConfig, python: str) -> ServerCommand:
+def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports: str) -> ServerCommand:
     site = config.site
     args = (*site.args, *server.args)
     argv = [python, "-m", "sglang.launch_server", "--model-path", site.model]
@@ -77,6 +78,7 @@ def _command(config: SiteConfig, server: ServerConfig, python: str) -> ServerCom
         env.SITE: site.name,
         env.SERVER: server.name,
         env.MOVER_PORT: str(server.mover_port),
+        **({env.LINK_REPORTS: link_reports} if link_reports else {}),
         **site.env,
         **server.env,
     }

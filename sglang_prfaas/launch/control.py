@@ -25,6 +25,7 @@ Tell the agent of the site that FILE describes to do something with one of its s
 Goes over the agent's reports_port, with the keys in the site's keys_dir: run it where these are.
 """
 
+CONNECT_TIMEOUT_S = 10.0
 ACTIONS = ("drain", "undrain", "prefill", "decode", "limits")
 
 
@@ -83,7 +84,13 @@ async def _send(config: SiteConfig, action: Action, deadline_s: float, host: str
     links = AgentLinks([site], keys)
     links.start()
     try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            while links.reports.state(site.name) is None:
+                await asyncio.sleep(0.05)
         answer = await links.command(site.name, action, deadline_s)
+    except TimeoutError:
+        why = links.problem(site.name) or "nobody answers there"
+        raise LaunchError(f"the agent of {site.name} at {host}:{site.reports_port}: {why}") from None
     finally:
         await links.stop()
     return answer.done, answer.message

@@ -97,7 +97,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     model = make_tiny_model(family, directory / "model")
     log = directory / "transfers.jsonl"
     log.unlink(missing_ok=True)
-    ports = _free_ports(14)
+    ports = _free_ports(12)
     common = [*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), "--enable-metrics"]
     common += ["--enable-pd-role-switch", *choices.args]
     variables = {**cpu_server_env(family), env.TRANSFER_LOG: str(log)}

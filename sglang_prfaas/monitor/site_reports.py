@@ -73,10 +73,10 @@ class SiteReports:
         known = self._sites.get(site)
         return known.state if known is not None else None
 
-    def server(self, site: str, server: str) -> ServerLoad | None:
+    def server(self, site: str, name: str) -> ServerLoad | None:
         """The load of a server with its age now; None where it is unknown or stale."""
         known = self._sites.get(site)
-        load = known.servers.get(server) if known is not None else None
+        load = known.servers.get(name) if known is not None else None
         if known is None or load is None:
             return None
         age_s = load.age_s + self._clock.now_s() - known.loads_at_s

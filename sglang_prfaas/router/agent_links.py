@@ -98,6 +98,11 @@ class AgentLinks:
         self._loop.start()
         self._loop.call(self._subscribe)
 
+    def problem(self, site: str) -> str:
+        """What is wrong with the connection to a site's agent, as far as it is known; empty while reports come."""
+        link = self._links.get(site)
+        return link.said if link is not None else "no reports_port"
+
     async def stop(self) -> None:
         """Close all connections; commands without an answer fail."""
         loop, self._loop = self._loop, None

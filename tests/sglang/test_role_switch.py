@@ -106,7 +106,7 @@ def test_a_role_changes_by_command_under_requests(cluster: Driver) -> None:
 
 
 def _switched(cluster: Driver, pool: concurrent.futures.Executor, role: str, command: Callable[[], None]) -> float:
-    """Run a command that gives LOCAL a role; seconds from when its agent offers it in that role until the router does."""
+    """Run a command that gives LOCAL a role; seconds from when its agent offers it so until the router does."""
     agent_url = cluster.cluster.sites[PD].agent_url
     switching = pool.submit(command)
     seen: dict[str, float] = {}

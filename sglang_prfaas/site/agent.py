@@ -121,7 +121,7 @@ class Agent:
                 )
                 self._reporter = Reporter(self._config.site.name, self._reports.broadcast, self._execute)
                 self._reports.start()
-        except PrfaasError:
+        except (PrfaasError, OSError):
             await self.stop(0)
             raise
         self._spawn(self._loads.watch(self._client), "loads")

@@ -12,6 +12,10 @@ from sglang_prfaas.config import sglang_args
 from sglang_prfaas.config.schema import ServerConfig, ServerRole, SiteConfig
 
 
+ACCESS_LOG_OPTION = "--uvicorn-access-log-exclude-prefixes"
+"""The agent asks for /v1/loads twice a second: without this, each time would be a line in the server's log."""
+
+
 class ServerCommand(Struct, frozen=True):
     """One server to run.
 
@@ -69,6 +73,8 @@ def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports
     argv = [python, "-m", "sglang.launch_server", "--model-path", site.model]
     argv += ["--host", server.host, "--port", str(server.port)]
     argv += ["--disaggregation-mode", server.role, "--disaggregation-transfer-backend", site.transfer_backend]
+    if not sglang_args.has(args, ACCESS_LOG_OPTION):
+        argv += [ACCESS_LOG_OPTION, "/v1/loads"]
     if server.bootstrap_port:
         argv += ["--disaggregation-bootstrap-port", str(server.bootstrap_port)]
     if site.served_model_name:

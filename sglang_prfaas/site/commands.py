@@ -11,7 +11,6 @@ from sglang_prfaas import env
 from sglang_prfaas.config import sglang_args
 from sglang_prfaas.config.schema import ServerConfig, ServerRole, SiteConfig
 
-
 ACCESS_LOG_OPTION = "--uvicorn-access-log-exclude-prefixes"
 """The agent asks for /v1/loads twice a second: without this, each time would be a line in the server's log."""
 

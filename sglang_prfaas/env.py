@@ -24,6 +24,9 @@ SERVER = "PRFAAS_SERVER"
 MOVER_PORT = "PRFAAS_MOVER_PORT"
 """Prefill only: first port of the mover, rank r listens on it plus r. 0 or unset: any free port."""
 
+LINK_REPORTS = "PRFAAS_LINK_REPORTS"
+"""ZeroMQ endpoint (ipc://...) of the site's agent, to which movers report what they see of links. Unset: nowhere."""
+
 TRANSFER_LOG = "PRFAAS_TRANSFER_LOG"
 """File that gets one JSON line for every finished transfer. Unset: none."""
 

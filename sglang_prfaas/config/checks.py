@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 
@@ -50,6 +51,7 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
             *_arguments(config),
             *_environment(config),
             *_security(config),
+            *_reports(config),
             *_model("site.model", config.site.model, exists),
             *_port_clashes(config),
         )
@@ -219,6 +221,20 @@ def _security(config: SiteConfig) -> Iterator[_Raw]:
         return
 
 
+def _reports(config: SiteConfig) -> Iterator[_Raw]:
+    agent, transport = config.agent, config.transport
+    if agent.reports_port and not agent.port:
+        yield "agent.port", "routers with reports need the agent's HTTP port too; write for example port = 9000", True
+    if not agent.reports_port or not beyond_this_machine(agent.host):
+        return
+    what = f"reports are sent to, and commands taken from, whoever reaches {agent.host or 'any address'}"
+    if transport.security == "off":
+        yield "agent.reports_port", f'transport.security is "off": {what}', False
+    elif not transport.keys_dir:
+        text = f"{what}, without keys: set transport.keys_dir, or reports_port = 0"
+        yield "agent.reports_port", text, True
+
+
 def _model(path: str, model: str, exists: Exists) -> Iterator[_Raw]:
     if model.startswith("~"):
         yield path, f"{model!r} starts with '~', which is not expanded; write the whole path", True
@@ -250,6 +266,23 @@ def _router_sites(config: RouterConfig) -> Iterator[_Raw]:
         yield "sites", 'no site with role = "prfaas": every prompt is prefilled locally, whatever the threshold', False
     for site in config.sites:
         yield from _router_site(site)
+    yield from _router_reports(config)
+
+
+def _router_reports(config: RouterConfig) -> Iterator[_Raw]:
+    reports = config.reports
+    if reports.security == "keys" and not reports.keys_dir:
+        yield "reports.security", 'needs keys; write for example keys_dir = "/etc/sglang-prfaas/keys"', True
+    if reports.keys_dir.startswith("~"):
+        yield "reports.keys_dir", "starts with '~', which is not expanded; write the whole path", True
+    for site in config.sites:
+        path = f"sites.{site.name}.reports_port"
+        if site.reports_port and not site.agent_url:
+            yield path, "is a port of the site's agent; write agent_url too, or remove it", True
+        host = urlsplit(site.agent_url).hostname or ""
+        if site.reports_port and beyond_this_machine(host) and not reports.keys_dir and reports.security != "off":
+            text = f"the agent at {host} is beyond this machine, and there are no keys; set reports.keys_dir"
+            yield path, text, True
 
 
 def _policy(config: RouterConfig, exists: Exists) -> Iterator[_Raw]:

@@ -81,6 +81,10 @@ def _router_targets(source: str, path: str, entry: RouterSite, site: SiteConfig)
         elif port != site.agent.port:
             text = f"leads to port {port}, the site's agent listens on {site.agent.port}; right only behind a proxy"
             yield Finding(source, f"{path}.agent_url", text, fatal=False)
+    if entry.reports_port and entry.reports_port != site.agent.reports_port:
+        there = f"the site's file says {site.agent.reports_port}" if site.agent.reports_port else "the site has none"
+        text = f"is {entry.reports_port}, {there} (agent.reports_port); right only behind a port forwarding"
+        yield Finding(source, f"{path}.reports_port", text, fatal=False)
     servers = {server.name: server for server in site.servers}
     for target in entry.servers:
         server = servers.get(target.name)

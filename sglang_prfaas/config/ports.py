@@ -42,6 +42,9 @@ def site_claims(config: SiteConfig, source: str = "") -> list[PortClaim]:
     agent = config.agent
     if agent.port:
         claims.append(PortClaim(agent.host, agent.port, agent.port, "the agent", "agent.port", source))
+    if agent.reports_port:
+        port = agent.reports_port
+        claims.append(PortClaim(agent.host, port, port, "the agent's reports", "agent.reports_port", source))
     return claims
 
 

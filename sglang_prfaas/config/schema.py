@@ -131,6 +131,25 @@ class AgentConfig(_Config, frozen=True):
 
     host: Annotated[str, Meta(description="Address the agent listens on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="HTTP port of the agent. 0: no agent endpoint.")] = 0
+    reports_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="ZeroMQ port for routers: loads, links and states up, commands down. With the keys of "
+            "[transport]. 0: none, routers only ask over HTTP.",
+        ),
+    ] = 0
+    report_interval_s: Annotated[
+        float, Meta(gt=0, description="Seconds between two looks at a server's load, and between two reports of loads.")
+    ] = 0.5
+    commands_from: Annotated[
+        list[str],
+        Meta(
+            description="Sites whose routers may command this one (drain, role, limits), where keys are used. "
+            "Empty: only routers with this site's own keys. Without keys: whoever reaches the port."
+        ),
+    ] = field(default_factory=list)
 
 
 class SiteLimits(_Config, frozen=True):
@@ -163,6 +182,22 @@ class SiteLimits(_Config, frozen=True):
     restart_backoff_s: Annotated[
         float, Meta(ge=0, description="Seconds before the first restart; doubles with every further one.")
     ] = 1.0
+    role_switch_timeout_s: Annotated[
+        float,
+        Meta(gt=0, description="Seconds a server may take to be healthy in a new role before it is switched back."),
+    ] = 120.0
+    decode_cuda_graph_memory_gb: Annotated[
+        float,
+        Meta(
+            ge=0, description="GPU memory in GB that must be free before a server turns to decode, for its CUDA graphs."
+        ),
+    ] = 0.0
+    min_prefill_servers: Annotated[
+        int, Meta(ge=0, description="Ready prefill servers that a drain or a change of role must leave.")
+    ] = 1
+    min_decode_servers: Annotated[
+        int, Meta(ge=0, description="Ready decode servers that a drain or a change of role must leave.")
+    ] = 1
 
 
 class SiteSection(_Config, frozen=True):
@@ -222,6 +257,14 @@ class RouterSite(_Config, frozen=True):
     agent_url: Annotated[
         str, Meta(description="Base URL of the site's agent, which lists and relays to its servers. Empty: no agent.")
     ] = ""
+    reports_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="The agent's reports_port, at the host of agent_url: loads and states as they change. 0: none.",
+        ),
+    ] = 0
     servers: Annotated[list[TargetConfig], Meta(description="The site's servers, where there is no agent.")] = field(
         default_factory=list
     )
@@ -410,10 +453,33 @@ class RouterLimits(_Config, frozen=True):
     ] = 30.0
 
 
+class ReportsConfig(_Config, frozen=True):
+    """The router's connections to agents that have a reports_port."""
+
+    security: Annotated[
+        SecurityMode,
+        Meta(
+            description="keys: CURVE. off: no keys. auto: keys where keys_dir is given, else off, and then only agents "
+            "on this machine are dialled."
+        ),
+    ] = "auto"
+    keys_dir: Annotated[
+        str,
+        Meta(description="Directory with the keys of the router's site, as `launch keys` makes it. Empty: no keys."),
+    ] = ""
+    heartbeat_interval_s: Annotated[
+        float, Meta(gt=0, description="Seconds between two signs of life of the router to an agent.")
+    ] = 1.0
+    stale_after_s: Annotated[
+        float, Meta(gt=0, description="Age in seconds from which figures of servers and links are not used.")
+    ] = 3.0
+
+
 class RouterConfig(_Config, frozen=True):
-    """The router: `[router]`, `[policy]`, `[limits]`, `[[sites]]`."""
+    """The router: `[router]`, `[policy]`, `[limits]`, `[reports]`, `[[sites]]`."""
 
     router: RouterSection
     sites: Annotated[list[RouterSite], Meta(min_length=1, description="The sites to route to.")]
     policy: PolicyConfig = PolicyConfig()
     limits: RouterLimits = RouterLimits()
+    reports: ReportsConfig = ReportsConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.config.schema import ReportsConfig, TransportConfig
 from sglang_prfaas.errors import ConfigError
 
 NO_KEYS = (
@@ -14,10 +14,11 @@ NO_KEYS = (
 )
 
 
-def uses_keys(config: TransportConfig) -> bool:
+def uses_keys(config: TransportConfig | ReportsConfig) -> bool:
     """Whether connections are authenticated and encrypted. Raises ConfigError for `keys` without a directory."""
     if config.security == "keys" and not config.keys_dir:
-        raise ConfigError('transport.security = "keys" needs transport.keys_dir, the directory with this site\'s keys')
+        table = "reports" if isinstance(config, ReportsConfig) else "transport"
+        raise ConfigError(f'{table}.security = "keys" needs {table}.keys_dir, the directory with this site\'s keys')
     return bool(config.keys_dir) and config.security != "off"
 
 

@@ -42,6 +42,11 @@ def rank_count(args: Sequence[str]) -> int:
     return ranks if has(args, "--enable-dp-attention") else ranks * _number(value(args, *_DP))
 
 
+def data_parallel_size(args: Sequence[str]) -> int:
+    """Data-parallel ranks of one server, each with a scheduler and a cache of its own."""
+    return _number(value(args, *_DP))
+
+
 def switches_roles(args: Sequence[str]) -> bool:
     """Whether the server may turn from prefill to decode and back while it runs."""
     return has(args, "--enable-pd-role-switch")

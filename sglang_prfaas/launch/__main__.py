@@ -19,6 +19,7 @@ COMMANDS = {
     "router": "start a router",
     "check": "check configuration files and print what would run",
     "keys": "make the keys with which sites prove themselves to each other",
+    "control": "drain a server of a running site, or change its role",
     "schema": "print the JSON Schema of the configuration files",
     "plan": "find the best threshold and roles for a fleet, and what they give",
     "simulate": "compare policies on a virtual clock",

@@ -233,6 +233,8 @@ capacity_gbps = {capacity}
 
 [agent]
 port = {p2}
+reports_port = {p8}
+commands_from = ["prfaas", "pd"]
 
 [transport]
 heartbeat_timeout_s = {heartbeat}
@@ -271,6 +273,7 @@ args = {decode_args}
 
 [agent]
 port = {p7}
+reports_port = {p9}
 
 [transport]
 heartbeat_timeout_s = {heartbeat}
@@ -278,6 +281,7 @@ keys_dir = {keys_pd}
 
 [limits]
 startup_timeout_s = {startup}
+min_prefill_servers = 0
 """
 
 _ROUTER = """\
@@ -290,13 +294,18 @@ port = {p11}
 [policy]
 threshold_tokens = {threshold}
 
+[reports]
+keys_dir = {keys_pd}
+
 [[sites]]
 name = "prfaas"
 role = "prfaas"
 agent_url = "http://127.0.0.1:{p2}"
+reports_port = {p8}
 
 [[sites]]
 name = "pd"
 role = "pd"
 agent_url = "http://127.0.0.1:{p7}"
+reports_port = {p9}
 """

@@ -15,13 +15,3 @@ class LoadSource(Protocol):
 
     def link(self, from_site: str, to_site: str) -> LinkLoad | None:
         """State of one direction of a link; None where nothing, or nothing fresh, is known."""
-
-
-class NoReports:
-    """No monitor: nothing is known."""
-
-    def server(self, site: str, name: str) -> ServerLoad | None:
-        return None
-
-    def link(self, from_site: str, to_site: str) -> LinkLoad | None:
-        return None

@@ -5,6 +5,8 @@ Figures are as measured by whoever sends them, with their age at that moment: cl
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
 
 
@@ -25,14 +27,30 @@ class ServerLoad(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
     prefill_tokens_per_s: float = 0.0
-    """Uncached prompt tokens computed for each second in which prefill was busy."""
+    """Uncached prompt tokens computed for each second in which prefill was busy; the last known where it rests."""
     decode_tokens_per_s: float = 0.0
+    """Tokens generated for each second in which decode was busy; the last known where it rests."""
     step_s: float = 0.0
-    """Mean time of a decode step."""
+    """Mean time of a decode step; the last known where it rests."""
     busy_fraction: float = 0.0
     """Share of the last interval in which it computed."""
     age_s: float = 0.0
     """How old the figures were when they were sent."""
+
+    @property
+    def requests(self) -> int:
+        """All requests that it holds, in whatever queue."""
+        return self.running + self.waiting + self.prealloc + self.transferring
+
+    @property
+    def idle(self) -> bool:
+        """Whether it holds no request, not even a part of a prompt between two chunks."""
+        return self.requests == 0 and self.waiting_uncached_tokens == 0
+
+    @property
+    def kv_fraction(self) -> float:
+        """Share of the pages in use, 0 where the number of pages is unknown."""
+        return self.kv_tokens_used / self.kv_tokens_total if self.kv_tokens_total else 0.0
 
 
 class LinkLoad(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,3 +91,103 @@ class SiteLoads(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="load
     sequence: int
     servers: list[ServerLoad]
     links: list[LinkLoad] = []
+
+
+class ServerState(Struct, frozen=True, kw_only=True):
+    """One server as its agent lists it. Only those in state `ready` take new requests.
+
+    path: below the agent's URL. bootstrap_host: empty means the host that the agent is reached at.
+    change: what a drain or a change of role is doing; empty in the ordinary course.
+    """
+
+    name: str
+    role: str
+    state: str
+    path: str
+    bootstrap_host: str
+    bootstrap_port: int
+    restarts: int
+    change: str = ""
+
+
+class SiteState(Struct, frozen=True, kw_only=True, tag="state"):
+    """All servers of a site; sent at once when one of them changes. Epoch and sequence as in `SiteLoads`. `GET /site`
+    answers the same; name: the site, under the key that routers without reports read."""
+
+    site: str
+    name: str
+    epoch: int
+    sequence: int
+    role: str
+    model: str
+    served_model_name: str
+    draining: bool
+    servers: list[ServerState]
+
+
+class Answer(Struct, frozen=True, kw_only=True, tag="answer"):
+    """What became of the command `id`: `done`, or else why not."""
+
+    id: str
+    done: bool
+    message: str
+
+
+Report = SiteLoads | SiteState | Answer
+"""What an agent sends. Another kind is a further struct with a tag of its own here."""
+
+
+class Subscribe(Struct, frozen=True, kw_only=True, tag="subscribe"):
+    """A router asks for reports, again and again: an agent forgets a router that it has not heard for a while.
+
+    router: a name for logs. version: of these messages.
+    """
+
+    router: str
+    version: int
+
+
+class Drain(Struct, frozen=True, tag="drain"):
+    """Give a server no new requests. Done once it holds none."""
+
+    server: str
+
+
+class Undrain(Struct, frozen=True, tag="undrain"):
+    """Give a drained server requests again."""
+
+    server: str
+
+
+class SwitchRole(Struct, frozen=True, tag="switch_role"):
+    """Drain a server, change its role, check its health, and give it requests again."""
+
+    server: str
+    role: Literal["prefill", "decode"]
+
+
+class SetLimits(Struct, frozen=True, tag="set_limits"):
+    """Relay at most `max_requests` at once to a server, 0: any number. Holds until the agent restarts."""
+
+    server: str
+    max_requests: int
+
+
+Action = Drain | Undrain | SwitchRole | SetLimits
+
+
+class Command(Struct, frozen=True, kw_only=True, tag="command"):
+    """An action for a site. The same id again gets the same answer, and nothing is done twice.
+
+    deadline_s: seconds from its arrival within which it must be done; it is undone, and answered, when they are over.
+    """
+
+    id: str
+    deadline_s: float
+    action: Action
+
+
+Request = Subscribe | Command
+"""What a router sends."""
+
+VERSION = 1

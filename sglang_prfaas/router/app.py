@@ -23,8 +23,10 @@ from sglang_prfaas.http import (
     relay,
 )
 from sglang_prfaas.http.messages import safe_header_value
-from sglang_prfaas.monitor.load_source import LoadSource, NoReports
+from sglang_prfaas.monitor.load_source import LoadSource
+from sglang_prfaas.monitor.reports import SiteState
 from sglang_prfaas.router.access_log import AccessLog
+from sglang_prfaas.router.agent_links import AgentLinks
 from sglang_prfaas.router.body import new_request_id
 from sglang_prfaas.router.filters import (
     DROPPED_REQUEST_HEADERS,
@@ -61,7 +63,7 @@ class Router:
         loads: LoadSource | None = None,
         prefixes: PrefixLookup | None = None,
     ) -> None:
-        """`loads`, `prefixes`: reports of monitors and an index of cached prefixes, where there are any.
+        """`loads`: reports of monitors, None for those of the agents. `prefixes`: an index of cached prefixes, if any.
 
         Raises ConfigError for a policy whose profile does not fit.
         """
@@ -77,10 +79,11 @@ class Router:
             )
         )
         self.registry = Registry(config, self.client)
-        self.health = HealthMonitor(config, self.registry)
+        self.agents = AgentLinks(config.sites, config.reports, on_state=self._reported)
+        self.health = HealthMonitor(config, self.registry, self.agents.reports.fresh)
         self.models = ModelNames((config.router.served_model_name, config.router.model))
         self.access_log = access_log or AccessLog()
-        self.policy = make_policy(config, self.registry, loads or NoReports(), prefixes or NoPrefixes())
+        self.policy = make_policy(config, self.registry, loads or self.agents.reports, prefixes or NoPrefixes())
         self.proxy = PdProxy(
             config, self.registry, counter, self.models, self.metrics, self.access_log, self.refresh_models, self.policy
         )
@@ -100,6 +103,7 @@ class Router:
     async def start(self) -> int:
         """Begin health checks, listen; returns the port."""
         self.health.start()
+        self.agents.start()
         return await self.server.start(self.config.router.host, self.config.router.port)
 
     async def stop(self) -> None:
@@ -107,6 +111,7 @@ class Router:
         self._draining = True
         if not await self.server.drain(self.config.limits.drain_timeout_s):
             log.warning("requests were cut off: they took longer than drain_timeout_s to end")
+        await self.agents.stop()
         await self.health.stop()
         await self.client.close()
         self.access_log.flush()
@@ -177,6 +182,9 @@ class Router:
         status = "ok" if not missing else "; ".join(missing)
         body = {"status": status, "threshold_tokens": self.registry.observation.t_tokens, "servers": servers}
         response.send(200 if not missing else 503, msgspec.json.encode(body), _JSON)
+
+    def _reported(self, state: SiteState) -> None:
+        self.health.reported(state)
 
     def _alive(self, role: str) -> list[Target]:
         """Alive servers of a role at PD sites."""

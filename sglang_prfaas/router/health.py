@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from sglang_prfaas.config.schema import RouterConfig, RouterSite
 from sglang_prfaas.errors import PeerError, PrfaasError
 from sglang_prfaas.http import UpstreamError, UpstreamTimeoutError
+from sglang_prfaas.monitor.reports import SiteState
 from sglang_prfaas.router.registry import Registry, Target
 
 _DEEP_EVERY = 10
@@ -23,7 +25,11 @@ log = logging.getLogger(__name__)
 class HealthMonitor:
     """Runs one task per server and per agent until stopped."""
 
-    def __init__(self, config: RouterConfig, registry: Registry) -> None:
+    def __init__(
+        self, config: RouterConfig, registry: Registry, reports_come: Callable[[str], bool] = lambda site: False
+    ) -> None:
+        """reports_come: whether the agent of a site tells of its servers by itself these days."""
+        self._reports_come = reports_come
         self._limits = config.limits
         self._registry = registry
         self._agents = [site for site in config.sites if site.agent_url]
@@ -34,6 +40,18 @@ class HealthMonitor:
     def start(self) -> None:
         self._sync()
         self._agent_tasks = [asyncio.create_task(self._watch_agent(site)) for site in self._agents]
+
+    def reported(self, state: SiteState) -> None:
+        """An agent tells of its servers: take it over at once."""
+        site = next((site for site in self._agents if site.name == state.site), None)
+        if site is None:
+            return
+        try:
+            self._registry.apply_state(site, state)
+        except PeerError as exc:
+            log.warning("site %s: %s", site.name, exc)
+            return
+        self._sync()
 
     async def stop(self) -> None:
         tasks = [*self._tasks.values(), *self._agent_tasks]
@@ -60,8 +78,9 @@ class HealthMonitor:
                 answer = await upstream.fetch("GET", "/site", timeout_s=self._limits.health_timeout_s)
                 if answer.status != 200:
                     raise PeerError(f"the agent of {site.name} at {site.agent_url} answered {answer.status}")
-                self._registry.apply_agent(site, answer.body)
-                self._sync()
+                if not self._reports_come(site.name):  # else the report may be newer than this answer
+                    self._registry.apply_agent(site, answer.body)
+                    self._sync()
                 failing = False
             except PrfaasError as exc:  # its servers stay as they are; their own checks go on
                 if not failing:

@@ -13,6 +13,7 @@ from msgspec import Struct
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerRole
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.http import Client, Upstream
+from sglang_prfaas.monitor.reports import SiteState
 from sglang_prfaas.scheduler.prefill_queue import PrefillQueue
 from sglang_prfaas.scheduler.types import Observation, ServerView, SiteView
 
@@ -129,6 +130,17 @@ class Registry:
             listed = msgspec.json.decode(answer, type=AgentSite)
         except msgspec.DecodeError as exc:
             raise PeerError(f"the agent of {site.name} at {site.agent_url} answered wrongly: {exc}") from exc
+        self._apply(site, listed)
+
+    def apply_state(self, site: RouterSite, state: SiteState) -> None:
+        """Take over what an agent reports by itself, as `apply_agent` does its list. Raises PeerError."""
+        try:
+            listed = msgspec.convert(state, AgentSite, from_attributes=True)
+        except msgspec.ValidationError as exc:
+            raise PeerError(f"the agent of {site.name} reports wrongly: {exc}") from exc
+        self._apply(site, listed)
+
+    def _apply(self, site: RouterSite, listed: AgentSite) -> None:
         if listed.name != site.name:
             raise PeerError(f"the agent at {site.agent_url} is of site {listed.name}, expected {site.name}")
         view = self._sites[site.name]
@@ -147,7 +159,10 @@ class Registry:
             found.upstream = upstream
             found.bootstrap_host = entry.bootstrap_host or upstream.host
             found.bootstrap_port = entry.bootstrap_port
-            found.offered = entry.state == "ready"
+            offered = entry.state == "ready"
+            if offered and not found.offered:
+                found.probe_now.set()
+            found.offered = offered
             found.update_alive()
         for gone in known.values():
             log.info("%s/%s is no longer listed by its agent", site.name, gone.name)

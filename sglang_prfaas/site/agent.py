@@ -4,23 +4,37 @@
     GET /site                         the site's servers and their states
     GET /metrics                      Prometheus
     ANY /servers/<name>/<anything>    relayed to that server, byte for byte
+    POST /control/<name>/<command>    drain, undrain, role, limits; from this machine, at a pd site
 
 A PrfaaS site is reached over a WAN: there only inference and read-only endpoints are relayed, not SGLang's admin API.
+Routers get the same list, loads and links as they change over ZeroMQ where there is a `reports_port`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import logging
+from collections.abc import Coroutine, Mapping
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 
+from sglang_prfaas.clock import Clock, MonotonicClock
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.errors import PrfaasError
 from sglang_prfaas.http import Client, ClientLimits, HttpError, HttpServer, Request, Response, ServerLimits, relay
+from sglang_prfaas.monitor.link_channel import LinkReceiver, LinkViews
+from sglang_prfaas.monitor.reports import Command, ServerState, SiteState
+from sglang_prfaas.site import metrics, operator_control
+from sglang_prfaas.site.control import SiteControl
 from sglang_prfaas.site.lifecycle import State
-from sglang_prfaas.site.roles import Roles
+from sglang_prfaas.site.load_watch import LoadWatch
+from sglang_prfaas.site.report_server import ReportServer
+from sglang_prfaas.site.reporter import Reporter
 from sglang_prfaas.site.server import Server
+
+logger = logging.getLogger(__name__)
 
 WAN_PATHS: Mapping[str, frozenset[str]] = {
     "POST": frozenset(
@@ -55,50 +69,64 @@ _CLIENT_LIMITS = ClientLimits(first_byte_timeout_s=86_400.0, idle_timeout_s=86_4
 """Routers set the deadlines of requests; the agent only has to outlast them."""
 
 
-class ServerReport(msgspec.Struct, frozen=True):
-    """One server in the answer to `GET /site`. bootstrap_host: empty means the host that the agent is reached at."""
-
-    name: str
-    role: str
-    state: str
-    path: str
-    bootstrap_host: str
-    bootstrap_port: int
-    restarts: int
-
-
-class SiteReport(msgspec.Struct, frozen=True):
-    """The answer to `GET /site`."""
-
-    name: str
-    role: str
-    model: str
-    served_model_name: str
-    draining: bool
-    servers: list[ServerReport]
-
-
 class Agent:
     """Serves one site's routers. Must be used from one event loop."""
 
-    def __init__(self, config: SiteConfig, servers: Mapping[str, Server]) -> None:
+    def __init__(
+        self, config: SiteConfig, servers: Mapping[str, Server], *, clock: Clock | None = None, link_reports: str = ""
+    ) -> None:
+        """link_reports: the endpoint to take the movers' figures of links at, empty for none."""
+        clock = clock or MonotonicClock()
         self._config = config
         self._servers = servers
+        self._clock = clock
         self._server: HttpServer | None = None
         self._client: Client | None = None
-        self._roles = Roles(servers, config.limits.health_interval_s)
-        self._watching: asyncio.Task[None] | None = None
+        self._loads = LoadWatch(servers, config.agent.report_interval_s, clock, self.changed)
+        self._control = SiteControl(config, servers, self._loads, clock, self.changed)
+        self._link_reports = link_reports
+        capacities = {link.to_site: link.capacity_gbps * 1e9 / 8 for link in config.links}
+        self._links = LinkViews(clock, configured_bytes_per_s=capacities)
+        self._link_receiver: LinkReceiver | None = None
+        self._reports: ReportServer | None = None
+        self._reporter: Reporter | None = None
+        self._tasks: set[asyncio.Task[object]] = set()
         self._relayed = dict.fromkeys(servers, 0)
-        self.draining = False
+        self._draining = False
+        self._change_pending = False
+
+    @property
+    def draining(self) -> bool:
         """While set, nothing new is relayed; requests under way go on."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._draining = value
+        self.changed()
 
     async def start(self) -> int:
-        """Listen; returns the port. Raises LocalError when the address is taken."""
+        """Listen; returns the HTTP port. Raises LocalError when an address is taken, ConfigError for keys that do not
+        fit."""
         self._client = Client(_CLIENT_LIMITS)
-        self._watching = asyncio.create_task(self._roles.watch(self._client))
         self._server = HttpServer(self._handle, _LIMITS)
         agent = self._config.agent
-        return await self._server.start(agent.host, agent.port)
+        try:
+            port = await self._server.start(agent.host, agent.port)
+            if self._link_reports:
+                self._link_receiver = LinkReceiver(self._link_reports)
+            if agent.reports_port:
+                self._reports = ReportServer(
+                    self._config, self._clock, on_subscribed=self.changed, on_command=self._command
+                )
+                self._reporter = Reporter(self._config.site.name, self._reports.broadcast, self._execute)
+                self._reports.start()
+        except (PrfaasError, OSError):
+            await self.stop(0)
+            raise
+        self._spawn(self._loads.watch(self._client), "loads")
+        self._spawn(self._report_loads(), "reports")
+        return port
 
     async def stop(self, timeout_s: float) -> None:
         """Finish what is under way within the time, then close."""
@@ -106,71 +134,123 @@ class Agent:
         if self._server is not None:
             await self._server.drain(timeout_s)
             self._server = None
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
-            self._watching = None
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._reports is not None:
+            self._reporter = None
+            await asyncio.to_thread(self._reports.stop)
+            self._reports = None
+        if self._link_receiver is not None:
+            self._link_receiver.close()
+            self._link_receiver = None
         if self._client is not None:
             await self._client.close()
             self._client = None
 
-    def report(self) -> SiteReport:
-        """What `GET /site` answers."""
+    def changed(self) -> None:
+        """Something that routers should know has changed: they are told soon, once for all changes of this moment."""
+        if self._reporter is not None and not self._change_pending:
+            self._change_pending = True
+            asyncio.get_running_loop().call_soon(self._report_state)
+
+    def report(self) -> SiteState:
+        """What `GET /site` answers. Epoch and sequence are those of the next report to routers, 0 without any."""
         site = self._config.site
-        return SiteReport(
+        epoch, sequence = self._reporter.numbers() if self._reporter is not None else (0, 0)
+        return SiteState(
+            site=site.name,
             name=site.name,
+            epoch=epoch,
+            sequence=sequence,
             role=site.role,
             model=site.model,
             served_model_name=site.served_model_name or site.model,
             draining=self.draining,
-            servers=[
-                ServerReport(
-                    name=server.name,
-                    role=self._roles.of(server.name),
-                    state=str(State.STOPPING if self.draining else self._servers[server.name].state),
-                    path=_PREFIX + server.name,
-                    bootstrap_host=self._config.transport.advertise_host or _reachable(server.host),
-                    bootstrap_port=self._servers[server.name].command.bootstrap_port,
-                    restarts=self._servers[server.name].restarts,
-                )
-                for server in self._config.servers
-            ],
+            servers=[self._server_state(name) for name in self._servers],
         )
 
     def metrics(self) -> str:
         """What `GET /metrics` answers."""
-        site = self._config.site.name
-        lines = ["# HELP prfaas_server_state Whether a server is in a state.", "# TYPE prfaas_server_state gauge"]
-        for server in self._servers.values():
-            labels = f'site="{site}",server="{server.name}",role="{self._roles.of(server.name)}"'
-            lines += [
-                f'prfaas_server_state{{{labels},state="{state}"}} {int(server.state is state)}' for state in State
-            ]
-        lines += [
-            "# HELP prfaas_server_restarts_total Restarts of a server since the site was started.",
-            "# TYPE prfaas_server_restarts_total counter",
+        servers = [
+            metrics.ServerFigures(
+                name=name,
+                role=self._loads.role(name),
+                state=server.state,
+                offered=self._control.state(name) == State.READY and not self.draining,
+                restarts=server.restarts,
+                relayed=self._relayed[name],
+                load=self._loads.load(name),
+            )
+            for name, server in self._servers.items()
         ]
-        lines += [
-            f'prfaas_server_restarts_total{{site="{site}",server="{server.name}"}} {server.restarts}'
-            for server in self._servers.values()
-        ]
-        lines += [
-            "# HELP prfaas_agent_relayed_requests_total Requests relayed to a server.",
-            "# TYPE prfaas_agent_relayed_requests_total counter",
-        ]
-        lines += [
-            f'prfaas_agent_relayed_requests_total{{site="{site}",server="{name}"}} {count}'
-            for name, count in self._relayed.items()
-        ]
-        return "\n".join(lines) + "\n"
+        routers = self._reports.routers if self._reports is not None else 0
+        return metrics.render(self._config.site.name, servers, self._links.links(), self._control.results, routers)
+
+    def _server_state(self, name: str) -> ServerState:
+        server, change = self._servers[name], self._control.change(name)
+        return ServerState(
+            name=name,
+            role=self._loads.role(name),
+            state=str(State.STOPPING) if self.draining else self._control.state(name),
+            path=_PREFIX + name,
+            bootstrap_host=self._config.transport.advertise_host or _reachable(server.command.host),
+            bootstrap_port=server.command.bootstrap_port,
+            restarts=server.restarts,
+            change=change.text if change is not None else "",
+        )
+
+    # --- reports and commands -----------------------------------------------------------------------------------------
+
+    def _report_state(self) -> None:
+        self._change_pending = False
+        if self._reporter is not None:
+            self._reporter.send(self.report())
+
+    async def _report_loads(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.agent.report_interval_s)
+            if self._link_receiver is not None:
+                self._link_receiver.drain(self._links)
+            if self._reporter is not None:
+                self._reporter.loads(self._loads.loads(), self._links.links())
+
+    def _command(self, command: Command, reply: operator_control.Reply) -> None:
+        if self._reporter is not None:
+            self._reporter.command(command, reply)
+
+    def _execute(self, command: Command) -> asyncio.Task[tuple[bool, str]]:
+        assert self._client is not None
+        work = self._control.execute(command.action, command.deadline_s, self._client)
+        task = asyncio.create_task(work, name=f"command {command.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
+        task = asyncio.create_task(work, name=f"{name} of {self._config.site.name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("site %s: %s ended", self._config.site.name, task.get_name(), exc_info=error)
+
+    # --- HTTP ---------------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: Request, response: Response) -> None:
         if request.path.startswith(_PREFIX):
             await self._relay(request, response)
+        elif request.path.startswith(operator_control.PREFIX):
+            command = operator_control.command_of(request, self._config.site.role)
+            done, message = await asyncio.shield(self._execute(command))
+            response.send(200 if done else 409, msgspec.json.encode({"done": done, "message": message}))
         elif request.method not in ("GET", "HEAD"):
             raise HttpError(405, f"{request.path} answers GET only.", code="method_not_allowed")
         elif request.path == "/health":
-            ready = any(server.state is State.READY for server in self._servers.values()) and not self.draining
+            ready = any(self._control.state(name) == State.READY for name in self._servers) and not self.draining
             response.send(200 if ready else 503, b'{"ready":%b}' % (b"true" if ready else b"false"))
         elif request.path == "/site":
             response.send(200, msgspec.json.encode(self.report()))
@@ -194,8 +274,19 @@ class Agent:
         if server.pid is None:
             raise HttpError(503, f"Server {server.name} is {server.state}.", code="server_unavailable")
         assert self._client is not None
+        upstream = self._client.upstream(server.url)
         self._relayed[server.name] += 1
-        await relay(request, response, self._client.upstream(server.url), target=target or b"/")
+        if request.method != "POST":
+            await relay(request, response, upstream, target=target or b"/")
+            return
+        refused = self._control.refuses(server.name)
+        if refused:
+            raise HttpError(503, refused, code="draining")
+        self._control.relayed[server.name] += 1
+        try:
+            await relay(request, response, upstream, target=target or b"/")
+        finally:
+            self._control.relayed[server.name] -= 1
 
 
 def _reachable(host: str) -> str:

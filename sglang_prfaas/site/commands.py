@@ -11,6 +11,9 @@ from sglang_prfaas import env
 from sglang_prfaas.config import sglang_args
 from sglang_prfaas.config.schema import ServerConfig, ServerRole, SiteConfig
 
+ACCESS_LOG_OPTION = "--uvicorn-access-log-exclude-prefixes"
+"""The agent asks for /v1/loads twice a second: without this, each time would be a line in the server's log."""
+
 
 class ServerCommand(Struct, frozen=True):
     """One server to run.
@@ -33,9 +36,10 @@ class ServerCommand(Struct, frozen=True):
     needs_nccl_port: bool = False
 
 
-def site_commands(config: SiteConfig, python: str = sys.executable) -> list[ServerCommand]:
-    """The commands of a site's servers, in the order of the file. python: the interpreter that has SGLang."""
-    return [_command(config, server, python) for server in config.servers]
+def site_commands(config: SiteConfig, python: str = sys.executable, link_reports: str = "") -> list[ServerCommand]:
+    """The commands of a site's servers, in the order of the file. python: the interpreter that has SGLang.
+    link_reports: the endpoint where the agent takes the movers' figures of links, empty for none."""
+    return [_command(config, server, python, link_reports) for server in config.servers]
 
 
 def plain_command(
@@ -62,12 +66,14 @@ def listening_host(host: str) -> str:
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host.strip("[]"))
 
 
-def _command(config: SiteConfig, server: ServerConfig, python: str) -> ServerCommand:
+def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports: str) -> ServerCommand:
     site = config.site
     args = (*site.args, *server.args)
     argv = [python, "-m", "sglang.launch_server", "--model-path", site.model]
     argv += ["--host", server.host, "--port", str(server.port)]
     argv += ["--disaggregation-mode", server.role, "--disaggregation-transfer-backend", site.transfer_backend]
+    if not sglang_args.has(args, ACCESS_LOG_OPTION):
+        argv += [ACCESS_LOG_OPTION, "/v1/loads"]
     if server.bootstrap_port:
         argv += ["--disaggregation-bootstrap-port", str(server.bootstrap_port)]
     if site.served_model_name:
@@ -77,6 +83,7 @@ def _command(config: SiteConfig, server: ServerConfig, python: str) -> ServerCom
         env.SITE: site.name,
         env.SERVER: server.name,
         env.MOVER_PORT: str(server.mover_port),
+        **({env.LINK_REPORTS: link_reports} if link_reports else {}),
         **site.env,
         **server.env,
     }

@@ -10,6 +10,7 @@ from typing import Self
 
 from sglang_prfaas.config import ports
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.monitor.link_channel import new_endpoint
 from sglang_prfaas.site.agent import Agent
 from sglang_prfaas.site.commands import listening_host, site_commands
 from sglang_prfaas.site.free_ports import require_free
@@ -39,15 +40,18 @@ class Site:
         self.log_dir = log_dir or default_log_dir(config)
         self._progress = progress or Progress(self.name)
         self._claims = ports.site_claims(config)
+        has_links = bool(config.agent.port) and config.site.transfer_backend == "prfaas"
+        link_reports = new_endpoint() if has_links else ""
         self.supervisor = Supervisor(
-            site_commands(config, python),
+            site_commands(config, python, link_reports),
             config.limits,
             self.log_dir,
             environ=environ,
             avoid_ports=[port for claim in self._claims for port in range(claim.first, claim.last + 1)],
             progress=self._progress,
         )
-        self.agent = Agent(config, self.servers)
+        self.agent = Agent(config, self.servers, link_reports=link_reports)
+        self.supervisor.on_change = self.agent.changed
 
     @property
     def servers(self) -> dict[str, Server]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sglang_prfaas.clock import Clock, MonotonicClock
@@ -35,6 +35,8 @@ class Supervisor:
         """environ: what servers inherit (None: this process's). avoid_ports: never chosen for a server's inner use."""
         self._clock = clock or MonotonicClock()
         self._progress = progress or Progress()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after a server has entered a state."""
         avoid = {*avoid_ports, *(command.port for command in commands)}
         self.servers = {
             command.name: Server(
@@ -44,7 +46,7 @@ class Supervisor:
                 self._clock,
                 environ=environ,
                 avoid_ports=avoid,
-                on_change=self._progress.changed,
+                on_change=self._changed,
             )
             for command in commands
         }
@@ -100,6 +102,10 @@ class Supervisor:
     async def all_failed(self) -> None:
         """Wait until every server was given up."""
         await asyncio.gather(*(server.until(State.FAILED) for server in self.servers.values()))
+
+    def _changed(self, server: Server) -> None:
+        self._progress.changed(server)
+        self.on_change()
 
     async def _until_ready(self, server: Server) -> None:
         await server.until(State.READY, State.FAILED, State.STOPPED)

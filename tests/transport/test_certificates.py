@@ -16,10 +16,11 @@ from sglang_prfaas.errors import ConfigError, PeerError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.addresses import endpoint
 from sglang_prfaas.transport.framing import Preface
+from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello, Welcome, decode_to_decode, encode
 from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.security.tls import client_context
-from tests.transport.fakes import FakeDecode, at_end
+from tests.transport.fakes import INSTANCE, FakeDecode, at_end
 from tests.transport.keyring import Keyring
 from tests.transport.rig import (
     CONFIG,
@@ -82,8 +83,8 @@ def _token(pair: Pair, keyring: Keyring, decode: FakeDecode, site: str = "pd") -
     dealer = keyring.dealer(decode.context, site, "prfaas")
     dealer.setsockopt(zmq.ROUTING_ID, b"Dkeyed")
     dealer.connect(endpoint("127.0.0.1", pair.sender.control_port))
-    dealer.send(encode(Hello(PROTOCOL_VERSION, "", "x", pair.layout, 1, 4096)))
-    answer = decode_to_decode(dealer.recv())
+    dealer.send(seal(encode(Hello(PROTOCOL_VERSION, "", "x", pair.layout, 1, 4096, INSTANCE, 0))))
+    answer = decode_to_decode(unseal(dealer.recv())[2])
     assert isinstance(answer, Welcome)
     return answer.token
 
@@ -131,7 +132,7 @@ def test_certificates_that_get_nothing(
                 pass  # the server's alert, or its end
             assert got == b""
         wait_until(lambda: lines(caplog, "data connection from 127.0.0.1 refused", why), "the prefill server's line")
-        assert not pair.sender._sessions[b"Dkeyed"].connections
+        assert not pair.sender._sessions[b"Dkeyed"].links
         works(pair, 7)
 
 

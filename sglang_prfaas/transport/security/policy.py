@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zmq
 
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.config.schema import ReportsConfig, TransportConfig
 from sglang_prfaas.config.security import NO_KEYS, uses_keys
 from sglang_prfaas.errors import ConfigError, PeerError, PeerGoneError
 from sglang_prfaas.transport.security import curve, key_files
@@ -67,6 +67,13 @@ class Security:
         known = known or {site: peer for site, peer in peers.items() if not peer.addresses}
         return tuple(ServerKey(site, key.encode()) for site, peer in known.items() for key in peer.curve)
 
+    def site_keys(self, site: str) -> tuple[ServerKey, ...]:
+        """Keys that servers of a site may have by peers.toml, wherever they are; none for a site that is not in it."""
+        if self.keys is None:
+            return (self.own_server_key,)
+        peer = self.keys.peers.current().get(site)
+        return tuple(ServerKey(site, key.encode()) for key in peer.curve) if peer is not None else ()
+
     # --- data connections -----------------------------------------------------------------------------------------
 
     def wrap(self, sock: socket.socket, *, server_side: bool) -> socket.socket:
@@ -111,17 +118,21 @@ class Security:
 
     # --- rule -----------------------------------------------------------------------------------------------------
 
-    def may_listen(self, what: str, host: str, config: TransportConfig) -> None:
+    def may_listen(
+        self, what: str, host: str, config: TransportConfig, risk: str = "can read and forge KVCache"
+    ) -> None:
         """Without keys, only on this machine, unless the configuration says `off` in so many words: that is logged.
-        Raises ConfigError. `host` is an address."""
+
+        `host` is an address; `risk`: what whoever reaches it can do, for the log. Raises ConfigError."""
         if self.keys is not None or ipaddress.ip_address(host.partition("%")[0]).is_loopback:
             return
         if config.security != "off":
             raise ConfigError(f"{what} would listen on {host}, {NO_KEYS}")
         logger.warning(
-            'prfaas: %s listens on %s with transport.security = "off": whoever reaches it can read and forge KVCache',
+            'prfaas: %s listens on %s with transport.security = "off": whoever reaches it %s',
             what,
             host,
+            risk,
         )
 
 
@@ -129,7 +140,7 @@ PLAIN = Security()
 """Without keys."""
 
 
-def load_security(config: TransportConfig) -> Security:
+def load_security(config: TransportConfig | ReportsConfig) -> Security:
     """What the configuration asks for. Logs what should not stay. Raises ConfigError for keys that do not fit."""
     if not uses_keys(config):
         return PLAIN

@@ -35,7 +35,8 @@ def test_check_prints_what_would_run(files: list[str], capsys: pytest.CaptureFix
     assert err == "3 of 3 files are right\n"
     command = (
         f"{sys.executable} -m sglang.launch_server --model-path owner/model --host 127.0.0.1 --port 30000 "
-        "--disaggregation-mode prefill --disaggregation-transfer-backend prfaas --disaggregation-bootstrap-port 8998"
+        "--disaggregation-mode prefill --disaggregation-transfer-backend prfaas "
+        "--uvicorn-access-log-exclude-prefixes /v1/loads --disaggregation-bootstrap-port 8998"
     )
     assert f"\n    {command}\n" in out
     assert "PRFAAS_CONNECTIONS=4" in out

@@ -6,9 +6,13 @@ FAKE_DEAF=1        ignore SIGTERM.
 FAKE_SICK=FILE     answer 503 while that file exists.
 FAKE_CHILD=FILE    start a child of its own and write its pid there.
 FAKE_SLOW=FILE     do not listen until that file exists.
+FAKE_BUSY=FILE     /v1/loads tells of as many running requests as that file says.
+FAKE_SWITCH=FILE   what /pd_role_switch does: the file's words in turn (busy, refuse, break, sick); then it obeys.
+FAKE_HOLD=FILE     answer POST only once that file exists.
 """
 
 import http.server
+import json
 import os
 import signal
 import subprocess
@@ -23,12 +27,57 @@ def record(text: str) -> None:
             file.write(f"{os.environ['PRFAAS_SERVER']} {text}\n")
 
 
+class Role:
+    """What the server is now."""
+
+    now = ""
+    switches = 0
+    sick = False
+
+
+def lines_of(variable: str) -> list[str]:
+    path = os.environ.get(variable, "")
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return file.read().split()
+
+
+def loads() -> bytes:
+    running = int((lines_of("FAKE_BUSY") or ["0"])[0])
+    load = {
+        "timestamp": time.time(),
+        "num_running_reqs": running,
+        "max_total_num_tokens": 1000,
+        "disaggregation": {"mode": Role.now},
+        "queues": {"waiting": 0},
+    }
+    return json.dumps({"loads": [load]}).encode()
+
+
+def switch_role(body: bytes) -> tuple[int, bytes]:
+    plan = lines_of("FAKE_SWITCH")
+    word = plan[Role.switches] if Role.switches < len(plan) else ""
+    Role.switches += 1
+    role = json.loads(body)["new_role"]
+    record(f"asked to {role}{' but ' + word if word else ''}")
+    if word == "busy":
+        return 400, b'{"success": false, "message": "instance is not idle; drain", "safe_to_restore": true}'
+    if word == "refuse":
+        return 400, b'{"success": false, "message": "no headroom", "safe_to_restore": true}'
+    if word == "break":
+        return 400, b'{"success": false, "message": "restart required", "safe_to_restore": false}'
+    Role.now, Role.sick = role, word == "sick"
+    return 200, b'{"success": true, "message": "ok", "safe_to_restore": false}'
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        sick = os.path.exists(os.environ.get("FAKE_SICK", ""))
-        body = f"{os.environ['PRFAAS_SERVER']} {self.path}".encode()
+        sick = Role.sick or os.path.exists(os.environ.get("FAKE_SICK", ""))
+        body = loads() if self.path == "/v1/loads" else f"{os.environ['PRFAAS_SERVER']} {self.path}".encode()
+        sick = sick and self.path != "/v1/loads"
         self.send_response(503 if sick else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -37,7 +86,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", "0"))
         body = self.rfile.read(length)
-        self.send_response(200)
+        status = 200
+        if self.path == "/pd_role_switch":
+            status, body = switch_role(body)
+        if (path := os.environ.get("FAKE_HOLD")) and not os.path.exists(path):
+            record("held")
+        while (path := os.environ.get("FAKE_HOLD")) and not os.path.exists(path):
+            time.sleep(0.02)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -51,6 +107,7 @@ def option(name: str) -> str:
 
 
 def main() -> None:
+    Role.now = option("--disaggregation-mode")
     print("hello from", os.environ["PRFAAS_SERVER"], flush=True)
     if code := os.environ.get("FAKE_EXIT"):
         print("RuntimeError: no such device", flush=True)

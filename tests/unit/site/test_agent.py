@@ -53,6 +53,7 @@ def test_the_site_is_described(make_site: MakeSite, fake_python: str) -> None:
             "bootstrap_host": "127.0.0.1",
             "bootstrap_port": site.server("prefill_0").command.bootstrap_port,
             "restarts": 0,
+            "change": "",
         }
         assert decode["bootstrap_port"] == 0
 

@@ -160,7 +160,7 @@ def test_a_data_port_of_another_site_or_deployment(keyring: Keyring, strangers: 
             try:
                 with pytest.raises(PeerError, match=expected):
                     data_tcp.connect(
-                        connection, "127.0.0.1", pair.sender.data_port, CONFIG, load_security(keyring.pd), "prfaas"
+                        connection, "127.0.0.1", pair.sender.data_port, DEADLINE_S, load_security(keyring.pd), "prfaas"
                     )
             finally:
                 connection.close()

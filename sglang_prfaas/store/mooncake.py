@@ -3,6 +3,7 @@ memory. Needs the package `mooncake-transfer-engine` (or `-non-cuda`) and, on De
 
 from __future__ import annotations
 
+import socket
 import threading
 from typing import Any
 
@@ -10,6 +11,8 @@ from sglang_prfaas.config.schema import PrefixCacheConfig
 from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.store.objects import frame_head, head_bytes, is_intact
 from sglang_prfaas.store.stats import Counters
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 class MooncakeStore:
@@ -26,6 +29,7 @@ class MooncakeStore:
                 f"prefix_cache.backend is mooncake, but its client does not load: {error}; "
                 "pip install 'sglang-prfaas[mooncake]', and on Debian apt-get install libibverbs1"
             ) from error
+        _reach(config.mooncake_master)
         self._counters = counters
         self._lock = threading.Lock()
         self._store: Any = MooncakeDistributedStore()
@@ -40,8 +44,8 @@ class MooncakeStore:
         )
         if code:
             raise LaunchError(
-                f"cannot join Mooncake Store as {config.mooncake_host} (code {code}): is mooncake_master reachable at "
-                f"{config.mooncake_master}, and prefix_cache.mooncake_protocol right?"
+                f"cannot join the Mooncake Store of {config.mooncake_master} (code {code}): are "
+                f"prefix_cache.mooncake_host = {config.mooncake_host!r}, mooncake_protocol and mooncake_metadata right?"
             )
 
     def contains(self, name: str) -> bool:
@@ -73,3 +77,14 @@ class MooncakeStore:
             store, self._store = self._store, None
         if store is not None:
             store.close()
+
+
+def _reach(master: str) -> None:
+    """Raises LaunchError where nothing listens: the client itself would try for minutes."""
+    host, _, port = master.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise LaunchError(
+            f"prefix_cache.mooncake_master: nothing answers at {master!r} ({error}); start mooncake_master there"
+        ) from error

@@ -2,7 +2,8 @@
 
 The pool takes a prefix with all that makes it usable at once. SGLang hands a hybrid model's state first and its KV in
 batches after it, so a prefix is begun with its state and is reusable when its last page has come. One that never gets
-complete gives its room back when the next begins.
+complete gives its room back when the next begins. Pages before the part that has a state come earlier, without one (a
+window's, for instance); they wait beside the pool, in an eighth of the memory, for a prefix that needs them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class HostTier:
     def __init__(
         self, layout: PoolLayout, limit_bytes: int, counters: Counters, *, transfer_floor_blocks: int = 0
     ) -> None:
-        blocks = limit_bytes // layout.block_bytes
+        self._waiting_pages = limit_bytes // layout.block_bytes // 8 if layout.hybrid else 0
+        self._waiting: dict[str, bytes] = {}  # oldest first
+        blocks = limit_bytes // layout.block_bytes - self._waiting_pages
         self.pool = HybridPool(layout, blocks, transfer_floor_blocks=transfer_floor_blocks)
         self.state_component = next((group.name for group in layout.groups if group.kind != "full"), None)
         self._page_bytes = next(group.entry_bytes for group in layout.groups if group.kind == "full")
@@ -82,12 +85,16 @@ class HostTier:
                 self._missing = {("kv", chain[index]): blocks for index, blocks in self._ticket.kv.items()}
                 for length, blocks in self._ticket.states.items():
                     self._missing[self.state_component or "", chain[length - 1]] = blocks
+                for key in [key for component, key in self._missing if component == "kv" and key in self._waiting]:
+                    self.put("kv", key, memoryview(self._waiting.pop(key)))
 
     def put(self, component: str, key: str, payload: memoryview) -> None:
-        """One of the objects that the prefix begun last still lacks; any other is left out."""
+        """One of the objects that the prefix begun last still lacks, or a page for one to come."""
         with self._lock:
             blocks = self._missing.pop((component, key), None)
             if blocks is None or self._ticket is None:
+                if component == "kv":
+                    self._wait(key, payload)
                 return
             self._copy(blocks, payload, to_arena=True)
             self._counters.add(host_written_bytes=len(payload))
@@ -105,6 +112,13 @@ class HostTier:
     def used_bytes(self) -> int:
         with self._lock:
             return self.pool.ledger.prefix_blocks * self.pool.layout.block_bytes
+
+    def _wait(self, key: str, payload: memoryview) -> None:
+        if self._waiting_pages and not self.contains("kv", key):
+            self._waiting.pop(key, None)
+            self._waiting[key] = bytes(payload)
+            while len(self._waiting) > self._waiting_pages:
+                del self._waiting[next(iter(self._waiting))]
 
     def _blocks(self, component: str, key: str) -> Blocks:
         kv, state = self.pool.blocks_of(_hash(key))

@@ -82,6 +82,21 @@ def test_what_never_gets_complete_gives_its_room_back() -> None:
     assert host.used_bytes() == 0
 
 
+def test_pages_that_come_before_any_state_wait_for_one() -> None:
+    host, keys = tier(64, "window"), chain(1, 6)
+    for key in keys[:4]:
+        host.put("kv", key, page(key))
+    assert host.used_bytes() == 0
+    host.begin(keys, [5, 6])
+    for key in keys[4:]:
+        host.put("mamba", key, page(key, STATE_BYTES))
+        host.put("kv", key, page(key))
+    assert [read(host, "kv", key) for key in keys] == [bytes(page(key)) for key in keys]
+    for key in chain(2, 20):
+        host.put("kv", key, page(key))
+    assert len(host._waiting) == 64 // 8
+
+
 def test_each_page_of_a_window_is_a_state_of_its_own() -> None:
     host, keys = tier(32, "window"), chain(1, 4)
     host.begin(keys, [3, 4])

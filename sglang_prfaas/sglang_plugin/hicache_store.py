@@ -25,7 +25,6 @@ from sglang.srt.mem_cache.hicache_storage import (
 from sglang.srt.runtime_context import get_server_args
 
 from sglang_prfaas import env
-from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import PrefixCacheConfig
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.prefix_cache.groups import Group, PoolLayout
@@ -81,8 +80,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
         self.store = TieredStore(backend, self._host_tier(), self._namespaces, self.counters)
         directory = self.config.stats_dir or (self.config.disk_dir and os.path.join(self.config.disk_dir, "stats"))
         if directory:
-            self._stats = StatsWriter(Path(directory) / f"{self._name()}.json", MonotonicClock())
-            self._report(at_once=True)
+            self._stats = StatsWriter(Path(directory) / f"{self._name()}.json", self._stats_file)
 
     # --- which prefixes exist -------------------------------------------------------------------------------------
 
@@ -99,7 +97,6 @@ class PrfaasHiCacheStore(HiCacheStorage):
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
         hit = self._ready().hit(keys, [_need(transfer) for transfer in pool_transfers or ()])
-        self._report()
         return PoolTransferResult(hit.pages, dict(hit.found), list(hit.usable))
 
     # --- pages of KV ----------------------------------------------------------------------------------------------
@@ -134,7 +131,8 @@ class PrfaasHiCacheStore(HiCacheStorage):
     batch_get = set = batch_set = get
 
     def close(self) -> None:
-        self._report(at_once=True)
+        if self._stats is not None:
+            self._stats.close()
         if self.store is not None:
             self.store.close()
 
@@ -157,7 +155,6 @@ class PrfaasHiCacheStore(HiCacheStorage):
         done = self._ready().read(component, keys, [_bytes(page) for page in pages], prefix)
         for index in range(consecutive(done)):
             pool.set_from_flat_data_page(places[index], pages[index])
-        self._report()
         return done
 
     def _set(
@@ -169,7 +166,6 @@ class PrfaasHiCacheStore(HiCacheStorage):
             return [False] * len(keys)
         pages = [_bytes(pool.get_data_page(place, flat=True)) for place in places]
         done = self._ready().write(component, keys, pages, prefix)
-        self._report()
         return done
 
     def _register(self, component: str, pool: Any) -> None:
@@ -232,25 +228,21 @@ class PrfaasHiCacheStore(HiCacheStorage):
         server = "-".join(filter(None, (os.environ.get(env.SITE), os.environ.get(env.SERVER)))) or f"pid{os.getpid()}"
         return f"{server}-tp{self.rank.tp_rank}-pp{self.rank.pp_rank}-dp{self.rank.dp_rank}"
 
-    def _report(self, *, at_once: bool = False) -> None:
-        if self._stats is None or self.store is None or not (at_once or self._stats.due()):
-            return
-        backend, host = self.store.backend, self.store.host
+    def _stats_file(self) -> StatsFile:
+        backend, host = self._ready().backend, self._ready().host
         used = 0
         if isinstance(backend, DiskStore):
             with contextlib.suppress(OSError):
                 used = backend.usage.used_bytes()
-        self._stats.write(
-            StatsFile(
-                name=self._name(),
-                backend=self.config.backend,
-                pid=os.getpid(),
-                host_limit_bytes=self.config.host_bytes,
-                backend_limit_bytes=self.config.disk_bytes if isinstance(backend, DiskStore) else 0,
-                host_used_bytes=host.used_bytes() if host is not None else 0,
-                backend_used_bytes=used,
-                counters=self.counters.snapshot(),
-            )
+        return StatsFile(
+            name=self._name(),
+            backend=self.config.backend,
+            pid=os.getpid(),
+            host_limit_bytes=self.config.host_bytes,
+            backend_limit_bytes=self.config.disk_bytes if isinstance(backend, DiskStore) else 0,
+            host_used_bytes=host.used_bytes() if host is not None else 0,
+            backend_used_bytes=used,
+            counters=self.counters.snapshot(),
         )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
-
-from sglang_prfaas.clock import Clock
 
 
 class StoreStats(Struct, kw_only=True):
@@ -67,30 +66,41 @@ class Counters:
 
 
 class StatsWriter:
-    """Writes the file at most every `interval_s`, whole or not at all. A full disk must not stop a server, so an
-    OSError is kept in `last_error`, not raised."""
+    """A thread that writes the file every `interval_s` while something changes, and once more at the end; whole or not
+    at all. A full disk must not stop a server, so an OSError is kept in `last_error`, not raised."""
 
-    def __init__(self, path: Path, clock: Clock, interval_s: float = 2.0) -> None:
+    def __init__(self, path: Path, content: Callable[[], StatsFile], interval_s: float = 2.0) -> None:
         self.path = path
         self.last_error: OSError | None = None
-        self._clock = clock
+        self._content = content
         self._interval_s = interval_s
-        self._due_s = clock.now_s()
-        self._lock = threading.Lock()
+        self._written: StatsFile | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prefix-cache-stats", daemon=True)
+        self._thread.start()
 
-    def due(self) -> bool:
-        return self._clock.now_s() >= self._due_s
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
 
-    def write(self, content: StatsFile) -> None:
-        with self._lock:
-            self._due_s = self._clock.now_s() + self._interval_s
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
-                temporary.replace(self.path)
-            except OSError as error:
-                self.last_error = error
+    def _run(self) -> None:
+        self._write()
+        while not self._stop.wait(self._interval_s):
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        content = self._content()
+        if content == self._written:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
+            temporary.replace(self.path)
+            self._written = content
+        except OSError as error:
+            self.last_error = error
 
 
 def read_stats(directory: Path) -> list[StatsFile]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from sglang_prfaas.site.free_ports import HeldPort
 from sglang_prfaas.site.hicache import hicache_flags
 from sglang_prfaas.site.threaded import LoopThread
 from sglang_prfaas.store.objects import frame_head, head_bytes
+from sglang_prfaas.store.stats import read_stats
 from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
 
 from .driving import fetch, post, wait_for
@@ -171,10 +171,12 @@ def check_reuse(server: StoreServer) -> None:
     elif server.family == "qwen3":
         assert (cached, stored) == (SHARED_TOKENS // PAGE_TOKENS * PAGE_TOKENS,) * 2
 
-    stats = json.loads(next((server.directory / "store" / "stats").glob("*.json")).read_text())
-    assert stats["backend"] == "local"
-    assert stats["counters"]["usable_pages"] > 0
-    assert stats["counters"]["corrupt_objects"] == 0
+    def counted() -> bool:
+        (stats,) = read_stats(server.directory / "store" / "stats")
+        counters = stats.counters
+        return stats.backend == "local" and counters.usable_pages > 0 and counters.host_hits > 0
+
+    wait_for("hits in the statistics", counted)
 
 
 def test_a_second_turn_takes_its_prefix_from_the_store(servers: list[StoreServer]) -> None:

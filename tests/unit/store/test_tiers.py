@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from sglang_prfaas.clock import VirtualClock
 from sglang_prfaas.store.disk import DiskStore
 from sglang_prfaas.store.hits import Need
 from sglang_prfaas.store.stats import Counters, StatsFile, StatsWriter, StoreStats, read_stats
@@ -106,21 +106,27 @@ def content(misses: int) -> StatsFile:
     )
 
 
-def test_the_stats_file_is_whole_and_not_written_too_often(tmp_path: Path) -> None:
-    clock = VirtualClock()
-    writer = StatsWriter(tmp_path / "stats" / "pd-p0.json", clock, interval_s=2.0)
-    assert writer.due()
-    writer.write(content(1))
-    assert not writer.due()
-    clock.advance(2.0)
-    assert writer.due()
-    writer.write(content(2))
-    assert read_stats(tmp_path / "stats") == [content(2)]
+def test_the_stats_file_follows_the_counters(tmp_path: Path) -> None:
+    misses = 1
+    writer = StatsWriter(tmp_path / "stats" / "pd-p0.json", lambda: content(misses), interval_s=0.01)
+
+    def wait_for(expected: int) -> None:
+        deadline = time.monotonic() + 60
+        while not writer.path.exists() or read_stats(tmp_path / "stats") != [content(expected)]:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    wait_for(1)
+    misses = 2
+    wait_for(2)
+    misses = 3
+    writer.close()
+    assert read_stats(tmp_path / "stats") == [content(3)]
     assert len(list((tmp_path / "stats").iterdir())) == 1
 
 
 def test_a_directory_that_cannot_be_written_does_not_raise(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    writer = StatsWriter(tmp_path / "file" / "x.json", VirtualClock())
-    writer.write(content(1))
+    writer = StatsWriter(tmp_path / "file" / "x.json", lambda: content(1))
+    writer.close()
     assert isinstance(writer.last_error, OSError)

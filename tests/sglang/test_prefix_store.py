@@ -1,5 +1,7 @@
-"""A server's prefix cache that outlives it: HiCache over the store, in real servers of every family that can. Ring cannot: see
-docs/prefix_cache.md."""
+"""A server's prefix cache that outlives it: HiCache over the store, in real servers of every family that can.
+
+Ring cannot: see docs/prefix_cache.md.
+"""
 
 from __future__ import annotations
 

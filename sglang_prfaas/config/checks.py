@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
+from sglang_prfaas.config.prefix_cache import prefix_cache_findings
 from sglang_prfaas.config.schema import (
     PolicyConfig,
     RouterConfig,
@@ -52,6 +53,7 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
             *_environment(config),
             *_security(config),
             *_reports(config),
+            *prefix_cache_findings(config),
             *_model("site.model", config.site.model, exists),
             *_port_clashes(config),
         )

@@ -18,6 +18,7 @@ SiteRole = Literal["prfaas", "pd"]
 ServerRole = Literal["prefill", "decode"]
 SecurityMode = Literal["auto", "keys", "off"]
 PolicyMode = Literal["auto", "fixed", "live"]
+PrefixCacheBackend = Literal["off", "local", "mooncake"]
 
 
 class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,6 +117,48 @@ class TransportConfig(_Config, frozen=True):
     socket_buffer_bytes: Annotated[
         int, Meta(ge=0, description="Socket send and receive buffer in bytes. 0: the kernel's autotuning.")
     ] = 0
+
+
+class PrefixCacheConfig(_Config, frozen=True):
+    """Prefix cache that outlives its servers: HiCache with this project's storage backend, on prefill servers."""
+
+    backend: Annotated[
+        PrefixCacheBackend,
+        Meta(description="off: none. local: host memory, then disk_dir. mooncake: host memory, then Mooncake Store."),
+    ] = "off"
+    host_bytes: Annotated[
+        int,
+        Meta(
+            ge=0, description="Host memory in bytes, of each rank, for cached prefixes, beside HiCache's own. 0: none."
+        ),
+    ] = 0
+    disk_dir: Annotated[
+        str, Meta(description="local: directory of cached objects; the servers of a host may share one.")
+    ] = ""
+    disk_bytes: Annotated[
+        int, Meta(ge=1 << 20, description="local: most bytes in disk_dir, of all servers that share it.")
+    ] = 64 << 30
+    stats_dir: Annotated[
+        str, Meta(description="Directory of one JSON file of counters a rank. Empty: disk_dir/stats, or none.")
+    ] = ""
+    model_id: Annotated[
+        str, Meta(description="Any text; change it when weights change that the model's files do not show.")
+    ] = ""
+    mooncake_master: Annotated[str, Meta(description="mooncake: address of mooncake_master, HOST:PORT.")] = ""
+    mooncake_metadata: Annotated[str, Meta(description="mooncake: metadata server. P2PHANDSHAKE needs none.")] = (
+        "P2PHANDSHAKE"
+    )
+    mooncake_host: Annotated[
+        str, Meta(description="mooncake: address at which other hosts reach this one's segment.")
+    ] = "127.0.0.1"
+    mooncake_protocol: Annotated[Literal["tcp", "rdma"], Meta(description="mooncake: tcp or rdma.")] = "tcp"
+    mooncake_device: Annotated[str, Meta(description="mooncake: RDMA devices, comma separated. Empty for tcp.")] = ""
+    mooncake_segment_bytes: Annotated[
+        int, Meta(ge=0, description="mooncake: memory each rank lends to the store, in bytes.")
+    ] = 4 << 30
+    mooncake_buffer_bytes: Annotated[
+        int, Meta(ge=1 << 20, description="mooncake: memory of each rank for transfers, in bytes.")
+    ] = 256 << 20
 
 
 class LinkConfig(_Config, frozen=True):
@@ -222,11 +265,12 @@ class SiteSection(_Config, frozen=True):
 
 
 class SiteConfig(_Config, frozen=True):
-    """One datacenter: `[site]`, `[[servers]]`, `[transport]`, `[[links]]`, `[agent]`, `[limits]`."""
+    """One datacenter: `[site]`, `[[servers]]`, `[transport]`, `[prefix_cache]`, `[[links]]`, `[agent]`, `[limits]`."""
 
     site: SiteSection
     servers: Annotated[list[ServerConfig], Meta(min_length=1, description="The SGLang servers.")]
     transport: TransportConfig = TransportConfig()
+    prefix_cache: PrefixCacheConfig = PrefixCacheConfig()
     links: Annotated[list[LinkConfig], Meta(description="Links to other sites.")] = field(default_factory=list)
     agent: AgentConfig = AgentConfig()
     limits: SiteLimits = SiteLimits()

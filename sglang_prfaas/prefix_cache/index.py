@@ -21,6 +21,8 @@ from sglang_prfaas.prefix_cache.matching import Holder, Match, PrefixWalk
 
 _SWEEP_PLACES = 1 << 16
 _FIRST_STEP, _LAST_STEP = 64, 2048
+_FEW = 4
+"""Blocks up to which going one by one is faster than array operations."""
 
 
 class HeldBlocks(Struct, frozen=True):
@@ -140,9 +142,14 @@ class GlobalIndex:
         return bool(self._sweeping)
 
     def _change(self, hashes: BlockHashes, add: int, remove: int) -> None:
+        if len(hashes) <= _FEW:
+            remove |= self._sweeping | self._waiting
+            for value in hashes.tolist():
+                self._change_one(value, add, remove)
+            return
         if len(hashes) > self._table.max_blocks - len(self._table):
             hashes = hashes[np.sort(np.unique(hashes, return_index=True)[1])]  # what is left out is the prefix's end
-        elif len(hashes) > 1:
+        else:
             hashes = np.unique(hashes)
         places = self._table.find(hashes)
         numbers = self._table.numbers_at(places)
@@ -153,6 +160,29 @@ class GlobalIndex:
                 self._move(places[chosen], number, self._sets.mask(number) & ~remove | add)
             elif add:
                 self._insert(hashes[chosen], add)
+
+    def _change_one(self, value: int, add: int, remove: int) -> None:
+        place = self._table.find_one(value)
+        if place < 0:
+            if add:
+                number = self._sets.number(add)
+                inserted = self._table.insert_one(value, number) if number is not None else 0
+                if number is not None:
+                    self._sets.add_blocks(number, inserted)
+                self.dropped_blocks += 1 - inserted
+            return
+        number = self._table.number_at_one(place)
+        before = self._sets.mask(number)
+        mask = before & ~remove | add
+        if mask == before:
+            return
+        target = self._sets.number(mask)
+        if target is None:
+            self.dropped_blocks += 1
+            target = 0
+        self._table.write_one(place, target)
+        self._sets.add_blocks(target, 1)
+        self._sets.add_blocks(number, -1)
 
     def _insert(self, hashes: BlockHashes, mask: int) -> None:
         number = self._sets.number(mask)

@@ -97,6 +97,21 @@ class HybridPool:
         self._use(lease.node)
         self._settle(lease.node)
 
+    def blocks_of(self, key: int) -> tuple[Blocks, Blocks]:
+        """Pool blocks of the block of tokens with this hash, and of the checkpoint at its end; empty what is not
+        reusable. They stay its own until the pool is changed: read them before, or hold the prefix with `acquire`."""
+        node = self._tree.nodes.get(key)
+        if node is None or not node.ready:
+            return (), ()
+        return node.kv, node.state if node.state_ready else ()
+
+    def touch(self, key: int) -> None:
+        """Count a use of the prefix that ends with this hash, if it is there."""
+        node = self._tree.nodes.get(key)
+        if node is not None and node.ready:
+            self._use(node)
+            self._settle(node)
+
     def store(
         self, hashes: Sequence[int], block_costs_s: Sequence[float], checkpoints: Iterable[int] = ()
     ) -> Ticket | None:

@@ -10,6 +10,7 @@ from msgspec import Struct
 from sglang_prfaas import env
 from sglang_prfaas.config import sglang_args
 from sglang_prfaas.config.schema import ServerConfig, ServerRole, SiteConfig
+from sglang_prfaas.site.hicache import hicache_flags
 
 ACCESS_LOG_OPTION = "--uvicorn-access-log-exclude-prefixes"
 """The agent asks for /v1/loads twice a second: without this, each time would be a line in the server's log."""
@@ -78,6 +79,7 @@ def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports
         argv += ["--disaggregation-bootstrap-port", str(server.bootstrap_port)]
     if site.served_model_name:
         argv += ["--served-model-name", site.served_model_name]
+    argv += hicache_flags(config.prefix_cache, server.role, args)
     variables = {
         **env.transport_to_env(config.transport),
         env.SITE: site.name,

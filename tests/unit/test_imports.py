@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "prfaas_kernels"
 LAYERS = (
     {"launch"},
     {"sglang_plugin", "router", "site", "simulate", "tiny_models"},
-    {"http", "transport", "monitor"},
+    {"http", "transport", "monitor", "store"},
     {"scheduler", "prefix_cache"},
     {"config", "core", "env"},
     {"errors", "clock"},

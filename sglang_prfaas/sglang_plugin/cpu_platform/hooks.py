@@ -11,7 +11,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from sglang_prfaas.sglang_plugin.cpu_platform import attention, elementwise, linear_attention, rope, weights
+from sglang_prfaas.sglang_plugin.cpu_platform import (
+    attention,
+    elementwise,
+    hicache,
+    linear_attention,
+    rope,
+    weights,
+)
 
 OPS = "sglang.kernels.ops"
 ROTARY = "sglang.srt.layers.rotary_embedding"
@@ -123,6 +130,11 @@ HOOKS: tuple[Hook, ...] = (
         attention.forward_decode,
         "reads a sliding-window pool with indices of the full pool, knows no sinks",
     ),
+    Hook(
+        f"{hicache.POOL_HOST}.common:_cuda_host_register",
+        hicache.cuda_host_register,
+        "pins HiCache's host pool for CUDA",
+    ),
 )
 
 
@@ -188,6 +200,7 @@ def install_hooks() -> None:
     """Apply the whole table, in modules that already imported a target too. Idempotent; raises HookError."""
     for hook in HOOKS:
         _apply(hook)
+    hicache.install()
 
 
 def verify_hooks() -> None:

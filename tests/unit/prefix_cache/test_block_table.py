@@ -33,21 +33,43 @@ def test_as_a_dict(script: list[tuple[int, list[int]]], max_blocks: int) -> None
         batch = np.unique(hashes(values))
         places = table.find(batch)
         numbers = table.numbers_at(places)
-        assert numbers.tolist() == [model.get(max(1, value), 0) for value in batch.tolist()]
+        assert numbers.tolist() == [model.get(value, 0) for value in batch.tolist()]
         present = numbers > 0
         if number:
-            absent = np.unique(np.maximum(batch[~present], 1))
+            absent = batch[~present]
             inserted = table.insert(absent, number)
             assert inserted == min(len(absent), max_blocks - len(model))
             model |= dict.fromkeys(absent[:inserted].tolist(), number)
         else:
             table.write(places[present], 0)
             for value in batch[present].tolist():
-                model.pop(max(1, value), None)
+                model.pop(value, None)
         assert len(table) == len(model)
     used, numbers = table.used_in(0, table.places)
     assert len(used) == len(model)
     assert sorted(numbers.tolist()) == sorted(model.values())
+    assert table.numbers(hashes(list(model))).tolist() == list(model.values())
+
+
+@settings(deadline=None)
+@given(steps, st.sampled_from([30, 200]))
+def test_one_by_one_as_all_at_once(script: list[tuple[int, list[int]]], max_blocks: int) -> None:
+    table, model = BlockTable(max_blocks), dict[int, int]()
+    for number, values in script:
+        for value in values:
+            place = table.find_one(value)
+            assert place == int(table.find(hashes([value]))[0])
+            assert table.number_at_one(place) == model.get(value, 0)
+            if place >= 0:
+                table.write_one(place, number)
+                model[value] = number
+            elif number:
+                inserted = table.insert_one(value, number)
+                assert inserted == (len(model) < max_blocks)
+                model |= {value: number} if inserted else {}
+            if model.get(value) == 0:
+                del model[value]
+            assert len(table) == len(model)
     assert table.numbers(hashes(list(model))).tolist() == list(model.values())
 
 

@@ -1,0 +1,100 @@
+"""Host memory in front, a disk directory or a distributed store behind: written to both, read from the first that has
+it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sglang_prfaas.store.hits import Hit, Need, best_hit
+from sglang_prfaas.store.host_tier import HostTier
+from sglang_prfaas.store.identity import object_name
+from sglang_prfaas.store.objects import ObjectStore, consecutive
+from sglang_prfaas.store.stats import Counters
+
+
+class TieredStore:
+    """Pages of one shard of one model, by component and page hash. Safe for several threads, of which one writes."""
+
+    def __init__(
+        self, backend: ObjectStore, host: HostTier | None, namespaces: Mapping[str, str], counters: Counters
+    ) -> None:
+        self.backend = backend
+        self.host = host
+        self.counters = counters
+        self._namespaces = namespaces
+
+    def contains(self, component: str, key: str) -> bool:
+        held = self.host is not None and self.host.contains(component, key)
+        return held or self.backend.contains(self._name(component, key))
+
+    def hit(self, keys: Sequence[str], needs: Sequence[Need] = ()) -> Hit:
+        """The longest usable prefix of the pages `keys`."""
+        hit = best_hit(keys, needs, self.contains)
+        self.counters.add(queries=1, queried_pages=len(keys), usable_pages=hit.pages)
+        return hit
+
+    def read(
+        self, component: str, keys: Sequence[str], outs: Sequence[memoryview], prefix: Sequence[str] | None = None
+    ) -> list[bool]:
+        """Fill each of `outs`; stops at the first that no tier has. `prefix`: the pages before `keys`, if known: a
+        model without state then gets them into host memory too."""
+        done = [False] * len(keys)
+        fetched = False
+        for index, (key, out) in enumerate(zip(keys, outs, strict=True)):
+            if self.host is not None and self.host.read(component, key, out):
+                self.counters.add(host_hits=1, host_read_bytes=len(out))
+            elif self.backend.read(self._name(component, key), out):
+                self.counters.add(backend_hits=1, backend_read_bytes=len(out))
+                fetched = True
+            else:
+                self.counters.add(misses=1)
+                break
+            done[index] = True
+        count = consecutive(done)
+        if self.host is not None and component == "kv" and self.host.state_component is None and count:
+            if fetched and prefix is not None:
+                self.host.add(prefix, list(zip(keys[:count], outs[:count], strict=True)))
+            else:
+                self.host.used(keys[count - 1])
+        return done
+
+    def write(
+        self,
+        component: str,
+        keys: Sequence[str],
+        payloads: Sequence[memoryview],
+        prefix: Sequence[str] | None = None,
+    ) -> list[bool]:
+        """Keep pages or states in every tier. True: the tier behind has it. `prefix`: the pages before `keys`, without
+        which they do not go into host memory."""
+        if self.host is not None and prefix is not None:
+            self._write_host(self.host, component, keys, payloads, prefix)
+        kept = []
+        for key, payload in zip(keys, payloads, strict=True):
+            kept.append(self.backend.write(self._name(component, key), payload))
+            if kept[-1]:
+                self.counters.add(backend_written_bytes=len(payload))
+        return kept
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def _write_host(
+        self,
+        host: HostTier,
+        component: str,
+        keys: Sequence[str],
+        payloads: Sequence[memoryview],
+        prefix: Sequence[str],
+    ) -> None:
+        pages = list(zip(keys, payloads, strict=True))
+        if component == "kv" and host.state_component is None:
+            host.add(prefix, pages)
+            return
+        if component == host.state_component:
+            host.begin([*prefix, *keys], range(len(prefix) + 1, len(prefix) + len(keys) + 1))
+        for key, payload in pages:
+            host.put(component, key, payload)
+
+    def _name(self, component: str, key: str) -> str:
+        return object_name(self._namespaces[component], key)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_prfaas.prefix_cache.groups import Group, PoolLayout
+from sglang_prfaas.store.host_tier import HostTier
+from sglang_prfaas.store.stats import Counters
+
+PAGE_BYTES, STATE_BYTES = 64, 150
+
+
+def tier(blocks: int, state: Literal["linear", "window"] | None = None) -> HostTier:
+    groups = [Group(name="kv", kind="full", entry_bytes=PAGE_BYTES)]
+    if state:
+        groups.append(Group(name="mamba", kind=state, entry_bytes=STATE_BYTES))
+    layout = PoolLayout(block_bytes=PAGE_BYTES, block_tokens=16, groups=tuple(groups))
+    return HostTier(layout, blocks * PAGE_BYTES, Counters())
+
+
+def page(key: str, length: int = PAGE_BYTES) -> memoryview:
+    return memoryview(random.Random(key + str(length)).randbytes(length))
+
+
+def read(host: HostTier, component: str, key: str) -> bytes | None:
+    out = bytearray(STATE_BYTES if component == "mamba" else PAGE_BYTES)
+    return bytes(out) if host.read(component, key, memoryview(out)) else None
+
+
+def chain(seed: int, length: int) -> list[str]:
+    return [f"{seed * 100 + number:064x}" for number in range(1, length + 1)]
+
+
+def add(host: HostTier, keys: list[str], new: int) -> None:
+    """The last `new` of a prompt's pages, the others being before them."""
+    host.add(keys[:-new], [(key, page(key)) for key in keys[-new:]])
+
+
+def test_pages_are_read_as_they_were_written() -> None:
+    host, keys = tier(8), chain(1, 3)
+    add(host, keys, 3)
+    assert [read(host, "kv", key) for key in keys] == [bytes(page(key)) for key in keys]
+    assert read(host, "kv", chain(2, 1)[0]) is None
+    assert read(host, "mamba", keys[2]) is None
+    assert host.used_bytes() == 3 * PAGE_BYTES
+
+
+def test_pages_after_a_gap_are_left_out() -> None:
+    host, keys = tier(8), chain(1, 4)
+    add(host, keys, 2)
+    assert not any(host.contains("kv", key) for key in keys)
+    assert host.used_bytes() == 0
+    add(host, keys[:2], 2)
+    add(host, keys, 2)
+    assert all(host.contains("kv", key) for key in keys)
+
+
+def test_a_hybrid_prefix_is_held_when_state_and_all_pages_have_come() -> None:
+    host, keys = tier(16, "linear"), chain(1, 4)
+    host.begin(keys, [4])
+    host.put("mamba", keys[3], page(keys[3], STATE_BYTES))
+    for key in keys[:3]:
+        host.put("kv", key, page(key))
+        assert read(host, "kv", key) is None
+    host.put("kv", keys[3], page(keys[3]))
+    assert [read(host, "kv", key) for key in keys] == [bytes(page(key)) for key in keys]
+    assert read(host, "mamba", keys[3]) == bytes(page(keys[3], STATE_BYTES))
+    assert read(host, "mamba", keys[2]) is None
+    assert host.used_bytes() == (4 + 3) * PAGE_BYTES
+
+
+def test_what_never_gets_complete_gives_its_room_back() -> None:
+    host, keys = tier(16, "linear"), chain(1, 4)
+    host.begin(keys, [4])
+    host.put("mamba", keys[3], page(keys[3], STATE_BYTES))
+    host.begin(chain(2, 2), [2])
+    assert host.used_bytes() == (2 + 3) * PAGE_BYTES
+    host.abandon()
+    assert host.used_bytes() == 0
+
+
+def test_pages_that_come_before_any_state_wait_for_one() -> None:
+    host, keys = tier(64, "window"), chain(1, 6)
+    for key in keys[:4]:
+        host.put("kv", key, page(key))
+    assert host.used_bytes() == 0
+    host.begin(keys, [5, 6])
+    for key in keys[4:]:
+        host.put("mamba", key, page(key, STATE_BYTES))
+        host.put("kv", key, page(key))
+    assert [read(host, "kv", key) for key in keys] == [bytes(page(key)) for key in keys]
+    for key in chain(2, 20):
+        host.put("kv", key, page(key))
+    assert len(host._waiting) == 64 // 8
+
+
+def test_each_page_of_a_window_is_a_state_of_its_own() -> None:
+    host, keys = tier(32, "window"), chain(1, 4)
+    host.begin(keys, [3, 4])
+    for key in keys[2:]:
+        host.put("mamba", key, page(key, STATE_BYTES))
+    for key in keys:
+        host.put("kv", key, page(key))
+    assert [host.contains("mamba", key) for key in keys] == [False, False, True, True]
+
+
+def test_a_prefix_beyond_the_whole_memory_is_refused() -> None:
+    host = tier(3)
+    add(host, chain(1, 4), 4)
+    assert host.used_bytes() == 0
+    assert host._counters.stats.host_refused == 1
+
+
+def test_what_was_used_longest_ago_goes_first() -> None:
+    host = tier(4)
+    old, kept, new = chain(1, 2), chain(2, 2), chain(3, 2)
+    add(host, old, 2)
+    add(host, kept, 2)
+    add(host, new, 2)
+    assert not host.contains("kv", old[0])
+    assert host.contains("kv", kept[1])
+    assert host.contains("kv", new[1])
+    assert host._counters.stats.host_evicted_blocks == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 8), st.booleans(), st.booleans()), max_size=40))
+def test_only_whole_prefixes_with_their_own_bytes(steps: list[tuple[int, int, bool, bool]]) -> None:
+    """Prompts of different lengths, complete or not, dense and hybrid."""
+    dense, hybrid = tier(12), tier(20, "linear")
+    for seed, length, complete, reads in steps:
+        keys = chain(seed, length)
+        add(dense, keys, length)
+        hybrid.begin(keys, [length])
+        hybrid.put("mamba", keys[-1], page(keys[-1], STATE_BYTES))
+        for key in keys if complete else keys[:-1]:
+            hybrid.put("kv", key, page(key))
+        if reads:
+            read(hybrid, "mamba", keys[-1])
+        for host in (dense, hybrid):
+            for other in range(1, 7):
+                held = [read(host, "kv", key) for key in chain(other, 8)]
+                count = next((i for i, data in enumerate(held) if data is None), len(held))
+                assert not any(held[count:])
+                assert held[:count] == [bytes(page(key)) for key in chain(other, count)]
+            assert host.used_bytes() <= 20 * PAGE_BYTES
+        for other in range(1, 7):
+            for key in chain(other, 8):
+                state = read(hybrid, "mamba", key)
+                assert state is None or state == bytes(page(key, STATE_BYTES))
+                assert state is None or hybrid.contains("kv", key)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct, field
@@ -43,6 +44,10 @@ class Choices(Struct, frozen=True, kw_only=True):
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
     capacity_gbps: float = 10.0
+    model_changes: Mapping[str, Any] = {}
+    """Keys of the model's config.json that are to be others than the family's."""
+    transport: Mapping[str, Mapping[str, str | float]] = {}
+    """Keys of [transport], by site."""
     keys: bool = False
     """Whether KVCache moves with CURVE and TLS."""
 
@@ -94,7 +99,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     family = choices.family
-    model = make_tiny_model(family, directory / "model")
+    model = make_tiny_model(family, directory / "model", choices.model_changes)
     log = directory / "transfers.jsonl"
     log.unlink(missing_ok=True)
     ports = _free_ports(12)
@@ -123,6 +128,8 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         make.make_keys(keys, {"prfaas": (), "pd": ()}, now=datetime.datetime.now(datetime.UTC))
     for site in ("prfaas", "pd"):
         values[f"keys_{site}"] = _toml(str(keys / site) if choices.keys else "")
+        settings = choices.transport.get(site, {})
+        values[f"transport_{site}"] = "\n".join(f"{key} = {_toml(value)}" for key, value in settings.items())
     files = {}
     for name, template in (("prfaas", _PRFAAS), ("pd", _PD), ("router", _ROUTER)):
         files[name] = directory / f"{name}.toml"
@@ -202,8 +209,8 @@ def _free_ports(count: int) -> list[int]:
             port.release()
 
 
-def _toml(value: str | list[str]) -> str:
-    """A string, or a list of strings, in TOML: JSON's form is valid TOML for both."""
+def _toml(value: str | float | list[str]) -> str:
+    """A string, a number, or a list of strings, in TOML: JSON's form is valid TOML for all of them."""
     return msgspec.json.encode(value).decode()
 
 
@@ -237,6 +244,7 @@ port = {p2}
 [transport]
 heartbeat_timeout_s = {heartbeat}
 keys_dir = {keys_prfaas}
+{transport_prfaas}
 
 [limits]
 startup_timeout_s = {startup}
@@ -275,6 +283,7 @@ port = {p7}
 [transport]
 heartbeat_timeout_s = {heartbeat}
 keys_dir = {keys_pd}
+{transport_pd}
 
 [limits]
 startup_timeout_s = {startup}

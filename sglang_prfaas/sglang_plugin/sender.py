@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVSender, KVPoll, KVTransferMetric
 
 from sglang_prfaas.errors import LocalError, PrfaasError
+from sglang_prfaas.sglang_plugin.device_events import written_so_far
 from sglang_prfaas.sglang_plugin.kv_pages import KV, flat_indices
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
+from sglang_prfaas.sglang_plugin.page_progress import PageProgress
+from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.session import OutgoingTransfer, State
 
 _POLL = {
@@ -31,7 +34,7 @@ class TransferFailedError(PrfaasError):
 
 
 class PrfaasKVSender(BaseKVSender):
-    """Sends one request's pages, chunk by chunk, then its state and auxiliary data."""
+    """Sends one request's pages, layer by layer or chunk by chunk, then its state and auxiliary data."""
 
     def __init__(
         self,
@@ -47,7 +50,8 @@ class PrfaasKVSender(BaseKVSender):
         self._transfer: OutgoingTransfer | None = None
         self._failure = ""
         self._aux_index = 0
-        self._sent_items = 0
+        self._pages = PageProgress(len(mgr.layout.components[KV].item_bytes))
+        self._ahead_bytes = 0
         self._finished_s = 0.0
         self._queue_s = 0.0
         self._prefill_s = 0.0
@@ -82,11 +86,40 @@ class PrfaasKVSender(BaseKVSender):
         ready = self._ready()
         try:
             pages = self.kv_mgr.memory.checked(KV, flat_indices(kv_indices))
-            if len(pages):
-                self._mover.send(transfer, KV, self._sent_items, pages, ready)
-                self._sent_items += len(pages)
+            first = self._pages.handed_over
+            with transfer.lock:
+                self._pages.hand_over(pages)
+            for first_item, buffers in self._pages.due(first + len(pages)):
+                self._mover.send(transfer, KV, first_item, pages[first_item - first :], ready, buffers=buffers)
             if state_indices is not None:
                 self._send_rest(transfer, state_indices, ready)
+        except LocalError as error:
+            self._mover.abort(transfer, str(error))
+
+    @property
+    def sending(self) -> bool:
+        """Whether decode is ready and the transfer is under way."""
+        return self._transfer is not None and self._transfer.state is State.SENDING
+
+    @property
+    def handed_over_pages(self) -> int:
+        """Pages that `send` was called with so far."""
+        return self._pages.handed_over
+
+    def send_layer(self, pages: Indices, buffers: Sequence[int], ready: Callable[[], None]) -> None:
+        """Queue the pages that come after those handed over, in some layer's `buffers` only, ahead of `send`."""
+        transfer = self._transfer
+        if transfer is None or not self.sending:
+            return
+        first = self._pages.handed_over
+        item_bytes = self.kv_mgr.layout.components[KV].item_bytes
+        try:
+            for first_item, group in self._pages.due(first + len(pages), buffers):
+                rest = pages[first_item - first :]
+                self._pages.ran_ahead(
+                    first_item, self._mover.send(transfer, KV, first_item, rest, ready, buffers=group)
+                )
+                self._ahead_bytes += len(rest) * sum(item_bytes[buffer] for buffer in group)
         except LocalError as error:
             self._mover.abort(transfer, str(error))
 
@@ -94,8 +127,8 @@ class PrfaasKVSender(BaseKVSender):
         expected = transfer.expected
         if expected is None:
             return
-        if self._sent_items != expected.counts[KV]:
-            raise LocalError(f"prefill sent {self._sent_items} pages, decode reserved {expected.counts[KV]}")
+        if self._pages.handed_over != expected.counts[KV]:
+            raise LocalError(f"prefill sent {self._pages.handed_over} pages, decode reserved {expected.counts[KV]}")
         for component, values in enumerate([*state_indices, [self._aux_index]], 1):
             items = self.kv_mgr.memory.checked(component, flat_indices(values))
             if len(items) != expected.counts[component]:
@@ -111,12 +144,10 @@ class PrfaasKVSender(BaseKVSender):
     def _ready(self) -> Callable[[], None]:
         """What a mover thread calls before it reads the pages: waits until the device has written them."""
         event, self._early_send_wait_event = self._early_send_wait_event, None
-        if event is None and self.kv_mgr.layout is not None and _on_cuda():
-            import torch
-
-            event = torch.cuda.Event()
-            event.record()
-        return (lambda: None) if event is None else event.synchronize
+        if event is None:
+            return written_so_far()
+        wait: Callable[[], None] = event.synchronize
+        return wait
 
     def note_times(self, queue_s: float, prefill_s: float) -> None:
         """Seconds this request queued and computed, for the transfer log."""
@@ -180,7 +211,8 @@ class PrfaasKVSender(BaseKVSender):
             status=transfer.state.value,
             reason=transfer.reason,
             bytes=transfer.bytes,
-            pages=self._sent_items,
+            pages=self._pages.handed_over,
+            ahead_bytes=self._ahead_bytes,
             cached_prefix_tokens=self.pop_decode_prefix_len(),
             handshake_s=started - transfer.created_s,
             queue_s=self._queue_s,
@@ -188,9 +220,3 @@ class PrfaasKVSender(BaseKVSender):
             transfer_s=max(0.0, transfer.last_byte_s - transfer.first_byte_s),
             exposed_s=max(0.0, transfer.progress_s - self._finished_s) if self._finished_s else 0.0,
         )
-
-
-def _on_cuda() -> bool:
-    from sglang.srt.runtime_context import get_device
-
-    return str(get_device().device) == "cuda"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, pack_header
 from sglang_prfaas.transport.memory import Bytes, RankMemory
+from sglang_prfaas.transport.pacing import Pacer
 from sglang_prfaas.transport.send_session import SendSession, Task
 from sglang_prfaas.transport.session import OutgoingTransfer
 
@@ -46,6 +48,7 @@ class DataSender:
         self._abort = abort
         self._discard = discard
         self._threads: list[threading.Thread] = []
+        self._pacer = Pacer(clock, config.rate_limit_mbps * 1e6 / 8)
 
     def add(self, session: SendSession, index: int, connection: Connection) -> Callable[[], None]:
         """Give a connection to a session, and a thread. Returns what to call when decode closes it. Under the lock.
@@ -114,6 +117,9 @@ class DataSender:
         if expected is None:
             return
         task.ready()
+        delay_s = self._pacer.reserve(HEADER_BYTES + span.length)
+        if delay_s:
+            time.sleep(delay_s)
         out = staging[: span.length]
         with transfer.lock:
             if not transfer.live:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
@@ -36,6 +36,7 @@ from sglang_prfaas.transport.messages import (
     encode,
     reason_text,
 )
+from sglang_prfaas.transport.pacing import paced_chunk_bytes
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.send_data import DataSender
@@ -143,22 +144,30 @@ class SendMover:
         first_item: int,
         indices: Indices,
         ready: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Put items `first_item`... of a component on their way; they lie at `indices`. `ready` is called before the
-        memory is read, and may wait for a device. Returns at once. Raises LocalError for slots that do not exist."""
+        *,
+        buffers: Sequence[int] | None = None,
+    ) -> Indices:
+        """Put items `first_item`... of a component on their way, those in `buffers` only where given (the layers that
+        are computed); they lie at `indices`. `ready` is called before the memory is read, and may wait for a device.
+
+        Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
+        under the transfer's lock. Raises LocalError for slots that do not exist."""
         items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)
-        chunk_bytes = self._config.chunk_bytes
+        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
         if session is not None:
             chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
-        spans = list(cut(component, self.layout.components[component].item_bytes, first_item, len(items), chunk_bytes))
+        item_bytes = self.layout.components[component].item_bytes
+        which = range(len(item_bytes)) if buffers is None else buffers
+        spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
-            queued = transfer.queue(component, first_item, len(items), len(spans))
+            queued = transfer.queue(component, first_item, len(items), len(spans), which, len(item_bytes))
         if not queued or session is None:
             self._report(transfer)
-            return
+            return items
         session.tasks.put([Task(transfer, span, items, first_item, ready) for span in spans])
+        return items
 
     def finish(self, transfer: OutgoingTransfer) -> None:
         """Nothing more will be sent for this request. Ends it where decode expects more items than were sent."""

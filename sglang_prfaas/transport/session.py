@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections.abc import Sequence
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import ProtocolError
@@ -109,7 +110,7 @@ class OutgoingTransfer(Transfer):
         self.last_queued = False
         self._queued = 0
         self._sent = 0
-        self._items: list[RangeSet] = []
+        self._items: list[list[RangeSet]] = []
 
     def expect(self, message: Expect) -> bool:
         """Decode is ready. Returns False, and changes nothing, where the transfer has ended or a decode rank has
@@ -117,7 +118,7 @@ class OutgoingTransfer(Transfer):
         if self._state is not State.WAITING:
             return False
         self.expected = message
-        self._items = [RangeSet() for _ in message.counts]
+        self._items = [[] for _ in message.counts]
         self._enter(State.READY)
         self.ready_s = self.progress_s = self._clock.now_s()
         return True
@@ -132,9 +133,12 @@ class OutgoingTransfer(Transfer):
         self._enter(State.SENDING)
         self.started_s = self.progress_s = self._clock.now_s()
 
-    def queue(self, component: int, first_item: int, items: int, chunks: int) -> bool:
-        """Chunks of a component are about to be put on the way. Returns False where the transfer has ended; ends it
-        where it was not started, where decode expects fewer items, or where some of them were queued before."""
+    def queue(
+        self, component: int, first_item: int, items: int, chunks: int, buffers: Sequence[int] = (0,), of: int = 1
+    ) -> bool:
+        """Chunks of a component are about to be put on the way: its items in `buffers`, of `of` that it has. Returns
+        False where the transfer has ended; ends it where it was not started, where decode expects fewer items, or where
+        some of them were queued before."""
         if not self.live:
             return False
         if self._state is not State.SENDING or self.expected is None:
@@ -143,9 +147,12 @@ class OutgoingTransfer(Transfer):
         if component >= len(self._items) or first_item + items > self.expected.counts[component]:
             self.fail(f"prefill has more items of component {component} than decode reserved")
             return False
-        if self._items[component].add(first_item, first_item + items) != items:
-            self.fail(f"items {first_item} to {first_item + items} of component {component} were sent twice")
-            return False
+        queued = self._items[component] or [RangeSet() for _ in range(of)]
+        self._items[component] = queued
+        for buffer in buffers:
+            if queued[buffer].add(first_item, first_item + items) != items:
+                self.fail(f"items {first_item} to {first_item + items} of component {component} were sent twice")
+                return False
         self._queued += chunks
         return True
 
@@ -180,9 +187,10 @@ class OutgoingTransfer(Transfer):
         """Which items decode expects that were never queued, or an empty string."""
         if self.expected is None:
             return ""
-        for component, (items, count) in enumerate(zip(self._items, self.expected.counts, strict=True)):
-            if items.total != count:
-                return f"prefill sent {items.total} items of component {component}, decode reserved {count}"
+        for component, (queued, count) in enumerate(zip(self._items, self.expected.counts, strict=True)):
+            fewest = min((items.total for items in queued), default=0)
+            if fewest != count:
+                return f"prefill sent {fewest} items of component {component}, decode reserved {count}"
         return ""
 
     def poll_timeout(self, waiting_s: float, transfer_s: float) -> str:

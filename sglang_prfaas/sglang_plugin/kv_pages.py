@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from sglang_prfaas.errors import LocalError
-from sglang_prfaas.transport.layout import Component, Layout
+from sglang_prfaas.sglang_plugin.shardings import kv_shardings, state_shardings
+from sglang_prfaas.transport.layout import Component, Layout, Sharding
 from sglang_prfaas.transport.memory import Buffer, HostBuffer, Indices, RankMemory, TorchBuffer
+from sglang_prfaas.transport.reshape import AUX
 
 KV = 0
 """Index of the full-attention component."""
@@ -30,23 +32,29 @@ def model_identity(hf_config: Any) -> str:
     return f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def layout_of(kv_args: Any, model: str, tp_size: int) -> Layout:
-    """The layout both ends compare at the handshake."""
+def layout_of(kv_args: Any, model: str, tp_size: int, tp_rank: int = 0, kv_heads: int = 0) -> Layout:
+    """The layout both ends compare at the handshake. kv_heads: of the whole model's full attention, 0 for MLA."""
+    kv_format = str(kv_args.kv_layout or kv_args.swa_kv_cache_layout or "")
     return Layout(
         model=model,
         kv_dtype=str(kv_args.kv_cache_dtype_str),
         page_tokens=int(kv_args.page_size),
         tp_size=tp_size,
-        kv_format=str(kv_args.kv_layout or kv_args.swa_kv_cache_layout or ""),
+        kv_format=kv_format,
         layer_ids=tuple(int(layer) for layer in kv_args.kv_layer_ids or ()),
         components=(
-            Component("kv", tuple(int(n) for n in kv_args.kv_item_lens)),
-            *(
-                Component(str(kind.value), tuple(int(n) for n in sizes))
-                for kind, sizes in zip(kv_args.state_types, kv_args.state_item_lens, strict=True)
+            Component(
+                "kv",
+                tuple(int(n) for n in kv_args.kv_item_lens),
+                kv_shardings(kv_args, kv_format, kv_heads, tp_size),
             ),
-            Component("aux", tuple(int(n) for n in kv_args.aux_item_lens)),
+            *(
+                Component(str(kind.value), tuple(int(n) for n in sizes), state_shardings(kv_args, index, tp_size))
+                for index, (kind, sizes) in enumerate(zip(kv_args.state_types, kv_args.state_item_lens, strict=True))
+            ),
+            Component(AUX, tuple(int(n) for n in kv_args.aux_item_lens), (Sharding(len(kv_args.aux_item_lens)),)),
         ),
+        tp_rank=tp_rank,
     )
 
 

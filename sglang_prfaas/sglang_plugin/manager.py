@@ -68,8 +68,14 @@ class PrfaasKVManager(BaseKVManager):
                 raise ConfigError(f"{flag} {size}: the prfaas transfer backend supports 1; use tensor parallelism")
         self.tp_rank = int(parallel.attn_tp_rank)
         self.dp_rank = int(args.system_dp_rank or 0)
+        model = ModelConfig.from_server_args(server_args)
+        mla = bool(is_mla_backend) or bool(args.is_hybrid_mla_backend)
         self.layout = layout_of(
-            args, model_identity(ModelConfig.from_server_args(server_args).hf_config), int(parallel.attn_tp_size)
+            args,
+            model_identity(model.hf_config),
+            int(parallel.attn_tp_size),
+            self.tp_rank,
+            0 if mla else int(model.get_total_num_kv_heads()),
         )
         self.memory = memory_of(args, get_device().device)
         self.send_mover: SendMover | None = None

@@ -12,8 +12,9 @@ from sglang_prfaas.sglang_plugin.device_events import written_so_far
 from sglang_prfaas.sglang_plugin.kv_pages import KV, flat_indices
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.page_progress import PageProgress
+from sglang_prfaas.transport.fan_out import FanOut
 from sglang_prfaas.transport.memory import Indices
-from sglang_prfaas.transport.session import OutgoingTransfer, State
+from sglang_prfaas.transport.session import FINAL, State
 
 _POLL = {
     State.WAITING: KVPoll.Bootstrapping,
@@ -46,8 +47,7 @@ class PrfaasKVSender(BaseKVSender):
         assert mgr.send_mover is not None, "a sender needs a prefill manager"
         self.kv_mgr = mgr
         self.bootstrap_room = bootstrap_room
-        self._mover = mgr.send_mover
-        self._transfer: OutgoingTransfer | None = None
+        self._transfer: FanOut | None = None
         self._failure = ""
         self._aux_index = 0
         self._pages = PageProgress(len(mgr.layout.components[KV].item_bytes))
@@ -58,7 +58,7 @@ class PrfaasKVSender(BaseKVSender):
         self._logged = False
         self._early_send_wait_event: Any = None
         try:
-            self._transfer = self._mover.transfer(bootstrap_room)
+            self._transfer = FanOut(mgr.send_mover, bootstrap_room)
         except LocalError as error:
             self._failure = str(error)
 
@@ -66,8 +66,7 @@ class PrfaasKVSender(BaseKVSender):
         """Decode is ready and prefill will send `num_kv_indices` pages."""
         self._aux_index = aux_index or 0
         if self._transfer is not None:
-            with self._transfer.lock:
-                self._transfer.start(num_kv_indices)
+            self._transfer.start(num_kv_indices)
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens that decode has already; prefill sends only the pages after them."""
@@ -87,14 +86,14 @@ class PrfaasKVSender(BaseKVSender):
         try:
             pages = self.kv_mgr.memory.checked(KV, flat_indices(kv_indices))
             first = self._pages.handed_over
-            with transfer.lock:
+            with transfer.locked():
                 self._pages.hand_over(pages)
             for first_item, buffers in self._pages.due(first + len(pages)):
-                self._mover.send(transfer, KV, first_item, pages[first_item - first :], ready, buffers=buffers)
+                transfer.send(KV, first_item, pages[first_item - first :], ready, buffers)
             if state_indices is not None:
                 self._send_rest(transfer, state_indices, ready)
         except LocalError as error:
-            self._mover.abort(transfer, str(error))
+            transfer.abort(str(error))
 
     @property
     def sending(self) -> bool:
@@ -116,14 +115,13 @@ class PrfaasKVSender(BaseKVSender):
         try:
             for first_item, group in self._pages.due(first + len(pages), buffers):
                 rest = pages[first_item - first :]
-                self._pages.ran_ahead(
-                    first_item, self._mover.send(transfer, KV, first_item, rest, ready, buffers=group)
-                )
+                for slots in transfer.send(KV, first_item, rest, ready, group):
+                    self._pages.ran_ahead(first_item, slots)
                 self._ahead_bytes += len(rest) * sum(item_bytes[buffer] for buffer in group)
         except LocalError as error:
-            self._mover.abort(transfer, str(error))
+            transfer.abort(str(error))
 
-    def _send_rest(self, transfer: OutgoingTransfer, state_indices: list[Any], ready: Callable[[], None]) -> None:
+    def _send_rest(self, transfer: FanOut, state_indices: list[Any], ready: Callable[[], None]) -> None:
         expected = transfer.expected
         if expected is None:
             return
@@ -137,8 +135,8 @@ class PrfaasKVSender(BaseKVSender):
                     f"prefill has {len(items)} items of {name}, decode reserved {expected.counts[component]}"
                 )
             if len(items):
-                self._mover.send(transfer, component, 0, items, ready)
-        self._mover.finish(transfer)
+                transfer.send(component, 0, items, ready)
+        transfer.finish()
         self._finished_s = self.kv_mgr.clock.now_s()
 
     def _ready(self) -> Callable[[], None]:
@@ -158,12 +156,17 @@ class PrfaasKVSender(BaseKVSender):
         if transfer is None:
             return KVPoll.Failed
         config = self.kv_mgr.config
-        late = transfer.poll_timeout(config.waiting_timeout_s, config.transfer_timeout_s)
-        if late:
-            self._mover.abort(transfer, late)
-        if not transfer.live and not self._logged:
+        try:
+            late = transfer.late(config.waiting_timeout_s, config.transfer_timeout_s)
+            if late:
+                transfer.abort(late)
+            state = transfer.state
+        except LocalError as error:
+            transfer.abort(str(error))
+            state = transfer.state
+        if state in FINAL and not self._logged:
             self._log(transfer)
-        return _POLL[transfer.state]
+        return _POLL[state]
 
     def get_transfer_metric(self) -> KVTransferMetric:
         transfer = self._transfer
@@ -171,7 +174,7 @@ class PrfaasKVSender(BaseKVSender):
             return KVTransferMetric()
         return KVTransferMetric(
             transfer_latency_s=max(0.0, transfer.progress_s - transfer.first_byte_s),
-            alloc_latency_s=max(0.0, transfer.ready_s - transfer.created_s),
+            alloc_latency_s=max(0.0, transfer.ready_s - transfer.first.created_s),
             transfer_total_bytes=transfer.bytes,
         )
 
@@ -181,7 +184,7 @@ class PrfaasKVSender(BaseKVSender):
         if transfer is None:
             raise TransferFailedError(self.bootstrap_room, self._failure)
         if transfer.live:
-            self._mover.abort(transfer, "another rank of the prefill server failed")
+            transfer.abort("another rank of the prefill server failed")
             self._log(transfer)
             raise TransferFailedError(self.bootstrap_room, transfer.reason, is_from_another_rank=True)
         reason = transfer.reason or "another rank of the prefill server failed"
@@ -191,20 +194,21 @@ class PrfaasKVSender(BaseKVSender):
     def abort(self) -> None:
         """End the request: decode is told, the pages are not read any more."""
         if self._transfer is not None:
-            self._mover.abort(self._transfer, "the prefill leg of the request was aborted")
+            self._transfer.abort("the prefill leg of the request was aborted")
             self._log(self._transfer)
-            self._mover.release(self._transfer)
+            self._transfer.release()
 
     def clear(self) -> None:
         """Forget the request."""
         if self._transfer is not None:
-            self._mover.release(self._transfer)
+            self._transfer.release()
 
-    def _log(self, transfer: OutgoingTransfer) -> None:
+    def _log(self, transfer: FanOut) -> None:
         if self._logged:
             return
         self._logged = True
-        started = transfer.ready_s or transfer.created_s
+        created_s = transfer.first.created_s
+        started = transfer.ready_s or created_s
         self.kv_mgr.log_transfer(
             role="prefill",
             room=self.bootstrap_room,
@@ -214,7 +218,7 @@ class PrfaasKVSender(BaseKVSender):
             pages=self._pages.handed_over,
             ahead_bytes=self._ahead_bytes,
             cached_prefix_tokens=self.pop_decode_prefix_len(),
-            handshake_s=started - transfer.created_s,
+            handshake_s=started - created_s,
             queue_s=self._queue_s,
             prefill_s=self._prefill_s,
             transfer_s=max(0.0, transfer.last_byte_s - transfer.first_byte_s),

@@ -45,6 +45,11 @@ class HostBuffer:
         raw = (ctypes.c_uint8 * (self.slots * item_bytes)).from_address(address)
         self._items: Bytes = np.ctypeslib.as_array(raw).reshape(self.slots, item_bytes)
 
+    @property
+    def items(self) -> Bytes:
+        """The memory itself, `[slots, item_bytes]`."""
+        return self._items
+
     def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
         item, start = divmod(offset, self.item_bytes)
         count, rest = divmod(len(out), self.item_bytes)
@@ -109,7 +114,7 @@ _of_thread = threading.local()
 
 
 @contextlib.contextmanager
-def _copying(device: Any) -> Iterator[_DeviceStaging | None]:
+def copying(device: Any) -> Iterator[_DeviceStaging | None]:
     """Run what is inside on the calling thread's copy stream of a CUDA device; None for another device."""
     if device.type != "cuda":
         yield None
@@ -130,6 +135,11 @@ class TorchBuffer:
         self._items = items
         self.slots, self.item_bytes = (int(n) for n in items.shape)
 
+    @property
+    def items(self) -> Any:
+        """The tensor itself."""
+        return self._items
+
     @classmethod
     def on_cuda(cls, address: int, nbytes: int, item_bytes: int, device: int) -> TorchBuffer:
         """View `nbytes` of memory at `address` on CUDA device `device`."""
@@ -143,7 +153,7 @@ class TorchBuffer:
 
         low, high = offset // self.item_bytes, -(-(offset + len(out)) // self.item_bytes)
         start = offset - low * self.item_bytes
-        with _copying(self._items.device) as staging:
+        with copying(self._items.device) as staging:
             rows = torch.from_numpy(indices[low - first_item : high - first_item]).to(self._items.device)
             flat = self._items.index_select(0, rows).reshape(-1)[start : start + len(out)]
             if staging is None:
@@ -157,7 +167,7 @@ class TorchBuffer:
     def scatter(self, indices: Indices, first_item: int, offset: int, data: Bytes) -> None:
         import torch
 
-        with _copying(self._items.device) as staging:
+        with copying(self._items.device) as staging:
             source = torch.from_numpy(data).to(self._items.device)
             item, start = divmod(offset, self.item_bytes)
             count, rest = divmod(len(data), self.item_bytes)

@@ -14,7 +14,7 @@ from sglang_prfaas.errors import PeerGoneError, PrfaasError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, Preface, unpack_header, verify
-from sglang_prfaas.transport.memory import Bytes, RankMemory
+from sglang_prfaas.transport.memory import Bytes
 from sglang_prfaas.transport.messages import Welcome
 from sglang_prfaas.transport.receive_session import PeerSession
 from sglang_prfaas.transport.security import Security
@@ -32,14 +32,12 @@ class DataReceiver:
     def __init__(
         self,
         config: TransportConfig,
-        memory: RankMemory,
         security: Security,
         *,
         lose: Callable[[PeerSession, str], None],
         complete: Callable[[PeerSession, IncomingTransfer], None],
     ) -> None:
         self._config = config
-        self._memory = memory
         self._security = security
         self._lose = lose
         self._complete = complete
@@ -130,7 +128,7 @@ class DataReceiver:
             if not transfer.live:
                 return
             transfer.check(header)
-            self._memory.components[header.component][header.buffer].scatter(
+            session.view.memory.components[header.component][header.buffer].scatter(
                 item.indices[header.component], 0, header.offset, payload
             )
             complete = transfer.received(header)

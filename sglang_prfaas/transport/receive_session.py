@@ -12,6 +12,7 @@ from sglang_prfaas.clock import Deadline
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.messages import Message
+from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.security import ServerKey
 from sglang_prfaas.transport.session import IncomingTransfer
 
@@ -31,8 +32,11 @@ class PeerSession:
     `lock` guards `up`, `failure`, `incoming`, `rooms` and `connections`; `control`, `server`, `deadline`,
     `unsent`, `dialled` and `seen_s` belong to the control loop."""
 
-    def __init__(self, address: str, host: str, control_port: int, deadline: Deadline, now_s: float) -> None:
+    def __init__(
+        self, address: str, host: str, control_port: int, deadline: Deadline, now_s: float, view: SessionView
+    ) -> None:
         self.address = address
+        self.view = view
         self.host = host
         self.control_port = control_port
         self.identity = b"D" + secrets.token_bytes(15)  # ZeroMQ keeps identities that begin with a zero byte for itself

@@ -32,7 +32,6 @@ class DataSender:
     def __init__(
         self,
         config: TransportConfig,
-        memory: RankMemory,
         clock: Clock,
         lock: threading.Lock,
         *,
@@ -41,7 +40,6 @@ class DataSender:
         discard: Callable[[Connection], None],
     ) -> None:
         self._config = config
-        self._memory = memory
         self._clock = clock
         self._lock = lock
         self._lose = lose
@@ -86,7 +84,7 @@ class DataSender:
             staging = np.empty(min(self._config.chunk_bytes, session.hello.chunk_bytes), dtype=np.uint8)
             while (task := session.tasks.take()) is not None:
                 try:
-                    self._send_chunk(task, connection, staging)
+                    self._send_chunk(task, session.view.memory, connection, staging)
                 except PeerError:
                     raise
                 except Exception as error:
@@ -111,7 +109,7 @@ class DataSender:
             if session.connections.get(index) is connection:
                 del session.connections[index]
 
-    def _send_chunk(self, task: Task, connection: Connection, staging: Bytes) -> None:
+    def _send_chunk(self, task: Task, memory: RankMemory, connection: Connection, staging: Bytes) -> None:
         transfer, span = task.transfer, task.span
         expected = transfer.expected
         if expected is None:
@@ -124,7 +122,8 @@ class DataSender:
         with transfer.lock:
             if not transfer.live:
                 return
-            self._memory.components[span.component][span.buffer].gather(task.indices, task.first_item, span.offset, out)
+            buffer = memory.components[span.component][span.buffer]
+            buffer.gather(task.indices, task.first_item, span.offset, out)
         header = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
         data_tcp.send_all(connection.sock, pack_header(header, out.data), out.data)
         connection.count(HEADER_BYTES + span.length)

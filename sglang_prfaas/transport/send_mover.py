@@ -37,6 +37,7 @@ from sglang_prfaas.transport.messages import (
     reason_text,
 )
 from sglang_prfaas.transport.pacing import paced_chunk_bytes
+from sglang_prfaas.transport.part_memory import prefill_view
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.send_data import DataSender
@@ -87,7 +88,7 @@ class SendMover:
         self.data_port: int = listener.getsockname()[1]
         self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self, self.security)
         self._data = DataSender(
-            config, memory, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
+            config, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
         )
         self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
         try:
@@ -131,11 +132,18 @@ class SendMover:
 
     # --- what the sender calls ------------------------------------------------------------------------------------
 
-    def transfer(self, room: int) -> OutgoingTransfer:
+    def transfer(self, room: int, share: int = 0) -> OutgoingTransfer:
         """The transfer of a new request; decode may have spoken of it already. Requests of one room have one prompt
-        (parallel sampling), and are paired as they come. Raises LocalError for too many of them."""
+        (parallel sampling), and are paired as they come. `share`: see `shares`. Raises LocalError for too many."""
         with self._lock:
-            return self._rooms.open(room)
+            return self._rooms.open(room, share)
+
+    def shares(self, transfer: OutgoingTransfer) -> int:
+        """How many decode ranks this rank serves for the request, once one of them has asked; each has a transfer of
+        its own, of the share 0, 1, ..."""
+        with self._lock:
+            session = self._rooms.home(transfer)
+            return session.view.shares if session is not None else 1
 
     def send(
         self,
@@ -158,7 +166,8 @@ class SendMover:
         chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
         if session is not None:
             chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
-        item_bytes = self.layout.components[component].item_bytes
+        layout = self.layout if session is None else session.view.layout
+        item_bytes = layout.components[component].item_bytes
         which = range(len(item_bytes)) if buffers is None else buffers
         spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
@@ -253,7 +262,9 @@ class SendMover:
         old = self._sessions.get(identity)
         if old is not None:
             self._lose(old, "the decode server opened a new session")
-        session = SendSession(identity, hello, self._clock.now_s(), site)
+        session = SendSession(
+            identity, hello, self._clock.now_s(), prefill_view(self.layout, self._memory, hello.layout), site
+        )
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session

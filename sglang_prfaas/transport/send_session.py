@@ -12,6 +12,7 @@ from msgspec import Struct
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.messages import Hello
+from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.session import OutgoingTransfer
 from sglang_prfaas.transport.streams import ChunkSpan
 
@@ -83,9 +84,10 @@ class SendSession:
 
     `connections`, `transfers` and `closed` are guarded by the mover's lock."""
 
-    def __init__(self, identity: bytes, hello: Hello, now_s: float, site: str = "") -> None:
+    def __init__(self, identity: bytes, hello: Hello, now_s: float, view: SessionView, site: str = "") -> None:
         self.identity = identity
         self.hello = hello
+        self.view = view
         self.site = site
         """The site that the decode rank has proved to be of; empty without keys."""
         self.token = secrets.token_bytes(16)

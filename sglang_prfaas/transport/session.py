@@ -102,8 +102,10 @@ class Transfer:
 class OutgoingTransfer(Transfer):
     """A request on the prefill side: waits until decode says what it expects, then sends."""
 
-    def __init__(self, room: int, clock: Clock) -> None:
+    def __init__(self, room: int, clock: Clock, share: int = 0) -> None:
         super().__init__(room, clock, State.WAITING)
+        self.share = share
+        """Which of the decode ranks that this prefill rank serves it goes to; 0 where there is one."""
         self.expected: Expect | None = None
         self.ready_s = 0.0
         self.started_s = 0.0

@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,10 @@ RECORD_DEADLINE_S = 60.0
 ROUTES = {"layer-wise": "prfaas", "chunk-wise": "local"}
 
 
-def deep_kimi_linear(layers: int = LAYERS) -> dict[str, Any]:
-    """What makes the tiny Kimi Linear `layers` deep, every fourth one with full attention."""
-    full = [layer for layer in range(1, layers + 1) if layer % 4 == 0]
-    linear = [layer for layer in range(1, layers + 1) if layer % 4]
-    attention = {**KIMI_LINEAR["linear_attn_config"], "full_attn_layers": full, "kda_layers": linear}
+def deep_kimi_linear(layers: int = LAYERS, full: Sequence[int] = (4, 8, 12, 16)) -> dict[str, Any]:
+    """What makes the tiny Kimi Linear `layers` deep, those in `full` (counted from 1) with full attention."""
+    linear = [layer for layer in range(1, layers + 1) if layer not in full]
+    attention = {**KIMI_LINEAR["linear_attn_config"], "full_attn_layers": list(full), "kda_layers": linear}
     return {"num_hidden_layers": layers, "linear_attn_config": attention}
 
 

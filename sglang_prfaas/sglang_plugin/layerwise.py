@@ -30,9 +30,10 @@ FLAGS = ("enable_two_batch_overlap", "enable_pdmux", "enable_torch_compile")
 
 
 class Chunk(NamedTuple):
-    """Whole pages of one request that the running batch completes."""
+    """Whole pages of one request that the running batch completes; the first of them is item `first_item`."""
 
     sender: PrfaasKVSender
+    first_item: int
     pages: Indices
 
 
@@ -90,7 +91,7 @@ class LayerwiseSending:
         row = self._scheduler.req_to_token_pool.req_to_token[request.kv.req_pool_idx, start:stop]
         pages = kv_to_page_indices(allocator.translate_kv_indices_for_transfer(row), page_tokens)
         self._scheduler.disagg_prefill_pending_chunk_rids.add(request.rid)
-        return Chunk(sender, self._manager.memory.checked(0, pages))
+        return Chunk(sender, sender.handed_over_pages, self._manager.memory.checked(0, pages))
 
     def _attended(self, module: Any, args: Any, output: Any) -> None:
         """Forward hook: attention of a layer was run, or put on the device's stream, its KV written before."""
@@ -98,7 +99,7 @@ class LayerwiseSending:
             return
         ready = written_so_far()
         for chunk in self._chunks:
-            chunk.sender.send_layer(chunk.pages, self._buffers[module.layer_id], ready)
+            chunk.sender.send_layer(chunk.first_item, chunk.pages, self._buffers[module.layer_id], ready)
 
 
 def start(scheduler: Any, manager: PrfaasKVManager) -> LayerwiseSending | None:

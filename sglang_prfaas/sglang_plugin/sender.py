@@ -105,12 +105,12 @@ class PrfaasKVSender(BaseKVSender):
         """Pages that `send` was called with so far."""
         return self._pages.handed_over
 
-    def send_layer(self, pages: Indices, buffers: Sequence[int], ready: Callable[[], None]) -> None:
-        """Queue the pages that come after those handed over, in some layer's `buffers` only, ahead of `send`."""
+    def send_layer(self, first: int, pages: Indices, buffers: Sequence[int], ready: Callable[[], None]) -> None:
+        """Queue pages of the request, item `first` and those after it, in some layer's `buffers` only: those that went
+        neither this way nor through `send`."""
         transfer = self._transfer
         if transfer is None or not self.sending:
             return
-        first = self._pages.handed_over
         item_bytes = self.kv_mgr.layout.components[KV].item_bytes
         try:
             for first_item, group in self._pages.due(first + len(pages), buffers):

@@ -44,6 +44,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
     capacity_gbps: float = 10.0
+    decode_env: Mapping[str, str] = {}
+    """Environment variables of the decode server, over those of all servers."""
     model_changes: Mapping[str, Any] = {}
     """Keys of the model's config.json that are to be others than the family's."""
     transport: Mapping[str, Mapping[str, str | float]] = {}
@@ -112,6 +114,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         "args": _toml(common),
         "prefill_args": _toml(list(choices.prefill_args)),
         "decode_args": _toml(list(choices.decode_args)),
+        "decode_env": "\n".join(f"{key} = {_toml(value)}" for key, value in choices.decode_env.items()),
         "env": "\n".join(f"{key} = {_toml(value)}" for key, value in variables.items()),
         "logs": _toml(str(directory / "logs")),
         "name": MODEL_NAME,
@@ -276,6 +279,9 @@ role = "decode"
 port = {p5}
 bootstrap_port = {p6}
 args = {decode_args}
+
+[servers.env]
+{decode_env}
 
 [agent]
 port = {p7}

@@ -58,6 +58,32 @@ def layout_of(kv_args: Any, model: str, tp_size: int, tp_rank: int = 0, kv_heads
     )
 
 
+def buffers_of_layers(pool: Any, layer_ids: list[int]) -> dict[int, list[int]]:
+    """Buffers of the full-attention component by the layer that writes them; empty where they cannot be told.
+
+    layer_ids: of each buffer, as SGLang gives them for hybrid pools; other pools have all keys in the order of layers,
+    then all values."""
+    count = len(pool.get_contiguous_buf_infos()[0])
+    mapping = getattr(pool, "layers_mapping", None)
+    if layer_ids:
+        of_buffer = [int(layer) for layer in layer_ids]
+    elif mapping is not None:
+        full = sorted((at, layer) for layer, (at, is_window) in mapping.items() if not is_window)
+        of_buffer = _repeated([layer for _, layer in full], count)
+    else:
+        of_buffer = _repeated(list(range(pool.start_layer, pool.start_layer + pool.layer_num)), count)
+    if len(of_buffer) != count:
+        return {}
+    found: dict[int, list[int]] = {}
+    for buffer, layer in enumerate(of_buffer):
+        found.setdefault(layer, []).append(buffer)
+    return found
+
+
+def _repeated(layers: list[int], count: int) -> list[int]:
+    return layers * (count // len(layers)) if layers else []
+
+
 def memory_of(kv_args: Any, device: str) -> RankMemory:
     """The buffers behind `layout_of`, in the same order. `device` is SGLang's device type. Raises LocalError."""
     if device not in ("cpu", "cuda"):

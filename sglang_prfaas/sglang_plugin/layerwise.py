@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sglang_prfaas.sglang_plugin.device_events import written_so_far
+from sglang_prfaas.sglang_plugin.kv_pages import KV, buffers_of_layers
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.sender import PrfaasKVSender
 from sglang_prfaas.transport.memory import Indices
@@ -91,7 +92,7 @@ class LayerwiseSending:
         row = self._scheduler.req_to_token_pool.req_to_token[request.kv.req_pool_idx, start:stop]
         pages = kv_to_page_indices(allocator.translate_kv_indices_for_transfer(row), page_tokens)
         self._scheduler.disagg_prefill_pending_chunk_rids.add(request.rid)
-        return Chunk(sender, sender.handed_over_pages, self._manager.memory.checked(0, pages))
+        return Chunk(sender, sender.handed_over_pages, self._manager.memory.checked(KV, pages))
 
     def _attended(self, module: Any, args: Any, output: Any) -> None:
         """Forward hook: attention of a layer was run, or put on the device's stream, its KV written before."""
@@ -139,32 +140,6 @@ def obstacle(scheduler: Any, manager: PrfaasKVManager, pool: Any) -> str:
     if not buffers_of_layers(pool, manager.kv_args.kv_layer_ids):
         return "the buffers of the KVCache cannot be assigned to layers"
     return ""
-
-
-def buffers_of_layers(pool: Any, layer_ids: list[int]) -> dict[int, list[int]]:
-    """Buffers of the full-attention component by the layer that writes them; empty where they cannot be told.
-
-    layer_ids: of each buffer, as SGLang gives them for hybrid pools; other pools have all keys in the order of layers,
-    then all values."""
-    count = len(pool.get_contiguous_buf_infos()[0])
-    mapping = getattr(pool, "layers_mapping", None)
-    if layer_ids:
-        of_buffer = [int(layer) for layer in layer_ids]
-    elif mapping is not None:
-        full = sorted((at, layer) for layer, (at, is_window) in mapping.items() if not is_window)
-        of_buffer = _repeated([layer for _, layer in full], count)
-    else:
-        of_buffer = _repeated(list(range(pool.start_layer, pool.start_layer + pool.layer_num)), count)
-    if len(of_buffer) != count:
-        return {}
-    found: dict[int, list[int]] = {}
-    for buffer, layer in enumerate(of_buffer):
-        found.setdefault(layer, []).append(buffer)
-    return found
-
-
-def _repeated(layers: list[int], count: int) -> list[int]:
-    return layers * (count // len(layers)) if layers else []
 
 
 def _prefill_graph() -> str:

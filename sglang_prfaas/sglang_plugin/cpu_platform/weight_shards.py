@@ -19,7 +19,7 @@ def division(module: Any, leaf: str, shape: torch.Size, width: int) -> Division 
     """How the parameter `leaf` of `module`, of `shape` on a rank, is divided among `width` ranks; None: not at all."""
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if leaf in ("A_log", "dt_bias"):
-        axis = max(range(len(shape)), key=lambda at: shape[at])
+        axis = 2 if len(shape) == 4 else 0  # heads: [1, 1, H, 1] in Kimi Linear, [H] elsewhere
         return Division(axis, ((shape[axis] * width, shape[axis]),))
     if "FusedMoE" in kinds and leaf in ("w13_weight", "w2_weight"):
         local = int(module.intermediate_size_per_partition)

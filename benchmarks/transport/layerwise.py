@@ -74,7 +74,11 @@ def main() -> int:
     result = {
         "command": " ".join(sys.argv),
         "unix_time": datetime.datetime.now(datetime.UTC).isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "sglang": sglang.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "sglang": str(sglang.__version__),
+        },
         "processors": os.cpu_count(),
         "load_average": os.getloadavg(),
         "rate_limit_mbps": rate_mbps,

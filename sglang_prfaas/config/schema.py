@@ -16,6 +16,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 
 SiteRole = Literal["prfaas", "pd"]
 ServerRole = Literal["prefill", "decode"]
+LayerwiseMode = Literal["auto", "off"]
 SecurityMode = Literal["auto", "keys", "off"]
 PolicyMode = Literal["auto", "fixed", "live"]
 PrefixCacheBackend = Literal["off", "local", "mooncake"]
@@ -117,6 +118,19 @@ class TransportConfig(_Config, frozen=True):
     socket_buffer_bytes: Annotated[
         int, Meta(ge=0, description="Socket send and receive buffer in bytes. 0: the kernel's autotuning.")
     ] = 0
+    rate_limit_mbps: Annotated[
+        float,
+        Meta(
+            ge=0, description="Most that one prefill rank sends, all its connections together, in Mbit/s. 0: no limit."
+        ),
+    ] = 0.0
+    layerwise: Annotated[
+        LayerwiseMode,
+        Meta(
+            description="auto: the KV of a layer is sent while the next ones are computed, where SGLang's mode permits "
+            "it. off: after each prefill chunk."
+        ),
+    ] = "auto"
 
 
 class PrefixCacheConfig(_Config, frozen=True):

@@ -45,8 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="*",
         metavar="FILE",
-        help="the router's TOML file (its sites' agents or servers), or files of sites. Curves get the name of "
-        "sites.NAME.hardware, else of the site",
+        help="the router's TOML file (its sites' agents or servers), or files of sites",
+    )
+    where.add_argument(
+        "--hardware",
+        action="append",
+        default=[],
+        metavar="SITE=NAME",
+        help="name of a site's curves (default: sites.SITE.hardware of the router's file, else the site's name)",
     )
     where.add_argument("--prefill", action="append", default=[], metavar="NAME=URL", help="a prefill or plain server")
     where.add_argument("--decode", action="append", default=[], metavar="NAME=URL", help="a decode or plain server")
@@ -96,7 +102,7 @@ async def _run(args: argparse.Namespace) -> int:
 
     named: list[tuple[Role, str]] = [("prefill", text) for text in args.prefill]
     named += [("decode", text) for text in args.decode]
-    found = places_of(args.files, named)
+    found = places_of(args.files, named, _names(args.hardware))
     settings = Settings(
         lengths=_numbers("--lengths", args.lengths),
         min_tokens=args.min_tokens,
@@ -154,6 +160,16 @@ def _numbers(flag: str, text: str | None) -> list[int]:
         found = [0]
     if found and found[0] < 1:
         raise ConfigError(f"{flag} {text}: must be whole numbers above zero with commas between them")
+    return found
+
+
+def _names(texts: list[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        site, _, name = text.partition("=")
+        if not site or not name:
+            raise ConfigError(f"--hardware {text}: must be SITE=NAME, such as east=H200")
+        found[site] = name
     return found
 
 

@@ -84,5 +84,5 @@ def _next_steps(profile: ProfileFile, file: str) -> list[str]:
     flags += f" --prfaas-gpus {profile.prefill[far].gpus} --pd-gpus {2 * profile.prefill[pd].gpus}"
     assert profile.measured is not None
     for link in profile.measured.links[:1]:
-        flags += f" --rtt-ms {link.rtt_ms:.3g}"
-    return [f"next: python -m sglang_prfaas.launch plan {flags} --link-gbps GBPS"]
+        flags += f" --link-gbps {link.gbps:.3g} --rtt-ms {link.rtt_ms:.3g}"
+    return [f"next: python -m sglang_prfaas.launch plan {flags}"]

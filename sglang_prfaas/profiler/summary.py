@@ -41,7 +41,8 @@ def geometric(low: int, high: int, factor: float = 2.0) -> list[int]:
         raise ValueError(f"no grid from {low} to {high} by {factor}")
     found, value = [], float(low)
     while round(value) < high:
-        found.append(round(value))
+        if round(value) not in found:
+            found.append(round(value))
         value *= factor
     if len(found) > 1 and high < found[-1] * factor**0.25:
         found.pop()  # a last step that is hardly one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -76,8 +76,11 @@ class _Listing(Struct):
     servers: list[_Listed]
 
 
-def places_of(files: Sequence[str], named: Sequence[tuple[Role, str]]) -> Found:
-    """Where to look. named: role and NAME=URL. Raises ConfigError."""
+def places_of(files: Sequence[str], named: Sequence[tuple[Role, str]], hardware: Mapping[str, str]) -> Found:
+    """Where to look. named: role and NAME=URL; hardware: names of sites' curves, over those of the files.
+
+    Raises ConfigError.
+    """
     places: list[Place] = []
     model, log = "", ""
     for file in files:
@@ -89,14 +92,14 @@ def places_of(files: Sequence[str], named: Sequence[tuple[Role, str]]) -> Found:
             router = load.load_router(file)
             model = model or router.router.model
             for site in router.sites:
-                hardware = site.hardware or site.name
+                curve = site.hardware or site.name
                 if site.agent_url:
-                    places.append(Place(site=site.name, hardware=hardware, url=site.agent_url))
+                    places.append(Place(site=site.name, hardware=curve, url=site.agent_url))
                 for server in site.servers:
                     places.append(
                         Place(
                             site=site.name,
-                            hardware=hardware,
+                            hardware=curve,
                             url=server.url,
                             role=server.role,
                             server=server.name,
@@ -111,6 +114,10 @@ def places_of(files: Sequence[str], named: Sequence[tuple[Role, str]]) -> Found:
         places.append(Place(site=name, hardware=name, url=url, role=role, server=role))
     if not places:
         raise ConfigError("no servers to profile: give the router's FILE, the sites' FILEs, or --prefill and --decode")
+    if unknown := sorted(hardware.keys() - {place.site for place in places}):
+        sites = ", ".join(dict.fromkeys(place.site for place in places))
+        raise ConfigError(f"--hardware {unknown[0]}=...: there is no such site, only {sites}")
+    places = [msgspec.structs.replace(place, hardware=hardware.get(place.site, place.hardware)) for place in places]
     return Found(places=list(dict.fromkeys(places)), model=model, transfer_log=log)
 
 

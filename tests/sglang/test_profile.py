@@ -32,7 +32,7 @@ def test_a_profile_of_two_sites(cluster: Driver, tmp_path: Path, capsys: pytest.
     for curve in found.prefill.values():
         times = [point.median_s for point in curve.points]
         assert 0 < times[0] < times[-1], text
-    assert [point.x for point in found.decode["near"].points][0] == 1
+    assert found.decode["near"].points[0].x == 1
     measured = found.measured
     assert measured is not None
     # One MLA layer and three KDA layers in float32; config.json is taken for bf16.

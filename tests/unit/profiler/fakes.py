@@ -1,4 +1,4 @@
-"""Fake SGLang servers whose prefill and decode take the time that a law says. Real sockets, in a thread of their own."""
+"""Fake SGLang servers whose prefill and decode take the time that a law says. Real sockets, in a thread."""
 
 from __future__ import annotations
 

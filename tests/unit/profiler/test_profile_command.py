@@ -139,7 +139,7 @@ def test_two_sites_with_a_pd_pair(tmp_path: Path, capsys: pytest.CaptureFixture[
 def _works_everywhere(tmp_path: Path, router: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file serves plan, simulate, and a router's live policy."""
     fleet = ["--profile", str(tmp_path / "profile.json"), "--prfaas-hardware", "H200", "--pd-hardware", "H20"]
-    fleet += ["--prfaas-gpus", "4", "--pd-gpus", "12", "--lognormal", "6.5", "0.6", "100", "4000"]
+    fleet += ["--prfaas-gpus", "4", "--pd-gpus", "12", "--lognormal", "6.5", "0.6", "100", "4000", "--slo", "5"]
     assert main(["plan", *fleet]) == 0
     assert "measured on far/p, SGLang 0.5.23" in capsys.readouterr().out
     assert main(["simulate", *fleet, "--policies", "live", "--duration", "60", "--output-tokens", "64"]) == 0

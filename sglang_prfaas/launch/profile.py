@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Measure running servers, one after the other, and write a profile file for `launch plan`, `launch simulate`\n"
         "and the router's policy.profile:\n"
-        "  - T_prefill(l) of each hardware: single prefills of unique prompts, of 1 to 2 times as many tokens each\n"
+        "  - T_prefill(l) of each hardware: single prefills of unique prompts over a grid of lengths\n"
         "  - T_decode: time of a step against the number of concurrent streams\n"
         "  - S_kv(l): from the model's config.json, checked against the bytes that really moved\n"
         "  - the link between the sites: rate of one transfer, round trip\n"
@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--header", action="append", default=[], metavar="NAME:VALUE", help="sent with every request")
     where.add_argument("--allow-busy", action="store_true", help="measure servers that have other requests in work")
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--lengths", metavar="N,N", help="prompt lengths (default: doubling, from --min to --max-tokens)")
+    what.add_argument(
+        "--lengths", metavar="N,N", help="prompt lengths (default: doubling from --min-tokens to --max-tokens)"
+    )
     what.add_argument("--min-tokens", type=int, default=512, metavar="N", help="shortest prompt (default: 512)")
     what.add_argument(
         "--max-tokens", type=int, default=131_072, metavar="N", help="longest one, if the server takes it (131072)"

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.profiler.budget import SLACK_S, Budget
-from sglang_prfaas.profiler.sglang_api import Pair, ServerApi, Stream, unique_prompt
+from sglang_prfaas.profiler.sglang_api import Pair, RefusedError, ServerApi, Stream, unique_prompt
 from sglang_prfaas.profiler.summary import summarise
 from sglang_prfaas.scheduler.profiles import MeasuredPoint
 
@@ -107,28 +107,40 @@ async def measure_decode(
                 run.stopped = f"no time left for a batch of {batch} at {context} tokens; give --budget-s more"
                 break
             samples: list[float] = []
+            stopped = ""
             for repeat in range(repeats + 1):  # the first is the warm-up
                 if samples and not own.fits(spent_s):
                     break
                 max_tokens = min(limit, window_tokens + 16 + head_start)
-                prompts = [unique_prompt(context, vocabulary) for _ in range(batch)]
-                result = await run_batch(legs, prompts, max_tokens, window_tokens, timeout_s=own.left_s + SLACK_S)
-                if result is None and max_tokens < limit:
-                    result = await run_batch(legs, prompts, limit, window_tokens, timeout_s=own.left_s + SLACK_S)
+                try:
+                    result = await _run_unique(legs, batch, context, vocabulary, max_tokens, window_tokens, own)
+                    if result is None and max_tokens < limit:
+                        result = await _run_unique(legs, batch, context, vocabulary, limit, window_tokens, own)
+                except RefusedError as error:
+                    stopped = f"{batch} streams of {context} tokens are refused: {error}"
+                    break
                 if result is None:
-                    run.stopped = f"the server does not run {batch} streams of {context} tokens at once"
+                    stopped = f"the server does not run {batch} streams of {context} tokens at once"
                     break
                 step_s, spent_s = result.step_s, result.seconds
                 first_s = max(first_s, result.first_token_s / batch) if repeat else result.first_token_s / batch
                 if repeat:
                     samples.append(result.step_s)
-            if not samples:
+            if stopped:
+                run.stopped = stopped
                 break
             point = summarise(batch, samples, context)
             run.points.append(point)
             run.samples[f"{context} x {batch}"] = samples
             say(f"{batch} streams of {context} tokens: {point.median_s * 1e3:.2f} ms a step")
     return run
+
+
+async def _run_unique(
+    legs: Legs, batch: int, context: int, vocabulary: int, max_tokens: int, window_tokens: int, budget: Budget
+) -> BatchResult | None:
+    prompts = [unique_prompt(context, vocabulary) for _ in range(batch)]
+    return await run_batch(legs, prompts, max_tokens, window_tokens, timeout_s=budget.left_s + SLACK_S)
 
 
 async def run_batch(

@@ -10,30 +10,22 @@ from typing import Any
 from msgspec import Struct
 
 from sglang_prfaas.errors import ConfigError, PeerError
+from sglang_prfaas.profiler.assemble import Made, Outcome, assemble
 from sglang_prfaas.profiler.budget import Budget
 from sglang_prfaas.profiler.decode import DecodeRun, Legs, measure_decode
 from sglang_prfaas.profiler.model_config import ModelFacts
 from sglang_prfaas.profiler.prefill import PrefillRun, measure_prefill
 from sglang_prfaas.profiler.summary import (
     Transfer,
-    bytes_by_tokens,
     geometric,
-    kv_layout,
     link_rate,
     noisy,
-    prefill_curve,
-    step_curve,
 )
 from sglang_prfaas.profiler.targets import Target
 from sglang_prfaas.profiler.transfers import measure_transfers, round_trip_s
 from sglang_prfaas.scheduler.profiles import (
-    DecodeProfile,
-    KvPoint,
     LinkProfile,
     MeasuredPoint,
-    Measurement,
-    PrefillProfile,
-    ProfileFile,
 )
 
 SHARES = {"prefill": 45.0, "transfers": 15.0, "decode": 40.0}
@@ -60,15 +52,6 @@ class Settings(Struct, frozen=True, kw_only=True):
     command: str
     version: str
     allow_busy: bool = False
-
-
-class Outcome(Struct, kw_only=True):
-    """A profile, and the samples that it was made of."""
-
-    profile: ProfileFile
-    prefill_samples: dict[str, dict[int, list[float]]]
-    decode_samples: dict[str, dict[str, list[float]]]
-    transfers: dict[str, list[Transfer]]
 
 
 class Profiler:
@@ -111,7 +94,22 @@ class Profiler:
         for weight, job in jobs:
             await job(budget.share(weight, left))
             left -= weight
-        return self._outcome(time.perf_counter() - started_s)
+        return assemble(
+            self._targets,
+            self._facts,
+            prefill={hardware: (self._prefill[hardware], run) for hardware, run in self._prefill_runs.items()},
+            decode={hardware: (self._decode[hardware], run) for hardware, run in self._decode_runs.items()},
+            transfers=self.transfers,
+            links=self._links,
+            made=Made(
+                date=self._settings.date,
+                command=self._settings.command,
+                version=self._settings.version,
+                gpus=self._settings.gpus,
+                seconds=time.perf_counter() - started_s,
+                notes=self._notes,
+            ),
+        )
 
     async def _measure_prefill(self, target: Target, budget: Budget) -> None:
         settings = self._settings
@@ -200,59 +198,6 @@ class Profiler:
         self._note_noise(f"decode of {target.hardware}", run.points)
         self._decode_runs[target.hardware] = run
 
-    def _outcome(self, seconds: float) -> Outcome:
-        settings = self._settings
-        moved = bytes_by_tokens(transfer for found in self.transfers.values() for transfer in found)
-        layout, why = kv_layout(moved, self._facts.layout)
-        if layout is None:
-            raise PeerError(f"S_kv(l) is not known: {why}")
-        says = {target.name: _says(target) for target in self._targets}
-        return Outcome(
-            profile=ProfileFile(
-                model=self._targets[0].info.model_name,
-                kv=layout,
-                prefill={
-                    hardware: PrefillProfile(
-                        time_s=prefill_curve(run.points),
-                        gpus=self._gpus(self._prefill[hardware]),
-                        origin=self._origin(self._prefill[hardware]),
-                        points=tuple(run.points),
-                    )
-                    for hardware, run in self._prefill_runs.items()
-                },
-                decode={
-                    hardware: DecodeProfile(
-                        step_s=step_curve(run.points),
-                        gpus=self._gpus(self._decode[hardware]),
-                        origin=self._origin(self._decode[hardware]),
-                        points=tuple(run.points),
-                    )
-                    for hardware, run in self._decode_runs.items()
-                },
-                measured=Measurement(
-                    date=settings.date,
-                    command=settings.command,
-                    version=settings.version,
-                    servers=says,
-                    seconds=round(seconds, 1),
-                    kv=tuple(
-                        KvPoint(
-                            tokens=tokens,
-                            moved_bytes=size,
-                            config_bytes=self._facts.layout.size_bytes(tokens) if self._facts.layout else 0.0,
-                        )
-                        for tokens, size in moved.items()
-                    ),
-                    kv_origin=why,
-                    links=tuple(self._links),
-                    notes=tuple(self._notes),
-                ),
-            ),
-            prefill_samples={hardware: run.samples for hardware, run in self._prefill_runs.items()},
-            decode_samples={hardware: run.samples for hardware, run in self._decode_runs.items()},
-            transfers=self.transfers,
-        )
-
     def _pairs(self) -> list[tuple[Target, Target]]:
         """Every hardware's prefill server with the first decode server that takes KVCache."""
         sink = next((target for target in self._decode.values() if target.info.mode == "decode"), None)
@@ -291,13 +236,6 @@ class Profiler:
         limits = [tokens for tokens in (target.info.max_tokens, self._facts.context_tokens) if tokens]
         return max(1, min(limits, default=self._settings.max_tokens) - _MARGIN_TOKENS)
 
-    def _gpus(self, target: Target) -> int:
-        return self._settings.gpus.get(target.hardware, target.info.gpus)
-
-    def _origin(self, target: Target) -> str:
-        day = self._settings.date.partition("T")[0]
-        return f"measured on {target.name}, SGLang {target.info.version}, {day}"
-
     def _note(self, text: str) -> None:
         self._notes.append(text)
         self._say(f"note: {text}")
@@ -315,10 +253,6 @@ def _first_of(targets: Sequence[Target], role: str) -> dict[str, Target]:
         if target.role == role:
             found.setdefault(target.hardware, target)
     return found
-
-
-def _says(target: Target) -> str:
-    return f"{target.role} of {target.hardware}, SGLang {target.info.version}, {target.info.gpus} GPUs or ranks"
 
 
 def _numbers(values: Sequence[int]) -> str:

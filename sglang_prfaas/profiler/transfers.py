@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
+
+import msgspec
 
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.profiler.budget import SLACK_S, Budget
 from sglang_prfaas.profiler.decode import Legs
 from sglang_prfaas.profiler.sglang_api import RefusedError, unique_prompt
 from sglang_prfaas.profiler.summary import Transfer
-from sglang_prfaas.transport import transfer_log
 from sglang_prfaas.transport.transfer_log import TransferRecord
 
 _LOG_S = 10.0
 """How long a finished transfer may take to appear in the log."""
+_LOOK_S = 0.1
 _CONNECTS = 5
 
 
@@ -37,6 +40,7 @@ async def measure_transfers(
     """
     assert legs.prefill is not None
     found: list[Transfer] = []
+    tail = LogTail(log)
     spent_s = 0.0
     for index, tokens in enumerate(sorted(lengths)):
         for repeat in range(repeats + (index == 0)):
@@ -58,7 +62,7 @@ async def measure_transfers(
                     task.cancel()
                 await asyncio.gather(*both, return_exceptions=True)
             spent_s = time.perf_counter() - started_s
-            transfer = _joined(tokens, await _records(log, pair.bootstrap_room))
+            transfer = _joined(tokens, await tail.received(pair.bootstrap_room))
             if index or repeat:
                 found.append(transfer)
         if found and found[-1].transfer_s > 0:
@@ -94,18 +98,41 @@ def _joined(tokens: int, records: Sequence[TransferRecord]) -> Transfer:
     )
 
 
-async def _records(log: str, room: int) -> list[TransferRecord]:
-    """What decode's ranks noted of a room, each as it ends: until two looks in a row find the same."""
-    deadline_s = time.perf_counter() + _LOG_S
-    before = -1
-    while True:
-        records = [r for r in transfer_log.read(log) if r.room == room and r.role == "decode" and r.status == "done"]
-        if records and len(records) == before:
-            return records
-        if time.perf_counter() > deadline_s:
-            raise PeerError(
-                f"{log} says nothing of a transfer that is over; it must be the file that the decode servers' "
-                f"PRFAAS_TRANSFER_LOG names, and readable here"
-            )
-        before = len(records)
-        await asyncio.sleep(0.05)
+class LogTail:
+    """What is appended to a transfer log from now on."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._offset = Path(path).stat().st_size if Path(path).exists() else 0
+        self._records: list[TransferRecord] = []
+
+    async def received(self, room: int) -> list[TransferRecord]:
+        """What decode's ranks noted of a room, each as it ends: until two looks in a row find the same.
+
+        Raises PeerError where nothing comes.
+        """
+        deadline_s = time.perf_counter() + _LOG_S
+        before = -1
+        while True:
+            self._read()
+            found = [r for r in self._records if r.room == room and r.role == "decode" and r.status == "done"]
+            if found and len(found) == before:
+                self._records.clear()
+                return found
+            if time.perf_counter() > deadline_s:
+                raise PeerError(
+                    f"{self.path} says nothing of a transfer that is over; it must be the file that the decode "
+                    "servers' PRFAAS_TRANSFER_LOG names, and readable here"
+                )
+            before = len(found)
+            await asyncio.sleep(_LOOK_S)
+
+    def _read(self) -> None:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offset)
+                lines, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        self._offset += len(lines) + len(newline)
+        self._records += [msgspec.json.decode(line, type=TransferRecord) for line in lines.split(b"\n") if line]

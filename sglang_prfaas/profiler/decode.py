@@ -19,6 +19,8 @@ from sglang_prfaas.scheduler.profiles import MeasuredPoint
 
 _IDLE_S = 30.0
 """How long an aborted batch may take to leave the server."""
+_SHARED_IDLE_S = 5.0
+"""The same where others keep the server busy; SGLang notices a closed stream within about 2 s."""
 
 
 class Legs(Struct, frozen=True, kw_only=True):
@@ -28,6 +30,8 @@ class Legs(Struct, frozen=True, kw_only=True):
     prefill: ServerApi | None = None
     bootstrap_host: str = ""
     bootstrap_port: int = 0
+    shared: bool = False
+    """Whether the decode server may have other requests in work."""
 
     def pair(self) -> Pair | None:
         """The fields of a new request."""
@@ -175,7 +179,7 @@ async def run_batch(
     for stream in streams:
         if stream.error:
             raise PeerError(f"{legs.decode.url}: a stream of {len(prompts[0])} tokens failed: {stream.error}")
-    if not await legs.decode.wait_idle(_IDLE_S):
+    if not await legs.decode.wait_idle(_SHARED_IDLE_S if legs.shared else _IDLE_S) and not legs.shared:
         raise PeerError(f"{legs.decode.url} still has requests in work {_IDLE_S:g} s after its streams were closed")
     step_s = step_time(streams)
     if step_s is None:

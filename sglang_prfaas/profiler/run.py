@@ -212,9 +212,10 @@ class Profiler:
 
     async def _legs(self, sink: Target, source: Target | None) -> Legs:
         if source is None:
-            return Legs(decode=sink.api)
+            return Legs(decode=sink.api, shared=self._settings.allow_busy)
         return Legs(
             decode=sink.api,
+            shared=self._settings.allow_busy,
             prefill=source.api,
             bootstrap_host=source.bootstrap_host,
             bootstrap_port=source.bootstrap_port or await source.api.bootstrap_port(),

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from sglang_prfaas.errors import PeerError
-from sglang_prfaas.http import Client, FetchedResponse, ResponseHead, UpstreamError
+from sglang_prfaas.http import Client, FetchedResponse, ResponseHead, UpstreamError, UpstreamStaleError
 from sglang_prfaas.http.messages import encode_headers
 
 FAKE_BOOTSTRAP_HOST = "2.2.2.2"
@@ -169,14 +169,13 @@ class ServerApi:
         self, input_ids: Sequence[int], max_tokens: int, pair: Pair | None = None, *, timeout_s: float
     ) -> Answer:
         """One request, answered whole. Raises RefusedError, or PeerError where the server failed."""
+        body = _request(input_ids, max_tokens, pair, stream=False)
         started_s = time.perf_counter()
-        answer = await self._upstream.fetch(
-            "POST",
-            "/generate",
-            headers=self._headers,
-            body=_request(input_ids, max_tokens, pair, stream=False),
-            timeout_s=timeout_s,
-        )
+        try:
+            answer = await self._post(body, timeout_s)
+        except UpstreamStaleError:  # the server never saw it: the kept-alive connection was closed
+            started_s = time.perf_counter()
+            answer = await self._post(body, timeout_s)
         wall_s = time.perf_counter() - started_s
         meta = self._meta(answer)
         if aborted := _aborted(meta):
@@ -191,12 +190,15 @@ class ServerApi:
         body = _request(input_ids, max_tokens, pair, stream=True)
         head = self._upstream.request_head(b"POST", b"/generate", encode_headers(self._headers), len(body))
         exchange = self._upstream.send(
-            head, body, sink, decode=True, first_byte_timeout_s=timeout_s, idle_timeout_s=timeout_s
+            head, body, sink, decode=True, fresh=True, first_byte_timeout_s=timeout_s, idle_timeout_s=timeout_s
         )
         try:
             yield
         finally:
             exchange.cancel()
+
+    async def _post(self, body: bytes, timeout_s: float) -> FetchedResponse:
+        return await self._upstream.fetch("POST", "/generate", headers=self._headers, body=body, timeout_s=timeout_s)
 
     def _meta(self, answer: FetchedResponse) -> dict[str, Any]:
         if 400 <= answer.status < 500 and answer.status not in (401, 403, 404, 408, 429):

@@ -268,12 +268,16 @@ def test_prompts_that_were_cached(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_busy_server(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_prfaas.profiler.run._IDLE_S", 0.5)
+    monkeypatch.setattr("sglang_prfaas.profiler.decode._SHARED_IDLE_S", 0.1)
     with serving("plain") as (server,):
         server.own_clock, server.prefill_s, server.foreign_requests = True, law, 3
         status, text = _fails(tmp_path, capsys, "--prefill", f"A={server.url}")
         assert status == 1
         assert "A/prefill has requests in work: take it out of service, or give --allow-busy" in text
-        found = profile(tmp_path, "--prefill", f"A={server.url}", "--allow-busy")
+        server.step_s = lambda batch: 0.005
+        servers = ["--prefill", f"A={server.url}", "--decode", f"A={server.url}"]
+        found = profile(tmp_path, *servers, "--allow-busy", batches="1", repeats=2)
+        assert found.decode["A"].points[0].x == 1
     assert found.measured is not None
     assert found.measured.notes[0] == "A/prefill had other requests in work"
 

@@ -20,6 +20,7 @@ LayerwiseMode = Literal["auto", "off"]
 SecurityMode = Literal["auto", "keys", "off"]
 PolicyMode = Literal["auto", "fixed", "live"]
 PrefixCacheBackend = Literal["off", "local", "mooncake"]
+CheckpointMode = Literal["auto", "on", "off"]
 
 
 class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -207,6 +208,17 @@ class AgentConfig(_Config, frozen=True):
             "Empty: only routers with this site's own keys. Without keys: whoever reaches the port."
         ),
     ] = field(default_factory=list)
+    kv_events: Annotated[
+        bool,
+        Meta(
+            description="Have servers publish what their prefix caches hold, for routers that ask at reports_port. "
+            "--kv-events-config in a server's args is used as it is."
+        ),
+    ] = True
+    kv_events_max_blocks: Annotated[
+        int,
+        Meta(ge=1, le=1 << 30, description="Distinct blocks of all its servers that the agent keeps at most."),
+    ] = 2_000_000
 
 
 class SiteLimits(_Config, frozen=True):
@@ -305,6 +317,14 @@ class TargetConfig(_Config, frozen=True):
         str, Meta(description="Prefill only: where decode reaches its bootstrap. Empty: the host of url.")
     ] = ""
     bootstrap_port: Annotated[int, Meta(ge=0, le=65535, description="Prefill only: its bootstrap port.")] = 0
+    kv_events: Annotated[
+        str,
+        Meta(description="ZeroMQ endpoint of its KV events, as tcp://HOST:PORT. Without keys: in one network only."),
+    ] = ""
+    kv_replay: Annotated[
+        str, Meta(description="Endpoint where its KV events are replayed. Empty: every gap starts from nothing.")
+    ] = ""
+    kv_topic: Annotated[str, Meta(description="Topic of its KV events.")] = ""
 
 
 class RouterSite(_Config, frozen=True):
@@ -533,11 +553,70 @@ class ReportsConfig(_Config, frozen=True):
     ] = 3.0
 
 
+class PrefixIndexConfig(_Config, frozen=True):
+    """The router's index of what every server has in its prefix cache."""
+
+    enabled: Annotated[
+        bool, Meta(description="Ask agents, and servers that name kv_events, and route by what is cached.")
+    ] = True
+    max_blocks: Annotated[
+        int, Meta(ge=1, le=1 << 30, description="Distinct blocks of all sites that it keeps; 13.4 bytes each.")
+    ] = 4_000_000
+    max_servers: Annotated[int, Meta(ge=1, le=4096, description="Caches that it tells apart.")] = 512
+    interval_s: Annotated[
+        float, Meta(gt=0, description="Seconds between two questions to an agent while nothing changes.")
+    ] = 0.1
+    min_tokens: Annotated[int, Meta(ge=0, description="Prompts that are estimated shorter are not looked up.")] = 64
+    checkpoints: Annotated[
+        CheckpointMode,
+        Meta(
+            description="Whether a prefix can be used only up to a state checkpoint, as with linear attention. auto: "
+            "read from the model's config.json."
+        ),
+    ] = "auto"
+    learn: Annotated[
+        bool, Meta(description="Correct the index by the cached tokens that prefill servers name in their answers.")
+    ] = True
+
+
+class TenantConfig(_Config, frozen=True):
+    """Clients that share a cache, and the sites that may see what they send."""
+
+    name: Annotated[Name, Meta(description="Name of the tenant.")]
+    api_keys: Annotated[
+        list[str],
+        Meta(description="SHA-256 in hexadecimal of each API key (Authorization: Bearer KEY) that is this tenant's."),
+    ] = field(default_factory=list)
+    sites: Annotated[
+        list[Name], Meta(description="Sites that its requests may go to, prefill and decode. Empty: all.")
+    ] = field(default_factory=list)
+    cache_salt: Annotated[
+        str,
+        Meta(description="Salt of its prefix caches, put into every request in place of the client's. Empty: none."),
+    ] = ""
+
+
+class TenancyConfig(_Config, frozen=True):
+    """How the router knows whose a request is."""
+
+    header: Annotated[
+        str,
+        Meta(description="Header with a tenant's name, for tenants without api_keys; trust what sets it. Empty: none."),
+    ] = ""
+    required: Annotated[bool, Meta(description="Refuse requests of no tenant (403).")] = False
+
+
 class RouterConfig(_Config, frozen=True):
-    """The router: `[router]`, `[policy]`, `[limits]`, `[reports]`, `[[sites]]`."""
+    """The router: `[router]`, `[policy]`, `[limits]`, `[reports]`, `[prefix_index]`, `[tenancy]`, `[[tenants]]`,
+    `[[sites]]`."""
 
     router: RouterSection
     sites: Annotated[list[RouterSite], Meta(min_length=1, description="The sites to route to.")]
     policy: PolicyConfig = PolicyConfig()
     limits: RouterLimits = RouterLimits()
     reports: ReportsConfig = ReportsConfig()
+    prefix_index: PrefixIndexConfig = PrefixIndexConfig()
+    tenancy: TenancyConfig = TenancyConfig()
+    tenants: Annotated[list[TenantConfig], Meta(description="Clients with rules of their own.")] = field(
+        default_factory=list
+    )

@@ -17,6 +17,7 @@ from sglang_prfaas.router.metrics import Gauge
 from sglang_prfaas.router.prefixes import PrefixLookup, PrefixWriter
 from sglang_prfaas.router.profile import site_curve
 from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.tenancy import permitted
 from sglang_prfaas.router.tokens import TokenCount
 from sglang_prfaas.scheduler import Decision
 from sglang_prfaas.scheduler.live import LivePolicy, Moment
@@ -114,7 +115,11 @@ class LiveRouting:
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         self._prefixes.write(body)
         oldest_s = _LOOK_S_PER_SERVER * max(0, self.source.servers - _FREE_SERVERS)
-        return self.live.decide(self.look(now_s, oldest_s), self.observation, view)
+        moment = self.look(now_s, oldest_s)
+        if view.sites is None:
+            return self.live.decide(moment, self.observation, view)
+        observation = permitted(self.observation, view.sites)
+        return self.live.decide(self.live.look(now_s, observation), observation, view)
 
     def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight:
         target, figures = decision.prefill, decision.figures

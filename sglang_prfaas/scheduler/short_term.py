@@ -18,6 +18,9 @@ from sglang_prfaas.scheduler.types import (
     SiteView,
 )
 
+_DECODE_AFFINITY_REQUESTS = 1.0
+"""A decode server that holds a part of the prompt, which then is not sent, may have so many requests more."""
+
 
 def site_prefix(site: SiteView) -> int:
     """Tokens of the request's prefix that the site can use, if the request goes to the right server."""
@@ -147,9 +150,12 @@ def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[Serv
                     continue
             else:
                 own = server.inflight_requests + server.extra_load
+                own_second = 0
+                if site.decode_affinity and server.name in site.decode_affinity:
+                    own -= _DECODE_AFFINITY_REQUESTS
+                    own_second = -site.decode_affinity[server.name]
                 if own > load:
                     continue
-                own_second = 0
             if own == load and (
                 own_second > second or (own_second == second and best and _order(best) < _order(server))
             ):

@@ -37,10 +37,13 @@ class ServerCommand(Struct, frozen=True):
     needs_nccl_port: bool = False
 
 
-def site_commands(config: SiteConfig, python: str = sys.executable, link_reports: str = "") -> list[ServerCommand]:
+def site_commands(
+    config: SiteConfig, python: str = sys.executable, link_reports: str = "", kv_events: Mapping[str, str] | None = None
+) -> list[ServerCommand]:
     """The commands of a site's servers, in the order of the file. python: the interpreter that has SGLang.
-    link_reports: the endpoint where the agent takes the movers' figures of links, empty for none."""
-    return [_command(config, server, python, link_reports) for server in config.servers]
+    link_reports: the endpoint where the agent takes the movers' figures of links, empty for none.
+    kv_events: `--kv-events-config` by server, for those whose arguments have none."""
+    return [_command(config, server, python, link_reports, kv_events or {}) for server in config.servers]
 
 
 def plain_command(
@@ -67,7 +70,9 @@ def listening_host(host: str) -> str:
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host.strip("[]"))
 
 
-def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports: str) -> ServerCommand:
+def _command(
+    config: SiteConfig, server: ServerConfig, python: str, link_reports: str, kv_events: Mapping[str, str]
+) -> ServerCommand:
     site = config.site
     args = (*site.args, *server.args)
     argv = [python, "-m", "sglang.launch_server", "--model-path", site.model]
@@ -75,6 +80,8 @@ def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports
     argv += ["--disaggregation-mode", server.role, "--disaggregation-transfer-backend", site.transfer_backend]
     if not sglang_args.has(args, ACCESS_LOG_OPTION):
         argv += [ACCESS_LOG_OPTION, "/v1/loads"]
+    if server.name in kv_events:
+        argv += ["--kv-events-config", kv_events[server.name]]
     if server.bootstrap_port:
         argv += ["--disaggregation-bootstrap-port", str(server.bootstrap_port)]
     if site.served_model_name:

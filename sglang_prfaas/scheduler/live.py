@@ -20,9 +20,10 @@ from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.core.request import RequestView, Route
 from sglang_prfaas.core.units import bytes_per_s_to_gbps
+from sglang_prfaas.scheduler.affinity import Serving, best_serving
 from sglang_prfaas.scheduler.correction import CorrectedCurve, PrefillCorrection
 from sglang_prfaas.scheduler.profiles import PrefillProfile
-from sglang_prfaas.scheduler.short_term import decide, site_prefix, uncached_length
+from sglang_prfaas.scheduler.short_term import decide, uncached_length
 from sglang_prfaas.scheduler.threshold import LiveState, PathLoad, ThresholdChoice, ThresholdController
 from sglang_prfaas.scheduler.ttft import exposed_transfer_s
 from sglang_prfaas.scheduler.types import Decision, Figures, LinkView, Observation, Preference, SiteView
@@ -207,14 +208,14 @@ class LivePolicy:
         """The PD site to serve a request of l_total tokens, and what to expect there of either path."""
         best: tuple[str, _Path, _Path] | None = None
         least = _INFINITE
-        prefill = {name: self._prefill(sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
         for home in moment.states:
             load = moment.loads[home]
             if best is not None and load.decode_load == _INFINITE:
                 continue
-            tokens, seconds = self._prefill(sites[home], l_total)
-            near = _Path(tokens, load.wait_s, load.wait_s + seconds)
-            far = self._far(moment, observation, home, prefill, l_total, l_total - tokens)
+            at_home = self._prefill(moment, sites[home], l_total)
+            near = _Path(at_home.tokens, at_home.wait_s, at_home.wait_s + at_home.seconds)
+            far = self._far(observation, home, prefill, l_total, l_total - at_home.tokens)
             score = min(near.ttft_s, far.ttft_s) + DECODE_S_PER_REQUEST * load.decode_load
             if best is None or score < least:
                 best, least = (home, near, far), score
@@ -223,31 +224,26 @@ class LivePolicy:
             self._write_costs(moment, observation, sites, prefill, best, l_total)
         return best
 
-    def _prefill(self, site: SiteView, l_total: int) -> tuple[int, float]:
-        """Tokens to compute at a site, and T_prefill of them."""
-        tokens = max(0, l_total - site_prefix(site))
-        seconds = self._curves[site.name].at(float(tokens))
-        if site.affinity:
-            site.s_per_token = seconds / max(1, tokens)
-        return tokens, seconds
+    def _prefill(self, moment: Moment, site: SiteView, l_total: int) -> Serving:
+        """What a site can do for a request of l_total tokens, on its best server."""
+        return best_serving(site, l_total, moment.loads[site.name].wait_s, self._curves[site.name].at)
 
     def _far(
         self,
-        moment: Moment,
         observation: Observation,
         home: str,
-        prefill: dict[str, tuple[int, float]],
+        prefill: dict[str, Serving],
         l_total: int,
         held: int,
     ) -> _Path:
         """The PrfaaS site of the least expected TTFT."""
         found = _Path(l_total, _INFINITE, _INFINITE)
-        for name, (tokens, seconds) in prefill.items():
+        for name, there in prefill.items():
             link = observation.links.get((name, home))
-            wait_s = max(moment.loads[name].wait_s, link.wait_s if link is not None else 0.0)
-            ttft_s = wait_s + seconds + self.exposed_s(link, l_total, held, seconds)
+            wait_s = max(there.wait_s, link.wait_s if link is not None else 0.0)
+            ttft_s = wait_s + there.seconds + self.exposed_s(link, l_total, held, there.seconds)
             if ttft_s < found.ttft_s or found.wait_s == _INFINITE:
-                found = _Path(tokens, wait_s, ttft_s, link)
+                found = _Path(there.tokens, wait_s, ttft_s, link)
         return found
 
     def _write_costs(
@@ -255,16 +251,16 @@ class LivePolicy:
         moment: Moment,
         observation: Observation,
         sites: dict[str, SiteView],
-        prefill: dict[str, tuple[int, float]],
+        prefill: dict[str, Serving],
         best: tuple[str, _Path, _Path],
         l_total: int,
     ) -> None:
         home, near, _ = best
-        for name, (_, seconds) in prefill.items():
+        for name, there in prefill.items():
             link = observation.links.get((name, home))
-            exposed_s = self.exposed_s(link, l_total, l_total - near.tokens, seconds)
+            exposed_s = self.exposed_s(link, l_total, l_total - near.tokens, there.seconds)
             link_s = max(0.0, link.wait_s - moment.loads[name].wait_s) if link is not None else 0.0
-            sites[name].cost_s = link_s + seconds + exposed_s
+            sites[name].cost_s = link_s + there.base_s + exposed_s
 
     def _preference(self, wanted: _Path, other: _Path, near: _Path) -> Preference | None:
         """The other path, where it keeps a promise that the wanted one breaks."""

@@ -132,7 +132,7 @@ def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[Serv
     load = second = float("inf")
     skipped: list[ServerView] = []
     for site in sites:
-        cost_s, affinity, per_token_s = site.cost_s, site.affinity, site.s_per_token
+        cost_s, affinity, saved_s = site.cost_s, site.affinity, site.saved_s
         for server in site.servers:
             if not server.alive or server.role != role:
                 continue
@@ -144,7 +144,7 @@ def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[Serv
                 own_second = server.inflight_tokens
                 if affinity and server.name in affinity:
                     held = max(0, affinity[server.name] - site.cached_tokens)
-                    own -= per_token_s * held
+                    own -= saved_s.get(server.name, 0.0)
                     own_second -= held
                 if own > load:
                     continue

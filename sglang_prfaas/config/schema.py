@@ -570,8 +570,8 @@ class PrefixIndexConfig(_Config, frozen=True):
     checkpoints: Annotated[
         CheckpointMode,
         Meta(
-            description="Whether a prefix can be used only up to a state checkpoint, as with linear attention. auto: "
-            "read from the model's config.json."
+            description="Whether a prefix can be used only up to a state checkpoint, as with linear attention and "
+            "sliding windows. auto: read from the model's config.json."
         ),
     ] = "auto"
     learn: Annotated[

@@ -257,6 +257,7 @@ class Router:
                 [((), self.counter.bytes_per_token)],
             ),
             *self.policy.gauges(self.client.loop.time()),
+            *self.prefixes.gauges(),
         ]
 
     async def refresh_models(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from urllib.parse import urlsplit
 
 from sglang_prfaas.clock import Clock, MonotonicClock
 from sglang_prfaas.config.schema import RouterConfig
@@ -111,15 +110,3 @@ class CacheFeed:
 def is_fed(config: RouterConfig) -> bool:
     """Whether any site tells what its servers' caches hold."""
     return any(site.reports_port or any(server.kv_events for server in site.servers) for site in config.sites)
-
-
-def endpoint_problem(endpoint: str) -> str:
-    """What is wrong with an endpoint of KV events; empty where nothing is."""
-    if endpoint.startswith("ipc://"):
-        return ""
-    try:
-        parts = urlsplit(endpoint)
-        whole = parts.scheme == "tcp" and parts.hostname not in (None, "*") and bool(parts.port)
-    except ValueError:
-        whole = False
-    return "" if whole else f'{endpoint!r} cannot be dialled; write "tcp://HOST:PORT"'

@@ -11,17 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from sglang_prfaas.config.schema import PrefixIndexConfig, RouterConfig
-from sglang_prfaas.errors import PoolFullError
+from sglang_prfaas.core.kv_layout import KvLayout, layout_of
+from sglang_prfaas.errors import ConfigError, PoolFullError
 from sglang_prfaas.prefix_cache.block_hash import Namespace, PromptHashes
 from sglang_prfaas.prefix_cache.change_log import HolderChange
-from sglang_prfaas.prefix_cache.changes import Change, Removed
+from sglang_prfaas.prefix_cache.changes import Change, Removed, Stored
 from sglang_prfaas.prefix_cache.holder_sets import Part, Tier
 from sglang_prfaas.prefix_cache.index import GlobalIndex
 from sglang_prfaas.prefix_cache.matching import Holder, Match
 from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.metrics import Gauge
 from sglang_prfaas.scheduler.types import SitePrefix
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,18 @@ logger = logging.getLogger(__name__)
 MAX_PROMPT_BLOCKS = 8192
 """A longer prompt is looked up as far as that: 128K tokens in blocks of 16, about 4 ms."""
 _MAX_CORRECTIONS = 8
+_STATE_KEYS = (
+    "linear_attn_config",
+    "linear_num_key_heads",
+    "mamba_d_state",
+    "ssm_cfg",
+    "hybrid_override_pattern",
+    "hybrid_layer_pattern",
+    "attn_type_list",
+)
+_STATE_MODELS = ("bailing_hybrid", "minimax", "falcon_h1", "bamba")
+
+Samples = list[tuple[tuple[str, ...], float]]
 
 
 class CacheFigures(Struct):
@@ -56,7 +71,9 @@ class PrefixIndex:
         self.index = GlobalIndex(settings.max_blocks, 2 * settings.max_servers)
         self.figures = CacheFigures()
         self.by_site: dict[str, CacheFigures] = {}
-        self.hybrid = needs_checkpoints(settings, config.router.model)
+        model = model_config(config.router.model)
+        self.hybrid = needs_checkpoints(settings, model)
+        self._layout = _layout(model)
         self._settings = settings
         self._names = {config.router.model, config.router.served_model_name, "default", ""}
         self._block_tokens: dict[Holder, int] = {}
@@ -117,8 +134,12 @@ class PrefixIndex:
             figures.hit_tokens += min(cached, total)
             figures.promised_tokens += promised
             figures.broken_promises += cached < promised
-        if self._settings.learn and cached < promised:
+        if not self._settings.learn:
+            return
+        if cached < promised:
             self._drop_beyond(body, site, server, cached)
+        elif self.hybrid and cached > promised:
+            self._add_checkpoint(body, site, server, cached)
 
     def _drop_beyond(self, body: ParsedBody, site: str, server: str, cached: int) -> None:
         """The server has less than the index says: take out what it was wrong about.
@@ -136,6 +157,18 @@ class PrefixIndex:
                 changes: list[Change] = [Removed(gone, tier, part) for tier in Tier]
                 self.figures.dropped_blocks += len(gone)
                 self.index.apply(holder, changes)
+
+    def _add_checkpoint(self, body: ParsedBody, site: str, server: str, cached: int) -> None:
+        """The server has a state that no event told of, as at the end of a chunk of a long prompt."""
+        for holder in [h for h in self.index.holders if (h.site, h.server) == (site, server)]:
+            size = self._block_tokens.get(holder, 0)
+            hashes = body.hashes.get(size)
+            if hashes is None or cached % size or cached // size > len(hashes):
+                continue
+            known = self.index.match(hashes).by_holder.get(holder)
+            if known is not None and known.disk_blocks >= cached // size:
+                state = hashes.upto(cached // size)[-1:]
+                self.index.apply(holder, (Stored(state, Tier.DEVICE, Part.STATE),))
 
     def _cached(self, body: ParsedBody) -> dict[Holder, int]:
         assert body.token_ids is not None
@@ -174,6 +207,27 @@ class PrefixIndex:
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
+    def gauges(self) -> list[Gauge]:
+        """Figures for `/metrics`."""
+        held: Samples = [
+            ((holder.site, holder.server, tier), getattr(blocks, tier))
+            for holder, blocks in self.index.held().items()
+            for tier in ("device", "host", "disk", "states")
+        ]
+        totals = msgspec.structs.asdict(self.figures)
+        counted: Samples = [((name,), value) for name, value in totals.items()]
+        hits: Samples = [((site,), figures.hit_tokens) for site, figures in self.by_site.items()]
+        told: Samples = [((site,), figures.told_prompt_tokens) for site, figures in self.by_site.items()]
+        return [
+            ("prfaas_router_cached_blocks", "Blocks in the index, by tier.", ("site", "server", "tier"), held),
+            ("prfaas_router_index_blocks", "Distinct blocks in the index.", (), [((), self.index.blocks)]),
+            ("prfaas_router_index_bytes", "Memory of the index.", (), [((), self.index.memory_bytes)]),
+            ("prfaas_router_index_dropped_blocks", "Blocks left out.", (), [((), self.index.dropped_blocks)]),
+            ("prfaas_router_prefix_lookups", "What was looked up, and found.", ("figure",), counted),
+            ("prfaas_router_cache_hit_tokens", "Cached tokens that prefill servers told.", ("site",), hits),
+            ("prfaas_router_cache_prompt_tokens", "Tokens of the prompts they were told of.", ("site",), told),
+        ]
+
     def describe(self) -> dict[str, Any]:
         """For `GET /cache`."""
         held = self.index.held()
@@ -184,6 +238,8 @@ class PrefixIndex:
             "max_blocks": self.index.max_blocks,
             "dropped_blocks": self.index.dropped_blocks,
             "index_bytes": self.index.memory_bytes,
+            "bytes_per_token": self._layout.full_bytes_per_token if self._layout is not None else None,
+            "state_bytes": self._layout.state_bytes if self._layout is not None else None,
             "figures": self.figures,
             "sites": self.by_site,
             "caches": [
@@ -199,31 +255,45 @@ class PrefixIndex:
         }
 
 
-def needs_checkpoints(settings: PrefixIndexConfig, model: str) -> bool:
-    """Whether a prefix is usable only where a recurrent state was kept, by the settings or the model's config.json."""
+def model_config(model: str) -> Mapping[str, Any] | None:
+    """A model's config.json, from its directory or the hub's cache; None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(Path(model, "config.json").read_bytes())
+        return found
+    except (OSError, ValueError):
+        if Path(model).is_absolute():
+            return None
+    from transformers import PretrainedConfig  # takes seconds to import
+
+    try:
+        return dict(PretrainedConfig.get_config_dict(model)[0])
+    except (OSError, ValueError) as error:
+        logger.info("%s: no config.json: %s", model, error)
+        return None
+
+
+def needs_checkpoints(settings: PrefixIndexConfig, model: Mapping[str, Any] | None) -> bool:
+    """Whether a prefix is usable only where a state was kept: by the settings, or by the model's config.json, without
+    which it is taken to be."""
     if settings.checkpoints != "auto":
         return settings.checkpoints == "on"
+    return model is None or keeps_states(model)
+
+
+def _layout(model: Mapping[str, Any] | None) -> KvLayout | None:
     try:
-        config = json.loads(Path(model, "config.json").read_bytes())
-    except (OSError, ValueError):
-        from transformers import PretrainedConfig
-
-        try:
-            config = PretrainedConfig.get_config_dict(model)[0]
-        except (OSError, ValueError) as error:
-            logger.warning("%s: no config.json (%s); prefixes count up to checkpoints only", model, error)
-            return True
-    return has_recurrent_state(config)
+        return layout_of(model) if model is not None else None
+    except ConfigError:
+        return None
 
 
-def has_recurrent_state(config: Mapping[str, Any]) -> bool:
-    """Whether a model's config.json names linear-attention or state-space layers."""
+def keeps_states(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json names layers that keep their state at checkpoints only: linear attention, state
+    spaces, sliding windows."""
     text = config.get("text_config")
-    if isinstance(text, dict) and has_recurrent_state(text):
+    if isinstance(text, dict) and keeps_states(text):
         return True
-    if any(config.get(key) for key in ("linear_attn_config", "linear_num_key_heads", "mamba_d_state", "ssm_cfg")):
+    if any(config.get(key) for key in _STATE_KEYS):
         return True
     kinds = {str(kind) for kind in config.get("layer_types") or config.get("layers_block_type") or ()}
-    if kinds & {"linear_attention", "mamba", "mamba2", "recurrent"} or config.get("hybrid_override_pattern"):
-        return True
-    return config.get("model_type") in ("bailing_hybrid", "minimax", "falcon_h1", "bamba") or "attn_type_list" in config
+    return bool(kinds - {"full_attention", "attention"}) or config.get("model_type") in _STATE_MODELS

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.metrics import Gauge
 from sglang_prfaas.scheduler.types import Observation, SitePrefix
 
 
@@ -28,6 +29,9 @@ class PrefixLookup(Protocol):
     def told(self, body: ParsedBody, site: str, server: str, promised: int, cached: int) -> None:
         """A prefill server told how many tokens of the prompt it had cached; `promised`: by `match`."""
 
+    def gauges(self) -> list[Gauge]:
+        """Figures for `/metrics`."""
+
     def describe(self) -> dict[str, Any]:
         """For `GET /cache`."""
 
@@ -48,6 +52,9 @@ class NoPrefixes:
 
     def told(self, body: ParsedBody, site: str, server: str, promised: int, cached: int) -> None:
         """Nothing is learnt."""
+
+    def gauges(self) -> list[Gauge]:
+        return []
 
     def describe(self) -> dict[str, Any]:
         return {"enabled": False}

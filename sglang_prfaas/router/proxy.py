@@ -174,7 +174,7 @@ class PdProxy:
         return max(site.cached_tokens, site.affinity.get(prefill.name, 0)) if site is not None else 0
 
     def _told(self, body: ParsedBody, prefill: Target, promised: int, cached: int) -> None:
-        if body.batch is None:
+        if body.batch is None and not body.merges_logprobs:  # for a prompt's logprobs SGLang leaves its cache aside
             self._prefixes.told(body, prefill.site, prefill.name, promised, cached)
 
     @staticmethod

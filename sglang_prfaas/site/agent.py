@@ -213,7 +213,9 @@ class Agent:
             for name, server in self._servers.items()
         ]
         routers = self._reports.routers if self._reports is not None else 0
-        return metrics.render(self._config.site.name, servers, self._links.links(), self._control.results, routers)
+        return metrics.render(
+            self._config.site.name, servers, self._links.links(), self._control.results, routers, self._caches.samples()
+        )
 
     def _server_state(self, name: str) -> ServerState:
         server, change = self._servers[name], self._control.change(name)

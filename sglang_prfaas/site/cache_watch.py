@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import PoolFullError
 from sglang_prfaas.monitor.cache_reports import CacheUpdate, ReadCache, pack
@@ -17,6 +19,7 @@ from sglang_prfaas.monitor.kv_subscriber import KvEventSource, KvEventSubscriber
 from sglang_prfaas.prefix_cache.change_log import ChangeLog
 from sglang_prfaas.prefix_cache.changes import Change, Cleared
 from sglang_prfaas.prefix_cache.matching import Holder
+from sglang_prfaas.store.stats import StatsFile, read_stats
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +28,17 @@ class CacheWatch:
     """The caches of one site. Belongs to one event loop; without sources it holds nothing."""
 
     def __init__(
-        self, site: str, sources: Mapping[str, list[KvEventSource]], max_blocks: int, clock: Clock, directory: str = ""
+        self,
+        site: str,
+        sources: Mapping[str, list[KvEventSource]],
+        max_blocks: int,
+        clock: Clock,
+        directory: str = "",
+        store_stats: str = "",
     ) -> None:
-        """sources: by server. directory: of Unix sockets, made at the start and deleted at the end; empty for none."""
+        """sources: by server. directory: of Unix sockets, made at the start and deleted at the end; empty for none.
+        store_stats: directory of the prefix store's counters, empty for none."""
+        self._store_stats = store_stats
         self._site = site
         self._sources = sources
         self._clock = clock
@@ -87,6 +98,7 @@ class CacheWatch:
             "index_bytes": index.memory_bytes,
             "log_position": self.log.end,
             "rereads": self.log.rereads,
+            "store": self._stores(),
             "caches": [
                 {
                     "server": source.holder.server,
@@ -99,6 +111,22 @@ class CacheWatch:
                 for source in found
             ],
         }
+
+    def samples(self) -> list[tuple[dict[str, str], float]]:
+        """Blocks by server, rank and tier, for `/metrics`."""
+        return [
+            ({"site": self._site, "server": holder.server, "rank": str(holder.dp_rank), "tier": tier}, count)
+            for holder, blocks in self.log.index.held().items()
+            for tier, count in msgspec.structs.asdict(blocks).items()
+        ]
+
+    def _stores(self) -> list[StatsFile]:
+        """The prefix store's counters, as its processes wrote them last."""
+        try:
+            return read_stats(Path(self._store_stats)) if self._store_stats else []
+        except (OSError, msgspec.ValidationError, msgspec.DecodeError) as error:
+            logger.info("counters of the prefix store in %s: %s", self._store_stats, error)
+            return []
 
     def _apply(self, holder: Holder, changes: tuple[Change, ...], block_tokens: int) -> None:
         try:

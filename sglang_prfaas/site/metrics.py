@@ -31,6 +31,7 @@ def render(
     links: Iterable[LinkLoad],
     role_changes: Mapping[tuple[str, str], int],
     routers: int,
+    cached_blocks: Iterable[Sample] = (),
 ) -> str:
     """What `GET /metrics` answers. role_changes: ended ones by server and result."""
     loads = [(server, server.load) for server in servers if server.load is not None]
@@ -97,6 +98,8 @@ def render(
         lines += _family(f"prfaas_link_{name}", "gauge", text, samples)
     changes = (({"site": site, "server": name, "result": result}, n) for (name, result), n in role_changes.items())
     lines += _family("prfaas_role_changes_total", "counter", "Changes of a server's role, by result.", changes)
+    text = "Blocks that a server has cached, by tier; states: at how many a recurrent state is kept."
+    lines += _family("prfaas_server_cached_blocks", "gauge", text, cached_blocks)
     lines += _family("prfaas_agent_routers", "gauge", "Routers that get reports.", [({"site": site}, routers)])
     return "\n".join(lines) + "\n"
 

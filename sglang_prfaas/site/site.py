@@ -123,8 +123,15 @@ def _caches(config: SiteConfig) -> tuple[CacheWatch | None, dict[str, str]]:
         if events is not None:
             ranks, host = sglang_args.data_parallel_size(args), listening_host(server.host)
             sources[server.name] = kv_event_endpoints.sources(config.site.name, server.name, events, ranks, host)
+    cache = config.prefix_cache
+    stats = cache.stats_dir or (f"{cache.disk_dir}/stats" if cache.disk_dir else "")
     watch = CacheWatch(
-        config.site.name, sources, config.agent.kv_events_max_blocks, MonotonicClock(), directory=directory
+        config.site.name,
+        sources,
+        config.agent.kv_events_max_blocks,
+        MonotonicClock(),
+        directory=directory,
+        store_stats=stats if cache.backend != "off" else "",
     )
     return watch, options
 

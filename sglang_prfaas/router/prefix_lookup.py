@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,13 @@ class PrefixIndex:
 
     # --- what is asked ------------------------------------------------------------------------------------------------
 
-    def wants(self, body: ParsedBody, estimated_tokens: int) -> bool:
+    def wants(self, body: ParsedBody, estimate: Callable[[], int]) -> bool:
         """Whether the exact tokens of a prompt could make a difference."""
         return (
             self.index.blocks > 0
-            and estimated_tokens >= self._settings.min_tokens
             and body.prompt is not None
             and self._namespace(body) is not None
+            and estimate() >= self._settings.min_tokens
         )
 
     def match(self, body: ParsedBody) -> Mapping[str, SitePrefix]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from sglang_prfaas.router.body import ParsedBody
@@ -17,8 +17,8 @@ class PrefixLookup(Protocol):
     def fetches(self) -> bool:
         """Whether a prefix that only the other site holds is fetched over the link, where bandwidth is ample."""
 
-    def wants(self, body: ParsedBody, estimated_tokens: int) -> bool:
-        """Whether `match` needs the exact tokens of this prompt in the body."""
+    def wants(self, body: ParsedBody, estimate: Callable[[], int]) -> bool:
+        """Whether `match` needs the exact tokens of this prompt in the body. `estimate`: how many there may be."""
 
     def match(self, body: ParsedBody) -> Mapping[str, SitePrefix]:
         """Cached prefix of the prompt by site; sites without any may be left out. Of a batch: its longest prompt."""
@@ -41,7 +41,7 @@ class NoPrefixes:
 
     fetches = False
 
-    def wants(self, body: ParsedBody, estimated_tokens: int) -> bool:
+    def wants(self, body: ParsedBody, estimate: Callable[[], int]) -> bool:
         return False
 
     def match(self, body: ParsedBody) -> Mapping[str, SitePrefix]:

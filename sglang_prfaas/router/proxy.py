@@ -94,7 +94,7 @@ class PdProxy:
         forced = forced_route(request)
         t, band = self._registry.observation.t_tokens, self._exact_count_band
         tokens = None
-        if self._prefixes.wants(body, self._counter.estimate(body).longest):
+        if self._prefixes.wants(body, lambda: self._counter.estimate(body).longest):
             tokens = await self._counter.token_ids(body)
         if tokens is None:
             tokens = await self._counter.count(body, t * (1 - band), t * (1 + band))

@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 
-from sglang_prfaas.config.schema import PrefixIndexConfig, TenancyConfig, TenantConfig
+from sglang_prfaas.config.schema import LinkConfig, PolicyConfig, PrefixIndexConfig, TenancyConfig, TenantConfig
 from sglang_prfaas.http import FetchedResponse, Request, Response
 from sglang_prfaas.prefix_cache.block_hash import Namespace
 from sglang_prfaas.prefix_cache.matching import Holder
 from sglang_prfaas.router.body import parse_body
 from sglang_prfaas.router.prefix_lookup import PrefixIndex
+from sglang_prfaas.scheduler.profiles import save_profile
 
 from .kv_publisher import KvPublisher
 from .pd_fakes import Cluster, cluster, header, run, until
+from .test_live_policy import PROFILE
 
 CONVERSATION = list(range(100, 180))
 INDEX = PrefixIndexConfig(checkpoints="off", min_tokens=4)
@@ -229,5 +231,31 @@ def test_a_tenants_salt_takes_the_place_of_the_clients() -> None:
             answer = await it.ask(CONVERSATION[:50], own, authorization="Bearer key-open")
             assert header(answer, "x-prfaas-cached-tokens") == "40"
             assert it.cluster["l0"].bodies[-1]["cache_salt"] == "open-salt"
+
+    run(main)
+
+
+def test_a_live_policy_keeps_to_a_tenants_sites(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    save_profile(PROFILE, profile)
+
+    async def main() -> None:
+        async with fed(
+            policy=PolicyConfig(profile=str(profile), threshold_tokens=10, correct_profile=False),
+            hardware={"far": "quick", "home": "slow"},
+            links={"far": [LinkConfig(to_site="home", capacity_gbps=1.0)]},
+            tenancy=TenancyConfig(header="x-tenant"),
+            tenants=TENANTS,
+        ) as it:
+            assert header(await it.ask(CONVERSATION), "x-prfaas-route") == "prfaas"
+            sent = len(it.cluster["p"].bodies)
+            for _ in range(5):
+                answer = await it.ask(CONVERSATION, x_tenant="homely")
+                assert header(answer, "x-prfaas-route") == "local"
+            assert len(it.cluster["p"].bodies) == sent
+            it.publishers["l1"].stored(CONVERSATION[:76])
+            await until(lambda: it.blocks("home", "l1") == 19, "the blocks of l1")
+            answer = await it.ask(CONVERSATION)
+            assert header(answer, "x-prfaas-prefill") == "home/l1"
 
     run(main)

@@ -59,15 +59,15 @@ def store(it: PrefixIndex, tokens: int, size: int, server: str = "p") -> None:
 
 def test_only_prompts_that_could_match_are_tokenised(tmp_path: Path) -> None:
     it = index(tmp_path)
-    assert not it.wants(body(), 40)  # nothing is held
+    assert not it.wants(body(), lambda: 40)  # nothing is held
     store(it, 16, 4)
-    assert it.wants(body(), 40)
-    assert not it.wants(body(), 7)
-    assert not it.wants(body(lora_path="x"), 40)
-    assert not it.wants(body(extra_key="x"), 40)
-    assert not it.wants(body(model="tiny:adapter"), 40)
-    assert not it.wants(body(model="adapter"), 40)
-    assert it.wants(body(model="tiny"), 40)
+    assert it.wants(body(), lambda: 40)
+    assert not it.wants(body(), lambda: 7)
+    assert not it.wants(body(lora_path="x"), lambda: 40)
+    assert not it.wants(body(extra_key="x"), lambda: 40)
+    assert not it.wants(body(model="tiny:adapter"), lambda: 40)
+    assert not it.wants(body(model="adapter"), lambda: 40)
+    assert it.wants(body(model="tiny"), lambda: 40)
 
 
 def test_servers_may_have_blocks_of_different_sizes(tmp_path: Path) -> None:

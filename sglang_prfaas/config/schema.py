@@ -566,7 +566,9 @@ class PrefixIndexConfig(_Config, frozen=True):
     interval_s: Annotated[
         float, Meta(gt=0, description="Seconds between two questions to an agent while nothing changes.")
     ] = 0.1
-    min_tokens: Annotated[int, Meta(ge=0, description="Prompts that are estimated shorter are not looked up.")] = 64
+    min_tokens: Annotated[
+        int, Meta(ge=0, description="Prompts that are estimated to have fewer tokens are not looked up.")
+    ] = 64
     checkpoints: Annotated[
         CheckpointMode,
         Meta(

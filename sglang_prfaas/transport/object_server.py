@@ -146,7 +146,9 @@ class ObjectServer:
                 full = self._stopping.is_set() or len(self._connections) >= MAX_CONNECTIONS
                 if not full:
                     if len(self._pending) >= MAX_PENDING:
-                        next(iter(self._pending)).cut()
+                        oldest = next(iter(self._pending))
+                        del self._pending[oldest]
+                        oldest.cut()
                     self._connections[connection] = thread
                     self._pending[connection] = None
                     thread.start()

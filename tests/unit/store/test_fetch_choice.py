@@ -81,11 +81,7 @@ def test_a_peer_that_fails_rests_longer_each_time_until_it_answers() -> None:
     assert not link.rests(now + 1.0)
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e4), st.floats(0, 1e3)), min_size=1, max_size=30
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e4), st.floats(0, 1e3)), min_size=1, max_size=30))
 def test_any_measurements_leave_a_rate(samples: list[tuple[int, float, float]]) -> None:
     link, now = PeerEstimate(GIGABIT, 0.01), 0.0
     for nbytes, seconds, pause in samples:

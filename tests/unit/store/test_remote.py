@@ -1,4 +1,4 @@
-"""The store with peers that are no network: what is asked, fetched, waited for, kept, and what happens when it fails."""
+"""The store with peers that are no network: what is asked, fetched, waited for and kept, and what comes of failures."""
 
 from __future__ import annotations
 

@@ -224,7 +224,11 @@ class PrefixCacheConfig(_Config, frozen=True):
         str, Meta(description="Prefill curve of prefill_profile that these servers have. Empty: the only one.")
     ] = ""
     prefill_tokens_per_s: Annotated[
-        float, Meta(ge=0, description="For peers, without a profile: prompt tokens a server computes in a second, as 1 over seconds.")
+        float,
+        Meta(
+            ge=0,
+            description="For peers, without a profile: prompt tokens a server computes in a second, as 1 over seconds.",
+        ),
     ] = 0.0
     fetch_margin: Annotated[
         float,

@@ -55,7 +55,7 @@ class PeerEstimate:
             self._measured_s = now_s
 
     def answered(self, seconds: float) -> None:
-        """A question took so long, over a connection that stood."""
+        """A question took so long; what a first one needed to dial is soon forgotten."""
         self.rtt_s = (1 - WEIGHT) * self.rtt_s + WEIGHT * seconds
         self._failures = 0
 

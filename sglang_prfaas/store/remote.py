@@ -276,9 +276,9 @@ class RemoteTier:
                 fetch.ended = True
                 estimate.moved(fetch.arrived_bytes, took_s, self._clock.now_s())
                 self._changed.notify_all()
+            self._settle(fetch)
             if whole:
                 self._counters.add(fetched_tokens=tokens, fetch_saved_s=deadline.budget_s - took_s)
-            self._settle(fetch)
 
     def _settle(self, fetch: _Fetch) -> None:
         """Keep what came in the tier behind, and only then forget it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +22,22 @@ from sglang_prfaas.transport.object_messages import (
     Groups,
     body_bytes,
     count,
-    names_of,
     pack,
     unpack_sizes,
 )
 from sglang_prfaas.transport.object_streams import receive, send
 from sglang_prfaas.transport.security import Security
 
-MAX_IDLE = 4
+MAX_IDLE = 8
+LEAST_LANE_BYTES = 1 << 20
+"""A fetch takes one connection more, up to transport.connections, for each so many bytes."""
+
+_Wanted = tuple[str, str, int]
+"""Namespace, key, length of the frame."""
+
+
+def _pairs(groups: Groups) -> Iterator[tuple[str, str]]:
+    return ((namespace, key) for namespace, keys in groups for key in keys)
 
 
 class ObjectClient:
@@ -60,12 +70,26 @@ class ObjectClient:
     def get(
         self, groups: Groups, sizes: Sequence[int], take: Callable[[str, bytearray], None], deadline: Deadline
     ) -> bool:
-        """Give each frame, of the length in `sizes`, to `take`. False: the peer has not all of them any more. Raises
-        PeerError (ProtocolError for another length), LocalError, and what `take` raises."""
+        """Give each frame, of the length in `sizes`, to `take`, over as many connections as it is worth, each with a
+        thread that calls it. False: the peer has not all of them any more. Raises PeerError (ProtocolError for another
+        length), LocalError, and what `take` raises, when all connections have ended."""
+        wanted = [(ns, key, size) for (ns, key), size in zip(_pairs(groups), sizes, strict=True)]
+        count = min(self._config.connections, max(1, sum(sizes) // LEAST_LANE_BYTES))
+        if count == 1:
+            return self._get(wanted, take, deadline)
+        with concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="prfaas-fetch-lane") as pool:
+            lanes = [pool.submit(self._get, wanted[number::count], take, deadline) for number in range(count)]
+        return all(lane.result() for lane in lanes)
+
+    def _get(self, wanted: Sequence[_Wanted], take: Callable[[str, bytearray], None], deadline: Deadline) -> bool:
+        groups = tuple(
+            (ns, tuple(key for _, key, _ in items)) for ns, items in itertools.groupby(wanted, lambda item: item[0])
+        )
         with self._connection(deadline) as connection:
             send(connection.sock, memoryview(pack(Get(groups))), deadline)
             prefix = bytearray(OBJECT_LENGTH.size)
-            for name, size in zip(names_of(groups), sizes, strict=True):
+            for ns, key, size in wanted:
+                name = f"{ns}/{key}"
                 receive(connection.sock, memoryview(prefix), deadline)
                 (length,) = OBJECT_LENGTH.unpack(prefix)
                 if not length:

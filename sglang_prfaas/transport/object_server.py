@@ -34,8 +34,8 @@ from sglang_prfaas.transport.security.tls import explain
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 64
-MAX_PENDING = 16
+MAX_CONNECTIONS = 256
+MAX_PENDING = 64
 """Of them, those that have yet to prove their site; one more, and the oldest is cut."""
 HANDSHAKE_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 120.0

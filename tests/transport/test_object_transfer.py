@@ -184,8 +184,10 @@ def test_a_cut_in_the_middle_ends_the_fetch_with_what_came(disk: DiskStore) -> N
 
 
 def test_closing_the_server_ends_what_it_sends(disk: DiskStore) -> None:
+    """Far more than sockets hold."""
+    keys = KEYS[:-1] * 20
     with serving(disk) as server, client_of(server.port) as client, pytest.raises(PeerGoneError):
-        client.get(GROUPS, [SIZE] * len(KEYS), lambda name, frame: server.close(), within())
+        client.get((("d/kv", keys),), [SIZE] * len(keys), lambda name, frame: server.close(), within())
 
 
 def test_closing_the_client_ends_what_it_waits_for(disk: DiskStore) -> None:
@@ -333,5 +335,6 @@ def test_a_corrupt_object_is_not_sent(disk: DiskStore) -> None:
     path.write_bytes(data)
     with serving(disk) as server, client_of(server.port) as client:
         whole, found = get_all(client)
-        assert (whole, list(found)) == (False, [f"d/kv/{key}" for key in KEYS[:3]])
+        assert not whole
+        assert name not in found
         assert client.ask(GROUPS, within())[3] == 0, "dropped"

@@ -282,11 +282,13 @@ class RemoteTier:
 
     def _settle(self, fetch: _Fetch) -> None:
         """Keep what came in the tier behind, and only then forget it."""
-        for name, payload in fetch.arrived.items():
-            self._keep(name, payload)
-        with self._changed:
-            self._flights = {name: other for name, other in self._flights.items() if other is not fetch}
-            del self._fetches[fetch]
+        try:
+            for name, payload in fetch.arrived.items():
+                self._keep(name, payload)
+        finally:
+            with self._changed:
+                self._flights = {name: other for name, other in self._flights.items() if other is not fetch}
+                del self._fetches[fetch]
 
     def _failed(self, peer: Peer, estimate: PeerEstimate, text: str) -> None:
         self._counters.add(fetch_failed=1)

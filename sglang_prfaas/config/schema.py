@@ -134,6 +134,26 @@ class TransportConfig(_Config, frozen=True):
     ] = "auto"
 
 
+class CachePeerConfig(_Config, frozen=True):
+    """A site whose prefix cache may be asked for prefixes that are not here."""
+
+    name: Annotated[Name, Meta(description="Name of the site.")]
+    host: Annotated[str, Meta(min_length=1, description="Address of its prefix_cache.serve_port.")]
+    port: Annotated[Port, Meta(description="Its prefix_cache.serve_port.")]
+    capacity_gbps: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Gbit/s that fetches are expected to get, until some were measured. 0: that of [[links]] to "
+            "the site, else 1.",
+        ),
+    ] = 0.0
+    rtt_ms: Annotated[
+        float,
+        Meta(ge=0, description="Round-trip time in milliseconds, until it was measured. 0: that of [[links]], else 0."),
+    ] = 0.0
+
+
 class PrefixCacheConfig(_Config, frozen=True):
     """Prefix cache that outlives its servers: HiCache with this project's storage backend, on prefill servers."""
 
@@ -174,6 +194,62 @@ class PrefixCacheConfig(_Config, frozen=True):
     mooncake_buffer_bytes: Annotated[
         int, Meta(ge=1 << 20, description="mooncake: memory of each rank for transfers, in bytes.")
     ] = 256 << 20
+    serve_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="Port where the agent lets other sites read disk_dir, with the keys of [transport]. 0: none.",
+        ),
+    ] = 0
+    serve_host: Annotated[str, Meta(description="Address of serve_port. Empty: agent.host.")] = ""
+    serve_to: Annotated[
+        list[str],
+        Meta(
+            description="Sites that may read from serve_port, where keys are used; no others, whatever peers.toml "
+            "says. Without keys: whoever reaches the port."
+        ),
+    ] = field(default_factory=list)
+    peers: Annotated[
+        list[CachePeerConfig],
+        Meta(description="Sites asked for prefixes, in this order, where fetching is quicker than computing."),
+    ] = field(default_factory=list)
+    prefill_profile: Annotated[
+        str,
+        Meta(
+            description="For peers: profile file (docs/planning.md) whose prefill curve tells what computing takes. "
+            "Empty: prefill_tokens_per_s."
+        ),
+    ] = ""
+    prefill_hardware: Annotated[
+        str, Meta(description="Prefill curve of prefill_profile that these servers have. Empty: the only one.")
+    ] = ""
+    prefill_tokens_per_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="For peers, without a profile: prompt tokens a server computes in a second, as 1 over seconds.",
+        ),
+    ] = 0.0
+    fetch_margin: Annotated[
+        float,
+        Meta(
+            ge=0,
+            lt=1,
+            description="Share of the time to compute that a fetch has to save, as expected, to be begun.",
+        ),
+    ] = 0.2
+    fetch_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds a fetch may take, where computing would take longer still. Else it ends when "
+            "computing would have.",
+        ),
+    ] = 30.0
+    fetch_bytes: Annotated[
+        int, Meta(ge=1 << 20, description="Memory of each rank for what is being fetched, in bytes.")
+    ] = 1 << 30
 
 
 class LinkConfig(_Config, frozen=True):
@@ -496,6 +572,13 @@ class PolicyConfig(_Config, frozen=True):
     correction_half_life_s: Annotated[
         float, Meta(gt=0, description="Live: seconds in which what was learnt loses half its weight.")
     ] = 600.0
+    fetch_prefixes: Annotated[
+        bool,
+        Meta(
+            description="Live: PrfaaS sites fetch prefixes that only the PD site holds ([[prefix_cache.peers]] there): "
+            "while bandwidth is ample, the longest prefix of any site counts."
+        ),
+    ] = False
     decisions_kept: Annotated[
         int, Meta(ge=0, le=100_000, description="Last decisions that GET /decisions shows, with their figures.")
     ] = 256

@@ -28,6 +28,7 @@ from sglang_prfaas.http import Client, ClientLimits, HttpError, HttpServer, Requ
 from sglang_prfaas.monitor.link_channel import LinkReceiver, LinkViews
 from sglang_prfaas.monitor.reports import Command, ServerState, SiteState
 from sglang_prfaas.site import metrics, operator_control
+from sglang_prfaas.site.cache_server import CacheServer
 from sglang_prfaas.site.cache_watch import CacheWatch
 from sglang_prfaas.site.control import SiteControl
 from sglang_prfaas.site.lifecycle import State
@@ -101,6 +102,7 @@ class Agent:
         self._link_receiver: LinkReceiver | None = None
         self._reports: ReportServer | None = None
         self._reporter: Reporter | None = None
+        self._cache: CacheServer | None = None
         self._tasks: set[asyncio.Task[object]] = set()
         self._relayed = dict.fromkeys(servers, 0)
         self._draining = False
@@ -137,6 +139,8 @@ class Agent:
                 )
                 self._reporter = Reporter(self._config.site.name, self._reports.broadcast, self._execute)
                 self._reports.start()
+            if self._config.prefix_cache.serve_port:
+                self._cache = await asyncio.to_thread(CacheServer, self._config)
         except (PrfaasError, OSError):
             await self.stop(0)
             raise
@@ -162,6 +166,9 @@ class Agent:
             self._link_receiver.close()
             self._link_receiver = None
         await self._caches.stop()
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.close)
+            self._cache = None
         if self._client is not None:
             await self._client.close()
             self._client = None
@@ -213,9 +220,10 @@ class Agent:
             for name, server in self._servers.items()
         ]
         routers = self._reports.routers if self._reports is not None else 0
-        return metrics.render(
+        text = metrics.render(
             self._config.site.name, servers, self._links.links(), self._control.results, routers, self._caches.samples()
         )
+        return text + (metrics.render_cache(self._config.site.name, self._cache.stats()) if self._cache else "")
 
     def _server_state(self, name: str) -> ServerState:
         server, change = self._servers[name], self._control.change(name)

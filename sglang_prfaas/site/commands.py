@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import sglang_args
+from sglang_prfaas.config.prefix_cache import with_links
 from sglang_prfaas.config.schema import ServerConfig, ServerRole, SiteConfig
 from sglang_prfaas.site.hicache import hicache_flags
 
@@ -86,7 +87,7 @@ def _command(
         argv += ["--disaggregation-bootstrap-port", str(server.bootstrap_port)]
     if site.served_model_name:
         argv += ["--served-model-name", site.served_model_name]
-    argv += hicache_flags(config.prefix_cache, server.role, args)
+    argv += hicache_flags(with_links(config.prefix_cache, config.links), server.role, args)
     variables = {
         **env.transport_to_env(config.transport),
         env.SITE: site.name,

@@ -41,12 +41,26 @@ class SiteLoad(Struct):
     decode_load: float
 
 
+class Way(Struct):
+    """From one PrfaaS site to one PD site, digested: what does not depend on the request."""
+
+    site: str
+    link: LinkView | None
+    wait_s: float
+    """Until prefill begins there, or where that is longer, until the link has sent what is ready."""
+    s_per_byte: float
+    state_s: float
+    """The state, which is sent after prefill, and half a round trip."""
+
+
 class Moment(Struct):
     """One look at all sites. `states`: what the threshold of each PD site rests on."""
 
     now_s: float
     loads: dict[str, SiteLoad]
     states: dict[str, LiveState]
+    ways: dict[str, list[Way]] = {}
+    """By PD site, from every PrfaaS site with a server alive; filled when a decision first needs it."""
 
 
 class _Path(Struct):
@@ -208,19 +222,21 @@ class LivePolicy:
         best: tuple[str, _Path, _Path] | None = None
         least = _INFINITE
         prefill = {name: self._prefill(sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        total_bytes = self._kv.size_bytes(l_total) - self._kv.state_bytes
         for home in moment.states:
             load = moment.loads[home]
             if best is not None and load.decode_load == _INFINITE:
                 continue
             tokens, seconds = self._prefill(sites[home], l_total)
             near = _Path(tokens, load.wait_s, load.wait_s + seconds)
-            far = self._far(moment, observation, home, prefill, l_total, l_total - tokens)
+            moving_bytes = total_bytes - self._kv.full_bytes_per_token * (l_total - tokens)
+            far = self._far(moment, observation, home, prefill, moving_bytes, l_total)
             score = min(near.ttft_s, far.ttft_s) + DECODE_S_PER_REQUEST * load.decode_load
             if best is None or score < least:
                 best, least = (home, near, far), score
         assert best is not None
         if len(self._prfaas) > 1:
-            self._write_costs(moment, observation, sites, prefill, best, l_total)
+            self._write_costs(moment, sites, prefill, best, l_total)
         return best
 
     def _prefill(self, site: SiteView, l_total: int) -> tuple[int, float]:
@@ -237,34 +253,55 @@ class LivePolicy:
         observation: Observation,
         home: str,
         prefill: dict[str, tuple[int, float]],
+        moving_bytes: float,
         l_total: int,
-        held: int,
     ) -> _Path:
-        """The PrfaaS site of the least expected TTFT."""
-        found = _Path(l_total, _INFINITE, _INFINITE)
-        for name, (tokens, seconds) in prefill.items():
+        """The PrfaaS site of the least expected TTFT. `moving_bytes`: what is sent while prefill computes.
+
+        `exposed_s`, with all but the request itself worked out before: this runs for every pair of sites."""
+        ways = moment.ways.get(home)
+        if ways is None:
+            ways = moment.ways[home] = self._ways(moment, observation, home)
+        found, least_s = None, _INFINITE
+        for way in ways:
+            seconds = prefill[way.site][1]
+            late_s = moving_bytes * way.s_per_byte - seconds
+            ttft_s = way.wait_s + way.state_s + (seconds + late_s if late_s > 0 else seconds)
+            if found is None or ttft_s < least_s:
+                found, least_s = way, ttft_s
+        if found is None:
+            return _Path(l_total, _INFINITE, _INFINITE)
+        return _Path(prefill[found.site][0], found.wait_s, least_s, found.link)
+
+    def _ways(self, moment: Moment, observation: Observation, home: str) -> list[Way]:
+        found = []
+        for name in self._prfaas:
+            if not _alive(moment, name):
+                continue
+            wait_s = moment.loads[name].wait_s
             link = observation.links.get((name, home))
-            wait_s = max(moment.loads[name].wait_s, link.wait_s if link is not None else 0.0)
-            ttft_s = wait_s + seconds + self.exposed_s(link, l_total, held, seconds)
-            if ttft_s < found.ttft_s or found.wait_s == _INFINITE:
-                found = _Path(tokens, wait_s, ttft_s, link)
+            if link is None:
+                found.append(Way(name, None, wait_s, 0.0, 0.0))
+                continue
+            s_per_byte = 1 / link.free_bytes_per_s if link.free_bytes_per_s > 0 else _INFINITE
+            state_s = self._kv.state_bytes * s_per_byte + link.rtt_s / 2 if s_per_byte < _INFINITE else _INFINITE
+            found.append(Way(name, link, max(wait_s, link.wait_s), s_per_byte, state_s))
         return found
 
     def _write_costs(
         self,
         moment: Moment,
-        observation: Observation,
         sites: dict[str, SiteView],
         prefill: dict[str, tuple[int, float]],
         best: tuple[str, _Path, _Path],
         l_total: int,
     ) -> None:
         home, near, _ = best
-        for name, (_, seconds) in prefill.items():
-            link = observation.links.get((name, home))
-            exposed_s = self.exposed_s(link, l_total, l_total - near.tokens, seconds)
-            link_s = max(0.0, link.wait_s - moment.loads[name].wait_s) if link is not None else 0.0
-            sites[name].cost_s = link_s + seconds + exposed_s
+        moving_bytes = self._kv.increment_bytes(l_total, l_total - near.tokens) - self._kv.state_bytes
+        for way in moment.ways[home]:
+            seconds = prefill[way.site][1]
+            link_s = way.wait_s - moment.loads[way.site].wait_s
+            sites[way.site].cost_s = link_s + way.state_s + max(seconds, moving_bytes * way.s_per_byte)
 
     def _preference(self, wanted: _Path, other: _Path, near: _Path) -> Preference | None:
         """The other path, where it keeps a promise that the wanted one breaks."""

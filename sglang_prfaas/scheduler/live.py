@@ -215,6 +215,16 @@ class LivePolicy:
         decision = decide(observation, request, home=home, prefer=prefer)
         return msgspec.structs.replace(decision, reason=f"{decision.reason}; {choice.reason}", figures=figures)
 
+    def bind(self, moment: Moment, observation: Observation, request: RequestView, home: str) -> Decision:
+        """Servers for a request whose PD site and path (`request.forced`) are chosen already."""
+        sites = {site.name: site for site in observation.sites}
+        prefill = {name: self._prefill(sites[name], request.l_total) for name in self._prfaas if _alive(moment, name)}
+        if len(self._prfaas) > 1 and home in moment.states:
+            tokens, _ = self._prefill(sites[home], request.l_total)
+            moving_bytes = self._kv.increment_bytes(request.l_total, request.l_total - tokens) - self._kv.state_bytes
+            self._write_costs(moment, sites, prefill, self._ways(moment, observation, home), moving_bytes)
+        return decide(observation, request, home=home)
+
     def _best_pd_site(
         self, moment: Moment, observation: Observation, sites: dict[str, SiteView], l_total: int
     ) -> tuple[str, _Path, _Path]:
@@ -236,7 +246,9 @@ class LivePolicy:
                 best, least = (home, near, far), score
         assert best is not None
         if len(self._prfaas) > 1:
-            self._write_costs(moment, sites, prefill, best, l_total)
+            home, near, _ = best
+            moving_bytes = self._kv.increment_bytes(l_total, l_total - near.tokens) - self._kv.state_bytes
+            self._write_costs(moment, sites, prefill, moment.ways[home], moving_bytes)
         return best
 
     def _prefill(self, site: SiteView, l_total: int) -> tuple[int, float]:
@@ -293,12 +305,10 @@ class LivePolicy:
         moment: Moment,
         sites: dict[str, SiteView],
         prefill: dict[str, tuple[int, float]],
-        best: tuple[str, _Path, _Path],
-        l_total: int,
+        ways: list[Way],
+        moving_bytes: float,
     ) -> None:
-        home, near, _ = best
-        moving_bytes = self._kv.increment_bytes(l_total, l_total - near.tokens) - self._kv.state_bytes
-        for way in moment.ways[home]:
+        for way in ways:
             seconds = prefill[way.site][1]
             link_s = way.wait_s - moment.loads[way.site].wait_s
             sites[way.site].cost_s = link_s + way.state_s + max(seconds, moving_bytes * way.s_per_byte)
@@ -342,4 +352,5 @@ def _site_load(site: SiteView) -> SiteLoad:
             load.wait_s = min(load.wait_s, server.wait_s)
         else:
             load.decode_load = min(load.decode_load, server.inflight_requests + server.extra_load)
+    load.wait_s += site.held_s
     return load

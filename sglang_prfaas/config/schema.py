@@ -363,6 +363,18 @@ class RolesConfig(_Config, frozen=True):
         float,
         Meta(ge=0, description="Seconds of rest after a failed switch; doubles up to 16 times with each further one."),
     ] = 300.0
+    drain_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds that a server's requests may take to end; then it stays what it is.")
+    ] = 300.0
+    slo_tokens_per_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Speed promised to each request, in tokens over seconds. With a profile that has decode figures, "
+            "what other roles could serve is then solved over the recent lengths. 0: it is measured, from utilisation "
+            "and queues.",
+        ),
+    ] = 0.0
     slot_period_s: Annotated[
         float,
         Meta(

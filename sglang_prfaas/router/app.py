@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -42,6 +43,7 @@ from sglang_prfaas.router.policy import make_policy
 from sglang_prfaas.router.prefixes import NoPrefixes, PrefixLookup
 from sglang_prfaas.router.proxy import PdProxy
 from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.roles import Roles
 from sglang_prfaas.router.tokens import TokenCounter
 
 log = logging.getLogger(__name__)
@@ -83,9 +85,21 @@ class Router:
         self.health = HealthMonitor(config, self.registry, self.agents.reports.fresh)
         self.models = ModelNames((config.router.served_model_name, config.router.model))
         self.access_log = access_log or AccessLog()
-        self.policy = make_policy(config, self.registry, loads or self.agents.reports, prefixes or NoPrefixes())
+        loads = loads or self.agents.reports
+        self.policy = make_policy(config, self.registry, loads, prefixes or NoPrefixes())
+        line = self.policy.line
+        held_s = line.local_work_s if line is not None else lambda site: 0.0
+        self.roles = Roles(config, self.registry.observation, self.agents, loads, held_s)
         self.proxy = PdProxy(
-            config, self.registry, counter, self.models, self.metrics, self.access_log, self.refresh_models, self.policy
+            config,
+            self.registry,
+            counter,
+            self.models,
+            self.metrics,
+            self.access_log,
+            self.refresh_models,
+            self.policy,
+            self.roles.arrived if self.roles else None,
         )
         self.server = HttpServer(
             self.handle,
@@ -104,6 +118,7 @@ class Router:
         """Begin health checks, listen; returns the port."""
         self.health.start()
         self.agents.start()
+        self.roles.start()
         return await self.server.start(self.config.router.host, self.config.router.port)
 
     async def stop(self) -> None:
@@ -111,6 +126,7 @@ class Router:
         self._draining = True
         if not await self.server.drain(self.config.limits.drain_timeout_s):
             log.warning("requests were cut off: they took longer than drain_timeout_s to end")
+        await self.roles.stop()
         await self.agents.stop()
         await self.health.stop()
         await self.client.close()
@@ -137,7 +153,7 @@ class Router:
                 text = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
                 response.send(200, self.metrics.render(self._gauges()), text)
             elif path == "/policy":
-                response.send(200, msgspec.json.encode(self.policy.describe(self.client.loop.time())), _JSON)
+                response.send(200, msgspec.json.encode(self._policy()), _JSON)
             elif path == "/decisions":
                 response.send(200, self.proxy.decisions.render(newest_wanted(request)), _JSON)
             else:
@@ -183,6 +199,10 @@ class Router:
         body = {"status": status, "threshold_tokens": self.registry.observation.t_tokens, "servers": servers}
         response.send(200 if not missing else 503, msgspec.json.encode(body), _JSON)
 
+    def _policy(self) -> dict[str, Any]:
+        """What is in force: the short timescale, and the last looks of the long one where it runs."""
+        return {**self.policy.describe(self.client.loop.time()), "roles": self.roles.describe()}
+
     def _reported(self, state: SiteState) -> None:
         self.health.reported(state)
 
@@ -227,6 +247,7 @@ class Router:
                 [((), self.counter.bytes_per_token)],
             ),
             *self.policy.gauges(self.client.loop.time()),
+            *self.roles.gauges(),
         ]
 
     async def refresh_models(self) -> None:

@@ -107,6 +107,10 @@ class Line:
             name: seconds / max(1, servers[name] if name in self._lines else far) for name, seconds in found.items()
         }
 
+    def local_work_s(self, home: str) -> float:
+        """Seconds of local prefill, on one server, that wait for a PD site."""
+        return self._lines[home].waits(self._loop.time())["local"].work_s
+
     def describe(self, now_s: float) -> dict[str, Any]:
         """The lines, for `GET /policy`."""
         return {home: {"objective_s": line.objective_s, **line.waits(now_s)} for home, line in self._lines.items()}

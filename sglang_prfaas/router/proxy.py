@@ -45,7 +45,9 @@ class PdProxy:
         access_log: AccessLog,
         refresh_models: Callable[[], Awaitable[None]],
         policy: RoutingPolicy,
+        on_routed: Callable[[Decision], None] | None = None,
     ) -> None:
+        """on_routed: hears of the first decision of every request."""
         self._limits = config.limits
         self._registry = registry
         self._counter = counter
@@ -56,6 +58,7 @@ class PdProxy:
         self._loop = asyncio.get_running_loop()
         self._policy = policy
         self._line = policy.line
+        self._on_routed = on_routed
         self._exact_count_band = config.policy.exact_count_band
         self.decisions = RecentDecisions(config.policy.decisions_kept)
 
@@ -105,6 +108,8 @@ class PdProxy:
             record.decision = decision
             record.recent = DecisionRecord(time.time(), record.request_id, tokens.total, len(record.attempts), decision)
             self.decisions.add(record.recent)
+            if self._on_routed is not None and last is None:
+                self._on_routed(decision)
             if self._line is not None and record.held_s is None:
                 turn = await self._line.turn(decision, view, body, tokens)
                 decision, flight, record.held_s = turn.decision, turn.flight, turn.held_s

@@ -16,6 +16,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 
 SiteRole = Literal["prfaas", "pd"]
 ServerRole = Literal["prefill", "decode"]
+LayerwiseMode = Literal["auto", "off"]
 SecurityMode = Literal["auto", "keys", "off"]
 PolicyMode = Literal["auto", "fixed", "live"]
 OrderMode = Literal["auto", "ordered", "off"]
@@ -118,6 +119,19 @@ class TransportConfig(_Config, frozen=True):
     socket_buffer_bytes: Annotated[
         int, Meta(ge=0, description="Socket send and receive buffer in bytes. 0: the kernel's autotuning.")
     ] = 0
+    rate_limit_mbps: Annotated[
+        float,
+        Meta(
+            ge=0, description="Most that one prefill rank sends, all its connections together, in Mbit/s. 0: no limit."
+        ),
+    ] = 0.0
+    layerwise: Annotated[
+        LayerwiseMode,
+        Meta(
+            description="auto: the KV of a layer is sent while the next ones are computed, where SGLang's mode permits "
+            "it. off: after each prefill chunk."
+        ),
+    ] = "auto"
 
 
 class PrefixCacheConfig(_Config, frozen=True):
@@ -370,7 +384,7 @@ class RolesConfig(_Config, frozen=True):
         float,
         Meta(
             ge=0,
-            description="Speed promised to each request, in tokens over seconds. With a profile that has decode figures, "
+            description="Speed promised to a request, in tokens over seconds. With a profile that has decode figures, "
             "what other roles could serve is then solved over the recent lengths. 0: it is measured, from utilisation "
             "and queues.",
         ),

@@ -21,6 +21,7 @@ COMMANDS = {
     "keys": "make the keys with which sites prove themselves to each other",
     "control": "drain a server of a running site, or change its role",
     "schema": "print the JSON Schema of the configuration files",
+    "profile": "measure running servers and write what they can do as a profile file",
     "plan": "find the best threshold and roles for a fleet, and what they give",
     "simulate": "compare policies on a virtual clock",
     "demo": "two datacenters on this machine, compared with a single server",

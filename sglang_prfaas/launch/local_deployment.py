@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct, field
@@ -43,6 +44,12 @@ class Choices(Struct, frozen=True, kw_only=True):
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
     capacity_gbps: float = 10.0
+    decode_env: Mapping[str, str] = {}
+    """Environment variables of the decode server, over those of all servers."""
+    model_changes: Mapping[str, Any] = {}
+    """Keys of the model's config.json that are to be others than the family's."""
+    transport: Mapping[str, Mapping[str, str | float]] = {}
+    """Keys of [transport], by site."""
     keys: bool = False
     """Whether KVCache moves with CURVE and TLS."""
 
@@ -94,7 +101,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     family = choices.family
-    model = make_tiny_model(family, directory / "model")
+    model = make_tiny_model(family, directory / "model", choices.model_changes)
     log = directory / "transfers.jsonl"
     log.unlink(missing_ok=True)
     ports = _free_ports(12)
@@ -107,6 +114,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         "args": _toml(common),
         "prefill_args": _toml(list(choices.prefill_args)),
         "decode_args": _toml(list(choices.decode_args)),
+        "decode_env": "\n".join(f"{key} = {_toml(value)}" for key, value in choices.decode_env.items()),
         "env": "\n".join(f"{key} = {_toml(value)}" for key, value in variables.items()),
         "logs": _toml(str(directory / "logs")),
         "name": MODEL_NAME,
@@ -123,6 +131,8 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         make.make_keys(keys, {"prfaas": (), "pd": ()}, now=datetime.datetime.now(datetime.UTC))
     for site in ("prfaas", "pd"):
         values[f"keys_{site}"] = _toml(str(keys / site) if choices.keys else "")
+        settings = choices.transport.get(site, {})
+        values[f"transport_{site}"] = "\n".join(f"{key} = {_toml(value)}" for key, value in settings.items())
     files = {}
     for name, template in (("prfaas", _PRFAAS), ("pd", _PD), ("router", _ROUTER)):
         files[name] = directory / f"{name}.toml"
@@ -202,8 +212,8 @@ def _free_ports(count: int) -> list[int]:
             port.release()
 
 
-def _toml(value: str | list[str]) -> str:
-    """A string, or a list of strings, in TOML: JSON's form is valid TOML for both."""
+def _toml(value: str | float | list[str]) -> str:
+    """A string, a number, or a list of strings, in TOML: JSON's form is valid TOML for all of them."""
     return msgspec.json.encode(value).decode()
 
 
@@ -239,6 +249,7 @@ commands_from = ["prfaas", "pd"]
 [transport]
 heartbeat_timeout_s = {heartbeat}
 keys_dir = {keys_prfaas}
+{transport_prfaas}
 
 [limits]
 startup_timeout_s = {startup}
@@ -271,6 +282,9 @@ port = {p5}
 bootstrap_port = {p6}
 args = {decode_args}
 
+[servers.env]
+{decode_env}
+
 [agent]
 port = {p7}
 reports_port = {p9}
@@ -278,6 +292,7 @@ reports_port = {p9}
 [transport]
 heartbeat_timeout_s = {heartbeat}
 keys_dir = {keys_pd}
+{transport_pd}
 
 [limits]
 startup_timeout_s = {startup}

@@ -5,6 +5,7 @@ A profile file is TOML or JSON of the shape of `ProfileFile`; unknown keys are r
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,22 @@ from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.scheduler.curves import Curve
 
 
+class MeasuredPoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One figure as it was measured, before a curve was drawn through it. Nothing is computed from it."""
+
+    x: float
+    """Tokens of a prefill, or streams in a decode batch."""
+    median_s: float
+    spread_s: float
+    """Longest less shortest of the repeats kept."""
+    repeats: int
+    """Repeats kept."""
+    outliers: int = 0
+    """Repeats left out, for being far from the others."""
+    context_tokens: int = 0
+    """Decode: prompt tokens of each stream."""
+
+
 class PrefillProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """T_prefill(l): seconds over tokens, of one instance."""
 
@@ -24,6 +41,7 @@ class PrefillProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """P, GPUs of one instance."""
     origin: str
     """Where the points come from: measured on what, or derived how."""
+    points: tuple[MeasuredPoint, ...] = ()
 
 
 class DecodeProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +50,8 @@ class DecodeProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     step_s: Curve
     gpus: int
     origin: str
+    points: tuple[MeasuredPoint, ...] = ()
+    """Of every context length that was measured; the curve is that of the longest."""
 
     def batch_max(self, slo_tokens_per_s: float) -> int:
         """BS_max: the largest batch, within what was measured, whose step still meets the SLO. Raises ConfigError."""
@@ -49,6 +69,46 @@ class DecodeProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return batch / (self.step_s.at(batch) * output_tokens)
 
 
+class KvPoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """KVCache bytes of one request, as moved and as the model's config.json says (0 where it says nothing)."""
+
+    tokens: int
+    moved_bytes: float
+    config_bytes: float
+
+
+class LinkProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one transfer at a time gets between two sites. Several at once may carry more."""
+
+    from_site: str
+    to_site: str
+    gbps: float
+    """Of the lengths that were moved, the highest median rate from the first byte to the last."""
+    rtt_ms: float
+    """Shortest TCP connect from where it was measured to the sending site; 0: not measured."""
+    tokens: int
+    """Length of the prompts that had this rate."""
+    transfers: int
+
+
+class Measurement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a profile came about. Nothing is computed from it."""
+
+    date: str
+    """ISO 8601, UTC."""
+    command: str
+    version: str
+    """Of this package."""
+    servers: dict[str, str]
+    """Site/server, and what it said of itself: role, SGLang version, GPUs."""
+    seconds: float
+    kv: tuple[KvPoint, ...] = ()
+    kv_origin: str = ""
+    links: tuple[LinkProfile, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What was cut short, left out or noisy."""
+
+
 class ProfileFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that was measured of one model; prefill and decode by the name of the hardware."""
 
@@ -56,6 +116,7 @@ class ProfileFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     kv: KvLayout
     prefill: dict[str, PrefillProfile]
     decode: dict[str, DecodeProfile]
+    measured: Measurement | None = None
 
     def prefill_on(self, hardware: str) -> PrefillProfile:
         """Raises ConfigError for hardware that was not measured."""
@@ -85,5 +146,11 @@ def load_profile(path: str | Path) -> ProfileFile:
 
 
 def save_profile(profile: ProfileFile, path: str | Path) -> None:
-    """Write a profile file as JSON, readable by `load_profile`."""
-    Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+    """Write a profile file as JSON, readable by `load_profile`: whole, or not at all. Raises OSError."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

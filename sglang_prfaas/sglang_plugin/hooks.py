@@ -28,6 +28,8 @@ class Hook(NamedTuple):
 
 GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
 SEND_KV_CHUNK = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin.send_kv_chunk"
+RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
+INIT_KV_MANAGER = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue._init_kv_manager"
 CHOICES = "sglang.srt.arg_groups.choices.add_disagg_transfer_backend_choices"
 BACKENDS = "sglang.srt.disaggregation.utils.TransferBackend"
 
@@ -45,6 +47,18 @@ HOOKS = (
         "before",
         ("self", "req", "last_chunk", "end_idx"),
         "the only place where a request's queue and prefill times and its sender are at hand",
+    ),
+    Hook(
+        INIT_KV_MANAGER,
+        "around",
+        ("self",),
+        "the only place where the manager and the scheduler's model meet; layers of the model report to it",
+    ),
+    Hook(
+        RUN_BATCH,
+        "around",
+        ("self", "batch", "pp_proxy_tensors"),
+        "tells which requests' layers are written by the forward pass that begins",
     ),
 )
 
@@ -89,6 +103,25 @@ def _note_request_times(scheduler: Any, req: Any, last_chunk: bool = False, end_
     note(max(0.0, forward_s - entry_s) if entry_s else 0.0, max(0.0, time.perf_counter() - forward_s))
 
 
+def _init_kv_manager(original: Callable[..., Any], queue: Any) -> Any:
+    """AROUND `_init_kv_manager`: a manager of ours sends layer by layer, where it can."""
+    manager = original(queue)
+    if hasattr(manager, "layerwise"):
+        from sglang_prfaas.sglang_plugin import layerwise
+
+        manager.layerwise = layerwise.start(queue.scheduler, manager)
+    return manager
+
+
+def _run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `run_batch`: layers of a prefill server are sent as they are written."""
+    queue = getattr(scheduler, "disagg_prefill_bootstrap_queue", None)
+    layerwise = getattr(getattr(queue, "kv_manager", None), "layerwise", None)
+    if layerwise is None:
+        return original(scheduler, batch, *args, **kwargs)
+    return layerwise.run(original, batch, *args, **kwargs)
+
+
 def _add_backend(enum_class: Any) -> None:
     """Add the member to SGLang's enumeration of backends."""
     if BACKEND in enum_class._value2member_map_:
@@ -113,6 +146,8 @@ def install() -> None:
     _add_backend(pkgutil.resolve_name(BACKENDS))
     HookRegistry.register(GET_KV_CLASS, _get_kv_class, HookType.AROUND)
     HookRegistry.register(SEND_KV_CHUNK, _note_request_times, HookType.BEFORE)
+    HookRegistry.register(INIT_KV_MANAGER, _init_kv_manager, HookType.AROUND)
+    HookRegistry.register(RUN_BATCH, _run_batch, HookType.AROUND)
     HookRegistry.apply_hooks()
     missing = unapplied()
     if missing:

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from sglang_prfaas.errors import LocalError
-from sglang_prfaas.transport.layout import Component, Layout
+from sglang_prfaas.sglang_plugin.shardings import kv_shardings, state_shardings
+from sglang_prfaas.transport.layout import Component, Layout, Sharding
 from sglang_prfaas.transport.memory import Buffer, HostBuffer, Indices, RankMemory, TorchBuffer
+from sglang_prfaas.transport.reshape import AUX
 
 KV = 0
 """Index of the full-attention component."""
@@ -30,24 +32,56 @@ def model_identity(hf_config: Any) -> str:
     return f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def layout_of(kv_args: Any, model: str, tp_size: int) -> Layout:
-    """The layout both ends compare at the handshake."""
+def layout_of(kv_args: Any, model: str, tp_size: int, tp_rank: int = 0, kv_heads: int = 0) -> Layout:
+    """The layout both ends compare at the handshake. kv_heads: of the whole model's full attention, 0 for MLA."""
+    kv_format = str(kv_args.kv_layout or kv_args.swa_kv_cache_layout or "")
     return Layout(
         model=model,
         kv_dtype=str(kv_args.kv_cache_dtype_str),
         page_tokens=int(kv_args.page_size),
         tp_size=tp_size,
-        kv_format=str(kv_args.kv_layout or kv_args.swa_kv_cache_layout or ""),
+        kv_format=kv_format,
         layer_ids=tuple(int(layer) for layer in kv_args.kv_layer_ids or ()),
         components=(
-            Component("kv", tuple(int(n) for n in kv_args.kv_item_lens)),
-            *(
-                Component(str(kind.value), tuple(int(n) for n in sizes))
-                for kind, sizes in zip(kv_args.state_types, kv_args.state_item_lens, strict=True)
+            Component(
+                "kv",
+                tuple(int(n) for n in kv_args.kv_item_lens),
+                kv_shardings(kv_args, kv_format, kv_heads, tp_size),
             ),
-            Component("aux", tuple(int(n) for n in kv_args.aux_item_lens)),
+            *(
+                Component(str(kind.value), tuple(int(n) for n in sizes), state_shardings(kv_args, index, tp_size))
+                for index, (kind, sizes) in enumerate(zip(kv_args.state_types, kv_args.state_item_lens, strict=True))
+            ),
+            Component(AUX, tuple(int(n) for n in kv_args.aux_item_lens), (Sharding(len(kv_args.aux_item_lens)),)),
         ),
+        tp_rank=tp_rank,
     )
+
+
+def buffers_of_layers(pool: Any, layer_ids: list[int]) -> dict[int, list[int]]:
+    """Buffers of the full-attention component by the layer that writes them; empty where they cannot be told.
+
+    layer_ids: of each buffer, as SGLang gives them for hybrid pools; other pools have all keys in the order of layers,
+    then all values."""
+    count = len(pool.get_contiguous_buf_infos()[0])
+    mapping = getattr(pool, "layers_mapping", None)
+    if layer_ids:
+        of_buffer = [int(layer) for layer in layer_ids]
+    elif mapping is not None:
+        full = sorted((at, layer) for layer, (at, is_window) in mapping.items() if not is_window)
+        of_buffer = _repeated([layer for _, layer in full], count)
+    else:
+        of_buffer = _repeated(list(range(pool.start_layer, pool.start_layer + pool.layer_num)), count)
+    if len(of_buffer) != count:
+        return {}
+    found: dict[int, list[int]] = {}
+    for buffer, layer in enumerate(of_buffer):
+        found.setdefault(layer, []).append(buffer)
+    return found
+
+
+def _repeated(layers: list[int], count: int) -> list[int]:
+    return layers * (count // len(layers)) if layers else []
 
 
 def memory_of(kv_args: Any, device: str) -> RankMemory:

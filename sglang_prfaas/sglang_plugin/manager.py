@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.disaggregation.base.conn import BaseKVManager
@@ -23,6 +23,9 @@ from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.registration import Registration
 from sglang_prfaas.transport.send_mover import SendMover
 from sglang_prfaas.transport.transfer_log import TransferRecord
+
+if TYPE_CHECKING:
+    from sglang_prfaas.sglang_plugin.layerwise import LayerwiseSending
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +69,20 @@ class PrfaasKVManager(BaseKVManager):
         self.tp_rank = int(parallel.attn_tp_rank)
         self.dp_rank = int(args.system_dp_rank or 0)
         self._rank = self.dp_rank * int(parallel.attn_tp_size) + self.tp_rank
+        model = ModelConfig.from_server_args(server_args)
+        mla = bool(is_mla_backend) or bool(args.is_hybrid_mla_backend)
         self.layout = layout_of(
-            args, model_identity(ModelConfig.from_server_args(server_args).hf_config), int(parallel.attn_tp_size)
+            args,
+            model_identity(model.hf_config),
+            int(parallel.attn_tp_size),
+            self.tp_rank,
+            0 if mla else int(model.get_total_num_kv_heads()),
         )
         self.memory = memory_of(args, get_device().device)
         self.send_mover: SendMover | None = None
         self.receive_mover: ReceiveMover | None = None
+        self.layerwise: LayerwiseSending | None = None
+        """Set once the model is at hand, where SGLang's mode permits it."""
         self._registration: Registration | None = None
         self.prefill_info_table = _AnyPrefillTable()
         if disaggregation_mode == DisaggregationMode.PREFILL:
@@ -146,6 +157,8 @@ class PrfaasKVManager(BaseKVManager):
 
     def teardown(self) -> None:
         """Release every port, thread and connection, for a change of role."""
+        if self.layerwise is not None:
+            self.layerwise.remove()
         if self._registration is not None:
             self._registration.close()
         if self.send_mover is not None:

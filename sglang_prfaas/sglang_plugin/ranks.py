@@ -1,16 +1,21 @@
-"""Which prefill rank sends to a decode rank. Needs no SGLang."""
+"""Which prefill ranks send to a decode rank. Needs no SGLang."""
 
 from __future__ import annotations
 
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.transport.messages import Directory, RankInfo
+from sglang_prfaas.transport.reshape import peers
 
 
-def find_rank(directory: Directory, room: int, dp_rank: int, tp_rank: int) -> RankInfo | str:
-    """The prefill rank that sends to decode TP rank `tp_rank`, or why there is none.
+def find_ranks(directory: Directory, room: int, dp_rank: int, tp_rank: int, tp_size: int) -> list[RankInfo] | str:
+    """The prefill ranks that send to decode rank `tp_rank` of `tp_size`, or why there are none.
 
     dp_rank: as asked for; the room itself where nobody asked for one, which prefill then derives the rank from.
     """
+    widths = f"attention TP width: prefill has {directory.tp_size}, decode has {tp_size}"
+    low, high = sorted((directory.tp_size, tp_size))
+    if low < 1 or high % low:
+        return f"{widths}; one must be a multiple of the other"
     if dp_rank == room:
         if directory.dp_size > 1 and not directory.follow_bootstrap_room:
             return (
@@ -18,13 +23,17 @@ def find_rank(directory: Directory, room: int, dp_rank: int, tp_rank: int) -> Ra
                 "start prefill with --load-balance-method follow_bootstrap_room"
             )
         dp_rank = room % directory.dp_size
-    for rank in directory.ranks:
-        if (rank.dp_rank, rank.tp_rank, rank.pp_rank) == (dp_rank, tp_rank, 0):
-            return rank
-    return (
-        f"prefill has no rank for DP rank {dp_rank}, TP rank {tp_rank}: it has {directory.dp_size} x "
-        f"{directory.tp_size}, and both sites must use the same attention TP width"
-    )
+    by_place = {(rank.dp_rank, rank.tp_rank): rank for rank in directory.ranks if rank.pp_rank == 0}
+    found = []
+    for place in peers(directory.tp_size, tp_size, tp_rank):
+        rank = by_place.get((dp_rank, place))
+        if rank is None:
+            return (
+                f"prefill has no rank for DP rank {dp_rank}, TP rank {place}: it has {directory.dp_size} x "
+                f"{directory.tp_size}"
+            )
+        found.append(rank)
+    return found
 
 
 def split_address(address: str) -> tuple[str, int]:

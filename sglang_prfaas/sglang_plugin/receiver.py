@@ -9,8 +9,9 @@ from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVPoll, KVTransf
 from sglang_prfaas.errors import ConfigError, LocalError, PeerGoneError
 from sglang_prfaas.sglang_plugin.kv_pages import component_indices
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
-from sglang_prfaas.sglang_plugin.ranks import find_rank, split_address
+from sglang_prfaas.sglang_plugin.ranks import find_ranks, split_address
 from sglang_prfaas.sglang_plugin.sender import TransferFailedError
+from sglang_prfaas.transport.fan_out import joint_reason, joint_state
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession
 from sglang_prfaas.transport.session import State
 
@@ -25,7 +26,7 @@ _POLL = {
 
 
 class PrfaasKVReceiver(BaseKVReceiver):
-    """Finds the prefill rank, tells it what to send, and knows when all of it has arrived."""
+    """Finds the prefill ranks, tells them what to send, and knows when all of it has arrived."""
 
     def __init__(self, mgr: PrfaasKVManager, bootstrap_addr: str, bootstrap_room: int | None = None):
         assert mgr.receive_mover is not None, "a receiver needs a decode manager"
@@ -37,8 +38,8 @@ class PrfaasKVReceiver(BaseKVReceiver):
         self.abort_notified = False
         self.bootstrap_infos: list[Any] = []
         self._mover = mgr.receive_mover
-        self._session: PeerSession | None = None
-        self._item: Incoming | None = None
+        self._sessions: list[PeerSession] = []
+        self._items: list[Incoming] = []
         self._dp_rank: int | None = None
         self._failure = ""
         self._created_s = mgr.clock.now_s()
@@ -47,13 +48,13 @@ class PrfaasKVReceiver(BaseKVReceiver):
         self._cached_prefix_tokens = 0
 
     def init(self, prefill_dp_rank: int) -> None:
-        """Begin to look for the prefill rank. Never waits: `poll` goes on with it."""
+        """Begin to look for the prefill ranks. Never waits: `poll` goes on with it."""
         self._dp_rank = prefill_dp_rank
         self._advance()
 
     def _advance(self) -> None:
-        """Take the handshake one step further: directory, rank, session."""
-        if self._session is not None or self._failure or self._dp_rank is None:
+        """Take the handshake one step further: directory, ranks, sessions."""
+        if self._sessions or self._failure or self._dp_rank is None:
             return
         now_s = self.kv_mgr.clock.now_s()
         if now_s < self._next_lookup_s:
@@ -76,14 +77,22 @@ class PrfaasKVReceiver(BaseKVReceiver):
                     "is it up, is it in the prefill role, and does it use the prfaas transfer backend?"
                 )
             return
-        rank = find_rank(directory, self.bootstrap_room, self._dp_rank, self.kv_mgr.tp_rank)
-        if isinstance(rank, str):
-            self._failure = rank
+        layout = self.kv_mgr.layout
+        ranks = find_ranks(directory, self.bootstrap_room, self._dp_rank, layout.tp_rank, layout.tp_size)
+        if isinstance(ranks, str):
+            self._failure = ranks
             self._mover.forget(host, port)
             return
-        self._session = self._mover.session(
-            f"{host}:{port}", rank.host or host, rank.control_port, room=self.bootstrap_room
-        )
+        self._sessions = [
+            self._mover.session(
+                f"{host}:{port}",
+                rank.host or host,
+                rank.control_port,
+                room=self.bootstrap_room,
+                rank=(directory.tp_size, rank.tp_rank),
+            )
+            for rank in ranks
+        ]
 
     def send_metadata(
         self,
@@ -94,17 +103,16 @@ class PrfaasKVReceiver(BaseKVReceiver):
         destination: KVTransferDestination = KVTransferDestination.DEVICE,
     ) -> None:
         """Pages are reserved: tell prefill what to send."""
-        if self._session is None or self._failure:
+        if not self._sessions or self._failure:
             self._failure = self._failure or "the prefill session was lost before pages were reserved"
             return
         self._cached_prefix_tokens = decode_prefix_len or 0
         try:
-            self._item = self._mover.expect(
-                self._session,
-                self.bootstrap_room,
-                component_indices(kv_indices, state_indices, aux_index or 0),
-                self._cached_prefix_tokens,
-            )
+            indices = component_indices(kv_indices, state_indices, aux_index or 0)
+            for session in self._sessions:
+                self._items.append(
+                    self._mover.expect(session, self.bootstrap_room, indices, self._cached_prefix_tokens)
+                )
         except (LocalError, PeerGoneError) as error:
             self._failure = str(error)
 
@@ -113,36 +121,39 @@ class PrfaasKVReceiver(BaseKVReceiver):
             return self.conclude_state
         if self._failure:
             return self._conclude(KVPoll.Failed)
-        if self._item is not None:
-            return self._poll_transfer(self._item)
+        if self._items:
+            return self._poll_transfers()
         self._advance()
-        session = self._session
-        if session is not None and session.failure:
-            self._failure = session.failure
+        self._failure = self._failure or next(filter(None, (session.failure for session in self._sessions)), "")
         if self._failure:
             return self._conclude(KVPoll.Failed)
-        if session is None or not session.up:
+        if not self._sessions or not all(session.up for session in self._sessions):
             return KVPoll.Bootstrapping
         self._up_s = self._up_s or self.kv_mgr.clock.now_s()
         return KVPoll.WaitingForInput
 
-    def _poll_transfer(self, item: Incoming) -> int:
+    def _poll_transfers(self) -> int:
         config = self.kv_mgr.config
-        late = item.transfer.poll_timeout(config.waiting_timeout_s, config.transfer_timeout_s)
-        if late:
-            self._mover.abort(item, late)
-        status = _POLL[item.transfer.state]
+        transfers = [item.transfer for item in self._items]
+        for item in self._items:
+            late = item.transfer.poll_timeout(config.waiting_timeout_s, config.transfer_timeout_s)
+            if late:
+                self._mover.abort(item, late)
+        status = _POLL[joint_state(transfers)]
         if status in (KVPoll.Success, KVPoll.Failed):
-            self._failure = item.transfer.reason
+            self._failure = joint_reason(transfers)
             return self._conclude(status)
         return status
 
     def _conclude(self, status: int) -> int:
         if self.conclude_state is None:
             self.conclude_state = status
+            if status == KVPoll.Failed:
+                for item in self._items:
+                    self._mover.abort(item, f"another prefill rank: {self._failure}")
+                for session in self._sessions[len(self._items) :]:
+                    self._mover.abort_room(session, self.bootstrap_room, self._failure or "aborted")
             self._log("done" if status == KVPoll.Success else "failed")
-            if self._item is None and self._session is not None:
-                self._mover.abort_room(self._session, self.bootstrap_room, self._failure or "aborted")
         return self.conclude_state
 
     def failure_exception(self) -> None:
@@ -161,31 +172,34 @@ class PrfaasKVReceiver(BaseKVReceiver):
         if self.conclude_state is not None:
             return
         self._failure = self._failure or "the decode leg of the request was aborted"
-        if self._item is not None:
-            self._mover.abort(self._item, self._failure)
+        for item in self._items:
+            self._mover.abort(item, self._failure)
         self._conclude(KVPoll.Failed)
 
     def clear(self) -> None:
         """Forget the request; late chunks of it are dropped."""
-        if self._item is not None:
-            self._mover.release(self._item)
-        if self._session is not None:
-            self._mover.leave(self._session, self.bootstrap_room)
+        for item in self._items:
+            self._mover.release(item)
+        for session in self._sessions:
+            self._mover.leave(session, self.bootstrap_room)
 
     def _log(self, status: str) -> None:
-        transfer = self._item.transfer if self._item is not None else None
+        transfers = [item.transfer for item in self._items]
+        begun = [transfer for transfer in transfers if transfer.first_byte_s]
+        first_byte_s = min((transfer.first_byte_s for transfer in begun), default=0.0)
+        last_byte_s = max((transfer.last_byte_s for transfer in begun), default=0.0)
         self.kv_mgr.log_transfer(
             role="decode",
             room=self.bootstrap_room,
             status=status,
             reason=self._failure,
             peer=self.bootstrap_addr,
-            bytes=transfer.bytes if transfer else 0,
-            pages=transfer.counts[0] if transfer else 0,
+            bytes=sum(transfer.bytes for transfer in transfers),
+            pages=transfers[0].counts[0] if transfers else 0,
             cached_prefix_tokens=self._cached_prefix_tokens,
-            resent_chunks=transfer.resent_chunks if transfer else 0,
-            corrupt_chunks=transfer.corrupt_chunks if transfer else 0,
+            resent_chunks=sum(transfer.resent_chunks for transfer in transfers),
+            corrupt_chunks=sum(transfer.corrupt_chunks for transfer in transfers),
             handshake_s=max(0.0, self._up_s - self._created_s),
-            wait_s=max(0.0, transfer.first_byte_s - transfer.created_s) if transfer else 0.0,
-            transfer_s=max(0.0, transfer.last_byte_s - transfer.first_byte_s) if transfer else 0.0,
+            wait_s=max(0.0, first_byte_s - transfers[0].created_s) if transfers else 0.0,
+            transfer_s=last_byte_s - first_byte_s,
         )

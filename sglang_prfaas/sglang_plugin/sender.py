@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVSender, KVPoll, KVTransferMetric
 
 from sglang_prfaas.errors import LocalError, PrfaasError
+from sglang_prfaas.sglang_plugin.device_events import written_so_far
 from sglang_prfaas.sglang_plugin.kv_pages import KV, flat_indices
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
-from sglang_prfaas.transport.session import OutgoingTransfer, State
+from sglang_prfaas.sglang_plugin.page_progress import PageProgress
+from sglang_prfaas.transport.fan_out import FanOut
+from sglang_prfaas.transport.memory import Indices
+from sglang_prfaas.transport.session import FINAL, State
 
 _POLL = {
     State.WAITING: KVPoll.Bootstrapping,
@@ -31,7 +35,7 @@ class TransferFailedError(PrfaasError):
 
 
 class PrfaasKVSender(BaseKVSender):
-    """Sends one request's pages, chunk by chunk, then its state and auxiliary data."""
+    """Sends one request's pages, layer by layer or chunk by chunk, then its state and auxiliary data."""
 
     def __init__(
         self,
@@ -43,18 +47,18 @@ class PrfaasKVSender(BaseKVSender):
         assert mgr.send_mover is not None, "a sender needs a prefill manager"
         self.kv_mgr = mgr
         self.bootstrap_room = bootstrap_room
-        self._mover = mgr.send_mover
-        self._transfer: OutgoingTransfer | None = None
+        self._transfer: FanOut | None = None
         self._failure = ""
         self._aux_index = 0
-        self._sent_items = 0
+        self._pages = PageProgress(len(mgr.layout.components[KV].item_bytes))
+        self._ahead_bytes = 0
         self._finished_s = 0.0
         self._queue_s = 0.0
         self._prefill_s = 0.0
         self._logged = False
         self._early_send_wait_event: Any = None
         try:
-            self._transfer = self._mover.transfer(bootstrap_room)
+            self._transfer = FanOut(mgr.send_mover, bootstrap_room)
         except LocalError as error:
             self._failure = str(error)
 
@@ -62,8 +66,7 @@ class PrfaasKVSender(BaseKVSender):
         """Decode is ready and prefill will send `num_kv_indices` pages."""
         self._aux_index = aux_index or 0
         if self._transfer is not None:
-            with self._transfer.lock:
-                self._transfer.start(num_kv_indices)
+            self._transfer.start(num_kv_indices)
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens that decode has already; prefill sends only the pages after them."""
@@ -82,20 +85,49 @@ class PrfaasKVSender(BaseKVSender):
         ready = self._ready()
         try:
             pages = self.kv_mgr.memory.checked(KV, flat_indices(kv_indices))
-            if len(pages):
-                self._mover.send(transfer, KV, self._sent_items, pages, ready)
-                self._sent_items += len(pages)
+            first = self._pages.handed_over
+            with transfer.locked():
+                if self._pages.hand_over(pages):
+                    transfer.moved()
+            for first_item, buffers in self._pages.due(first + len(pages)):
+                transfer.send(KV, first_item, pages[first_item - first :], ready, buffers)
             if state_indices is not None:
                 self._send_rest(transfer, state_indices, ready)
         except LocalError as error:
-            self._mover.abort(transfer, str(error))
+            transfer.abort(str(error))
 
-    def _send_rest(self, transfer: OutgoingTransfer, state_indices: list[Any], ready: Callable[[], None]) -> None:
+    @property
+    def sending(self) -> bool:
+        """Whether decode is ready and the transfer is under way."""
+        return self._transfer is not None and self._transfer.state is State.SENDING
+
+    @property
+    def handed_over_pages(self) -> int:
+        """Pages that `send` was called with so far."""
+        return self._pages.handed_over
+
+    def send_layer(self, first: int, pages: Indices, buffers: Sequence[int], ready: Callable[[], None]) -> None:
+        """Queue pages of the request, item `first` and those after it, in some layer's `buffers` only: those that went
+        neither this way nor through `send`."""
+        transfer = self._transfer
+        if transfer is None or not self.sending:
+            return
+        item_bytes = self.kv_mgr.layout.components[KV].item_bytes
+        try:
+            for first_item, group in self._pages.due(first + len(pages), buffers):
+                rest = pages[first_item - first :]
+                for slots in transfer.send(KV, first_item, rest, ready, group):
+                    self._pages.ran_ahead(first_item, slots)
+                self._ahead_bytes += len(rest) * sum(item_bytes[buffer] for buffer in group)
+        except LocalError as error:
+            transfer.abort(str(error))
+
+    def _send_rest(self, transfer: FanOut, state_indices: list[Any], ready: Callable[[], None]) -> None:
         expected = transfer.expected
         if expected is None:
             return
-        if self._sent_items != expected.counts[KV]:
-            raise LocalError(f"prefill sent {self._sent_items} pages, decode reserved {expected.counts[KV]}")
+        if self._pages.handed_over != expected.counts[KV]:
+            raise LocalError(f"prefill sent {self._pages.handed_over} pages, decode reserved {expected.counts[KV]}")
         for component, values in enumerate([*state_indices, [self._aux_index]], 1):
             items = self.kv_mgr.memory.checked(component, flat_indices(values))
             if len(items) != expected.counts[component]:
@@ -104,19 +136,17 @@ class PrfaasKVSender(BaseKVSender):
                     f"prefill has {len(items)} items of {name}, decode reserved {expected.counts[component]}"
                 )
             if len(items):
-                self._mover.send(transfer, component, 0, items, ready)
-        self._mover.finish(transfer)
+                transfer.send(component, 0, items, ready)
+        transfer.finish()
         self._finished_s = self.kv_mgr.clock.now_s()
 
     def _ready(self) -> Callable[[], None]:
         """What a mover thread calls before it reads the pages: waits until the device has written them."""
         event, self._early_send_wait_event = self._early_send_wait_event, None
-        if event is None and self.kv_mgr.layout is not None and _on_cuda():
-            import torch
-
-            event = torch.cuda.Event()
-            event.record()
-        return (lambda: None) if event is None else event.synchronize
+        if event is None:
+            return written_so_far()
+        wait: Callable[[], None] = event.synchronize
+        return wait
 
     def note_times(self, queue_s: float, prefill_s: float) -> None:
         """Seconds this request queued and computed, for the transfer log."""
@@ -127,12 +157,17 @@ class PrfaasKVSender(BaseKVSender):
         if transfer is None:
             return KVPoll.Failed
         config = self.kv_mgr.config
-        late = transfer.poll_timeout(config.waiting_timeout_s, config.transfer_timeout_s)
-        if late:
-            self._mover.abort(transfer, late)
-        if not transfer.live and not self._logged:
+        try:
+            late = transfer.late(config.waiting_timeout_s, config.transfer_timeout_s)
+            if late:
+                transfer.abort(late)
+            state = transfer.state
+        except LocalError as error:
+            transfer.abort(str(error))
+            state = transfer.state
+        if state in FINAL and not self._logged:
             self._log(transfer)
-        return _POLL[transfer.state]
+        return _POLL[state]
 
     def get_transfer_metric(self) -> KVTransferMetric:
         transfer = self._transfer
@@ -140,7 +175,7 @@ class PrfaasKVSender(BaseKVSender):
             return KVTransferMetric()
         return KVTransferMetric(
             transfer_latency_s=max(0.0, transfer.progress_s - transfer.first_byte_s),
-            alloc_latency_s=max(0.0, transfer.ready_s - transfer.created_s),
+            alloc_latency_s=max(0.0, transfer.ready_s - transfer.first.created_s),
             transfer_total_bytes=transfer.bytes,
         )
 
@@ -150,7 +185,7 @@ class PrfaasKVSender(BaseKVSender):
         if transfer is None:
             raise TransferFailedError(self.bootstrap_room, self._failure)
         if transfer.live:
-            self._mover.abort(transfer, "another rank of the prefill server failed")
+            transfer.abort("another rank of the prefill server failed")
             self._log(transfer)
             raise TransferFailedError(self.bootstrap_room, transfer.reason, is_from_another_rank=True)
         reason = transfer.reason or "another rank of the prefill server failed"
@@ -160,39 +195,35 @@ class PrfaasKVSender(BaseKVSender):
     def abort(self) -> None:
         """End the request: decode is told, the pages are not read any more."""
         if self._transfer is not None:
-            self._mover.abort(self._transfer, "the prefill leg of the request was aborted")
+            self._transfer.abort("the prefill leg of the request was aborted")
             self._log(self._transfer)
-            self._mover.release(self._transfer)
+            self._transfer.release()
 
     def clear(self) -> None:
         """Forget the request."""
         if self._transfer is not None:
-            self._mover.release(self._transfer)
+            self._transfer.release()
 
-    def _log(self, transfer: OutgoingTransfer) -> None:
+    def _log(self, transfer: FanOut) -> None:
         if self._logged:
             return
         self._logged = True
-        started = transfer.ready_s or transfer.created_s
+        created_s = transfer.first.created_s
+        started = transfer.ready_s or created_s
         self.kv_mgr.log_transfer(
             role="prefill",
             room=self.bootstrap_room,
             status=transfer.state.value,
             reason=transfer.reason,
             bytes=transfer.bytes,
-            pages=self._sent_items,
+            pages=self._pages.handed_over,
+            ahead_bytes=self._ahead_bytes,
             cached_prefix_tokens=self.pop_decode_prefix_len(),
             resent_chunks=transfer.resent_chunks,
             corrupt_chunks=transfer.corrupt_chunks,
-            handshake_s=started - transfer.created_s,
+            handshake_s=started - created_s,
             queue_s=self._queue_s,
             prefill_s=self._prefill_s,
             transfer_s=max(0.0, transfer.last_byte_s - transfer.first_byte_s),
             exposed_s=max(0.0, transfer.progress_s - self._finished_s) if self._finished_s else 0.0,
         )
-
-
-def _on_cuda() -> bool:
-    from sglang.srt.runtime_context import get_device
-
-    return str(get_device().device) == "cuda"

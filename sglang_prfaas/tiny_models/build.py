@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sglang_prfaas.tiny_models.configs import BOS, EOS, PAD
 from sglang_prfaas.tiny_models.families import family_spec
@@ -16,8 +18,9 @@ RECIPE = 1  # Raise when files written from the same config change, so that old 
 STAMP = "tiny_model.json"
 
 
-def make_tiny_model(family: str, directory: Path) -> Path:
-    """Make the model of ``family`` in ``directory`` and return it, absolute.
+def make_tiny_model(family: str, directory: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Make the model of ``family`` in ``directory`` and return it, absolute. changes: keys of its ``config.json`` that
+    are to be others than the family's, such as more layers.
 
     A complete directory of the same recipe is kept as it is. Otherwise the files are written next to it and renamed
     into place, so a reader never sees half a model. Raises ValueError for an unknown family, or when ``directory``
@@ -25,7 +28,7 @@ def make_tiny_model(family: str, directory: Path) -> Path:
     """
     spec = family_spec(family)
     directory = Path(directory).absolute()
-    config = dict(spec.config)
+    config = {**spec.config, **(changes or {})}
     stamp = json.dumps({"recipe": RECIPE, "family": family, "config": config}, sort_keys=True)
     if _is_complete(directory, stamp):
         return directory

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sglang_prfaas.transport.layout import Layout, differences
+from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello
+from sglang_prfaas.transport.reshape import problems
 
 MAX_SESSIONS = 1024
 MAX_CONNECTIONS = 4096
@@ -17,9 +18,9 @@ def refusal(layout: Layout, hello: Hello, *, sessions: int, connections: int, pr
         return f"protocol version mismatch: prefill has {PROTOCOL_VERSION}, decode has {hello.version}"
     if proved_site and hello.site not in ("", proved_site):
         return f"it calls itself site {hello.site}, its key is of site {proved_site}"
-    problems = differences(layout, hello.layout)
-    if problems:
-        return "layout mismatch: " + "; ".join(problems)
+    found = problems(layout, hello.layout)
+    if found:
+        return "layout mismatch: " + "; ".join(found)
     if sessions >= MAX_SESSIONS:
         return f"limit reached: this prefill rank serves {sessions} decode ranks, {MAX_SESSIONS} are allowed"
     if connections + hello.connections > MAX_CONNECTIONS:

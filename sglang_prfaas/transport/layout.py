@@ -10,11 +10,27 @@ from __future__ import annotations
 from msgspec import Struct
 
 
+class Sharding(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the items of some consecutive buffers are divided among the ranks of a server.
+
+    An item is `rows` rows. A row holds the rank's part of every section, one after the other; section s has
+    `sections[s]` units (heads, channels) of `unit_bytes` bytes in all ranks together. Without sections an item is the
+    same on every rank.
+    """
+
+    buffers: int
+    rows: int = 1
+    sections: tuple[int, ...] = ()
+    unit_bytes: int = 0
+
+
 class Component(Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of cache. `item_bytes[b]` is the size of one item of buffer b in bytes."""
 
     name: str
     item_bytes: tuple[int, ...]
+    shardings: tuple[Sharding, ...] = ()
+    """Of all buffers in order; empty where it is not known, and then both ends must have the same width."""
 
 
 class Layout(Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,12 +42,14 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True):
     page_tokens: int
     """Tokens of one full-attention page."""
     tp_size: int
-    """Attention tensor-parallel width; rank r sends to rank r."""
+    """Attention tensor-parallel width."""
     kv_format: str
     """Byte layout of full-attention pages, where a pool has more than one; else empty."""
     layer_ids: tuple[int, ...]
     """Layers of the full-attention buffers, in order."""
     components: tuple[Component, ...]
+    tp_rank: int = 0
+    """Which of the `tp_size` ranks it is of."""
 
     def request_bytes(self, counts: tuple[int, ...]) -> int:
         """Bytes of a request with `counts[c]` items of component c."""
@@ -39,7 +57,8 @@ class Layout(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def differences(prefill: Layout, decode: Layout) -> list[str]:
-    """Why the two cannot exchange KVCache: one message per difference, with both values. Empty when they can."""
+    """Why two ranks of servers of one width cannot exchange KVCache: one message per difference, with both values.
+    Empty when they can."""
     found: list[str] = []
 
     def compare(what: str, ours: object, theirs: object) -> None:
@@ -50,6 +69,7 @@ def differences(prefill: Layout, decode: Layout) -> list[str]:
     compare("KVCache dtype", prefill.kv_dtype, decode.kv_dtype)
     compare("page size in tokens", prefill.page_tokens, decode.page_tokens)
     compare("attention TP width", prefill.tp_size, decode.tp_size)
+    compare("attention TP rank", prefill.tp_rank, decode.tp_rank)
     compare("KVCache byte layout", prefill.kv_format or "default", decode.kv_format or "default")
     compare("full-attention layers", list(prefill.layer_ids), list(decode.layer_ids))
     compare("components", [c.name for c in prefill.components], [c.name for c in decode.components])

@@ -6,8 +6,10 @@ when a request is set up, so that a copy can neither read nor write outside of i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +76,11 @@ class HostBuffer:
         found.append(self._bytes[low:high])
         return found
 
+    @property
+    def items(self) -> Bytes:
+        """The memory itself, `[slots, item_bytes]`."""
+        return self._items
+
     def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
         item, start = divmod(offset, self.item_bytes)
         count, rest = divmod(len(out), self.item_bytes)
@@ -115,12 +122,54 @@ class _DeviceMemory:
         }
 
 
+class _DeviceStaging:
+    """What a thread copies with on one CUDA device: a stream, so that it never waits behind the model's kernels, and
+    page-locked memory, which the device copies to without the help of the driver's own."""
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+
+    def pinned(self, nbytes: int) -> Any:
+        """Page-locked memory of this length; the same one every time."""
+        import torch
+
+        if self._pinned.numel() < nbytes:
+            self._pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._pinned[:nbytes]
+
+
+_of_thread = threading.local()
+
+
+@contextlib.contextmanager
+def copying(device: Any) -> Iterator[_DeviceStaging | None]:
+    """Run what is inside on the calling thread's copy stream of a CUDA device; None for another device."""
+    if device.type != "cuda":
+        yield None
+        return
+    import torch
+
+    held = _of_thread.__dict__.setdefault("staging", {})
+    if device not in held:
+        held[device] = _DeviceStaging(device)
+    with torch.cuda.stream(held[device].stream):
+        yield held[device]
+
+
 class TorchBuffer:
     """Items seen through a torch tensor [slots, item_bytes] of uint8, on any device; copies are complete on return."""
 
     def __init__(self, items: Any) -> None:
         self._items = items
         self.slots, self.item_bytes = (int(n) for n in items.shape)
+
+    @property
+    def items(self) -> Any:
+        """The tensor itself."""
+        return self._items
 
     @classmethod
     def on_cuda(cls, address: int, nbytes: int, item_bytes: int, device: int) -> TorchBuffer:
@@ -137,29 +186,37 @@ class TorchBuffer:
         import torch
 
         low, high = offset // self.item_bytes, -(-(offset + len(out)) // self.item_bytes)
-        rows = torch.from_numpy(indices[low - first_item : high - first_item]).to(self._items.device)
-        flat = self._items.index_select(0, rows).reshape(-1)
         start = offset - low * self.item_bytes
-        torch.from_numpy(out).copy_(flat[start : start + len(out)])
+        with copying(self._items.device) as staging:
+            rows = torch.from_numpy(indices[low - first_item : high - first_item]).to(self._items.device)
+            flat = self._items.index_select(0, rows).reshape(-1)[start : start + len(out)]
+            if staging is None:
+                torch.from_numpy(out).copy_(flat)
+                return
+            pinned = staging.pinned(len(out))
+            pinned.copy_(flat, non_blocking=True)
+            staging.stream.synchronize()
+            out[:] = pinned.numpy()
 
     def scatter(self, indices: Indices, first_item: int, offset: int, data: Bytes) -> None:
         import torch
 
-        source = torch.from_numpy(data).to(self._items.device)
-        item, start = divmod(offset, self.item_bytes)
-        count, rest = divmod(len(data), self.item_bytes)
-        if start == 0 and rest == 0:
-            rows = torch.from_numpy(indices[item - first_item : item - first_item + count]).to(self._items.device)
-            self._items.index_copy_(0, rows, source.reshape(count, self.item_bytes))
-        else:
-            at = 0
-            for piece in pieces(offset, len(data), self.item_bytes):
-                size = piece.stop - piece.start
-                row = int(indices[piece.item - first_item])
-                self._items[row, piece.start : piece.stop].copy_(source[at : at + size])
-                at += size
-        if self._items.device.type == "cuda":
-            torch.cuda.current_stream(self._items.device).synchronize()
+        with copying(self._items.device) as staging:
+            source = torch.from_numpy(data).to(self._items.device)
+            item, start = divmod(offset, self.item_bytes)
+            count, rest = divmod(len(data), self.item_bytes)
+            if start == 0 and rest == 0:
+                rows = torch.from_numpy(indices[item - first_item : item - first_item + count]).to(self._items.device)
+                self._items.index_copy_(0, rows, source.reshape(count, self.item_bytes))
+            else:
+                at = 0
+                for piece in pieces(offset, len(data), self.item_bytes):
+                    size = piece.stop - piece.start
+                    row = int(indices[piece.item - first_item])
+                    self._items[row, piece.start : piece.stop].copy_(source[at : at + size])
+                    at += size
+            if staging is not None:
+                staging.stream.synchronize()
 
 
 class RankMemory:

@@ -14,7 +14,6 @@ from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.health import Contact, backoff_s
-from sglang_prfaas.transport.memory import RankMemory
 from sglang_prfaas.transport.messages import Welcome
 from sglang_prfaas.transport.receive_lane import ReceiveLane
 from sglang_prfaas.transport.receive_session import PeerSession
@@ -38,7 +37,6 @@ class DataReceiver:
     def __init__(
         self,
         config: TransportConfig,
-        memory: RankMemory,
         security: Security,
         clock: Clock,
         *,
@@ -46,7 +44,6 @@ class DataReceiver:
         complete: Callable[[PeerSession, IncomingTransfer], None],
     ) -> None:
         self._config = config
-        self._memory = memory
         self._security = security
         self._clock = clock
         self._lose = lose
@@ -141,7 +138,7 @@ class DataReceiver:
     def _receive(self, session: PeerSession, connection: Connection) -> None:
         """Place chunks until prefill wants the connection made anew. Raises PrfaasError when it ends otherwise."""
         lane = ReceiveLane(
-            self._memory,
+            session.view.memory,
             self._config.chunk_bytes,
             session.incoming.get,
             lambda transfer: self._complete(session, transfer),

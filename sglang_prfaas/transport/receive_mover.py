@@ -42,6 +42,7 @@ from sglang_prfaas.transport.messages import (
     encode,
     reason_text,
 )
+from sglang_prfaas.transport.part_memory import decode_view
 from sglang_prfaas.transport.receive_data import DataReceiver
 from sglang_prfaas.transport.receive_session import Incoming, PeerSession
 from sglang_prfaas.transport.resolver import resolve_in_background
@@ -90,7 +91,7 @@ class ReceiveMover:
         self._closing = False
         self._security = load_security(config)
         self._server_keys = ServerKeys(self._security.server_keys)
-        self._data = DataReceiver(config, memory, self._security, clock, lose=self._lose, complete=self._tell_done)
+        self._data = DataReceiver(config, self._security, clock, lose=self._lose, complete=self._tell_done)
         self._loop = ZmqLoop("prfaas-receive-control", clock, self._security)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._tick)
         self._directories = DirectoryClient(self._loop, clock, config.handshake_timeout_s, self._server_keys)
@@ -133,17 +134,22 @@ class ReceiveMover:
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
-    def session(self, address: str, host: str, control_port: int, room: int | None = None) -> PeerSession:
+    def session(
+        self, address: str, host: str, control_port: int, room: int | None = None, rank: tuple[int, int] | None = None
+    ) -> PeerSession:
         """The session with a prefill rank, opened where there is none. Look at its `up` and `failure`. Never waits.
 
         `address`: the bootstrap address it was found at, asked again once the session fails. `room`: the request that
-        needs it; should the session fail before `leave`, the prefill rank is told that this request has ended."""
+        needs it; should the session fail before `leave`, the prefill rank is told that this request has ended. `rank`:
+        the prefill server's attention TP width and this rank's place in it; None where both are as here."""
         with self._lock:
             session = self._sessions.get((host, control_port))
             if session is not None and self._enter(session, room):
                 return session
             deadline = Deadline(self._clock, self._config.handshake_timeout_s)
-            session = PeerSession(address, host, control_port, deadline, self._config, self._clock.now_s())
+            width, place = rank or (self.layout.tp_size, self.layout.tp_rank)
+            view = decode_view(self.layout, self._memory, width, place)
+            session = PeerSession(address, host, control_port, deadline, self._config, self._clock.now_s(), view)
             if self._closing:
                 session.failure = f"{session}: the decode server is stopping"
                 return session
@@ -395,7 +401,7 @@ class ReceiveMover:
             raise LocalError(f"{len(indices)} components given, the layout has {len(self.layout.components)}")
         checked = tuple(self._memory.checked(c, values) for c, values in enumerate(indices))
         counts = tuple(len(values) for values in checked)
-        transfer = IncomingTransfer(room, next(self._ids), self.layout, counts, self._clock)
+        transfer = IncomingTransfer(room, next(self._ids), session.view.layout, counts, self._clock)
         item = Incoming(transfer, checked, session)
         with session.lock:
             if session.failure:

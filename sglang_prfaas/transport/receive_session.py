@@ -15,6 +15,7 @@ from sglang_prfaas.transport.health import Health
 from sglang_prfaas.transport.mailbox import Mailbox
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.messages import Hello, Message
+from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.receive_lane import Placement
 from sglang_prfaas.transport.security import ServerKey
 from sglang_prfaas.transport.session import IncomingTransfer
@@ -35,9 +36,17 @@ class PeerSession:
     `mailbox`, `unsent`, `hello`, `instance` and `connected` belong to the control loop."""
 
     def __init__(
-        self, address: str, host: str, control_port: int, deadline: Deadline, config: TransportConfig, now_s: float
+        self,
+        address: str,
+        host: str,
+        control_port: int,
+        deadline: Deadline,
+        config: TransportConfig,
+        now_s: float,
+        view: SessionView,
     ) -> None:
         self.address = address
+        self.view = view
         self.host = host
         self.control_port = control_port
         self.identity = b"D" + secrets.token_bytes(15)  # ZeroMQ keeps identities that begin with a zero byte for itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from sglang_prfaas.clock import Clock
@@ -12,8 +13,8 @@ from sglang_prfaas.errors import LocalError, PeerError, PeerGoneError, PrfaasErr
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import RENEWAL, Receipt
-from sglang_prfaas.transport.memory import RankMemory
 from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Task
+from sglang_prfaas.transport.pacing import Pacer, paced_chunk_bytes
 from sglang_prfaas.transport.send_lane import SendLane
 from sglang_prfaas.transport.send_session import DataLink, SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer
@@ -32,7 +33,6 @@ class DataSender:
     def __init__(
         self,
         config: TransportConfig,
-        memory: RankMemory,
         clock: Clock,
         lock: threading.Lock,
         *,
@@ -41,13 +41,13 @@ class DataSender:
         discard: Callable[[Connection], None],
     ) -> None:
         self._config = config
-        self._memory = memory
         self._clock = clock
         self._lock = lock
         self._lose = lose
         self._abort = abort
         self._discard = discard
         self._threads: list[threading.Thread] = []
+        self._pacer = Pacer(clock, config.rate_limit_mbps * 1e6 / 8)
 
     def add(self, session: SendSession, index: int, connection: Connection) -> Callable[[], bool]:
         """Give a connection to a session, and a thread; one with the same index is given up for it. Returns what to
@@ -154,8 +154,12 @@ class DataSender:
         connection = link.connection
         try:
             data_tcp.tune(connection.sock, self._config)
-            lane = SendLane(self._memory, min(self._config.chunk_bytes, session.hello.chunk_bytes), self._abort)
+            chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
+            lane = SendLane(session.view.memory, min(chunk_bytes, session.hello.chunk_bytes), self._abort)
             while tasks := self._batch(session, link, lane):
+                delay_s = self._pacer.reserve(lane.batch_bytes)
+                if delay_s:
+                    time.sleep(delay_s)
                 self._send(session, connection, lane)
                 for task in tasks:
                     with task.transfer.lock:

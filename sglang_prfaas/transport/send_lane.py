@@ -23,7 +23,8 @@ class SendLane:
 
     Add chunks, then send what `begin` returns, report it with `advance`, and end with `end`, until `begin` returns
     nothing. Should a transfer end in the meantime, zeros take the place of its bytes: the peer knows already, or finds
-    the checksum wrong."""
+    the checksum wrong. Where items moved after their checksum was made, and something else was written to their old
+    slots before they left, the peer finds it wrong too, and the chunk is sent again from the new ones."""
 
     def __init__(self, memory: RankMemory, chunk_bytes: int, failed: Callable[[OutgoingTransfer, str], None]) -> None:
         self._memory = memory
@@ -60,9 +61,12 @@ class SendLane:
             if not transfer.pin():
                 return False
             try:
-                views, owner = self._payload(task)
                 header = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
-                head = pack_header(header, *views)
+                moves = -1
+                while moves != transfer.moves:  # what a move left may be written over while it is read
+                    moves = transfer.moves
+                    views, owner = self._payload(task)
+                    head = pack_header(header, *views)
             finally:
                 transfer.unpin()
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
@@ -42,6 +42,8 @@ from sglang_prfaas.transport.messages import (
     reason_text,
 )
 from sglang_prfaas.transport.outbox import Task
+from sglang_prfaas.transport.pacing import paced_chunk_bytes
+from sglang_prfaas.transport.part_memory import prefill_view
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.send_data import DataSender
@@ -94,7 +96,7 @@ class SendMover:
         self.data_port: int = listener.getsockname()[1]
         self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self, self.security)
         self._data = DataSender(
-            config, memory, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
+            config, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
         )
         self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
         try:
@@ -138,11 +140,18 @@ class SendMover:
 
     # --- what the sender calls ------------------------------------------------------------------------------------
 
-    def transfer(self, room: int) -> OutgoingTransfer:
+    def transfer(self, room: int, share: int = 0) -> OutgoingTransfer:
         """The transfer of a new request; decode may have spoken of it already. Requests of one room have one prompt
-        (parallel sampling), and are paired as they come. Raises LocalError for too many of them."""
+        (parallel sampling), and are paired as they come. `share`: see `shares`. Raises LocalError for too many."""
         with self._lock:
-            return self._rooms.open(room)
+            return self._rooms.open(room, share)
+
+    def shares(self, transfer: OutgoingTransfer) -> int:
+        """How many decode ranks this rank serves for the request, once one of them has asked; each has a transfer of
+        its own, of the share 0, 1, ..."""
+        with self._lock:
+            session = self._rooms.home(transfer)
+            return session.view.shares if session is not None else 1
 
     def send(
         self,
@@ -151,25 +160,34 @@ class SendMover:
         first_item: int,
         indices: Indices,
         ready: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Put items `first_item`... of a component on their way; they lie at `indices`. `ready` is called before the
-        memory is read, and may wait for a device. Returns at once. Raises LocalError for slots that do not exist."""
+        *,
+        buffers: Sequence[int] | None = None,
+    ) -> Indices:
+        """Put items `first_item`... of a component on their way, those in `buffers` only where given (the layers that
+        are computed); they lie at `indices`. `ready` is called before the memory is read, and may wait for a device.
+
+        Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
+        under the transfer's lock. Raises LocalError for slots that do not exist."""
         items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)
-        chunk_bytes = self._config.chunk_bytes
+        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
         if session is not None:
             chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
-        spans = list(cut(component, self.layout.components[component].item_bytes, first_item, len(items), chunk_bytes))
+        layout = self.layout if session is None else session.view.layout
+        item_bytes = layout.components[component].item_bytes
+        which = range(len(item_bytes)) if buffers is None else buffers
+        spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
-            queued = transfer.queue(component, first_item, len(items), len(spans))
+            queued = transfer.queue(component, first_item, len(items), len(spans), which, len(item_bytes))
         if not queued or session is None:
             self._report(transfer)
-            return
+            return items
         expected = transfer.expected
-        remaining_bytes = self.layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0
+        remaining_bytes = layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0
         tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
         session.dispatch.put(transfer, tasks, remaining_bytes, self._clock.now_s())
+        return items
 
     def finish(self, transfer: OutgoingTransfer) -> None:
         """Nothing more will be sent for this request. Ends it where decode expects more items than were sent."""
@@ -287,7 +305,8 @@ class SendMover:
         for old in self._replaced(identity, hello):
             restarted = old.hello.instance != hello.instance
             self._lose(old, "its process has restarted" if restarted else "the decode server opened a new session")
-        session = SendSession(identity, hello, self._config, self._clock.now_s(), site)
+        view = prefill_view(self.layout, self._memory, hello.layout)
+        session = SendSession(identity, hello, self._config, self._clock.now_s(), view, site)
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session

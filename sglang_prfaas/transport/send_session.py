@@ -13,6 +13,7 @@ from sglang_prfaas.transport.health import Health
 from sglang_prfaas.transport.mailbox import Mailbox
 from sglang_prfaas.transport.messages import Hello
 from sglang_prfaas.transport.outbox import Lane, Outbox, Task
+from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.session import OutgoingTransfer
 
 
@@ -126,9 +127,18 @@ class SendSession:
     `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` belongs to the control
     loop."""
 
-    def __init__(self, identity: bytes, hello: Hello, config: TransportConfig, now_s: float, site: str = "") -> None:
+    def __init__(
+        self,
+        identity: bytes,
+        hello: Hello,
+        config: TransportConfig,
+        now_s: float,
+        view: SessionView,
+        site: str = "",
+    ) -> None:
         self.identity = identity
         self.hello = hello
+        self.view = view
         self.site = site
         """The site that the decode rank has proved to be of; empty without keys."""
         self.token = secrets.token_bytes(16)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections.abc import Sequence
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import ProtocolError
@@ -67,6 +68,8 @@ class Transfer:
         """Whether the peer has been told of a failure, or told us of it."""
         self.bytes = 0
         """Bytes sent or received so far, payload only, each counted once."""
+        self.moves = 0
+        """How often items have moved to other slots since they were queued. Outgoing transfers only."""
         self.resent_chunks = 0
         """Chunks on their way more than once: outgoing ones sent again, incoming ones that were there already."""
         self.corrupt_chunks = 0
@@ -140,8 +143,10 @@ class Transfer:
 class OutgoingTransfer(Transfer):
     """A request on the prefill side: waits until decode says what it expects, then sends."""
 
-    def __init__(self, room: int, clock: Clock) -> None:
+    def __init__(self, room: int, clock: Clock, share: int = 0) -> None:
         super().__init__(room, clock, State.WAITING)
+        self.share = share
+        """Which of the decode ranks that this prefill rank serves it goes to; 0 where there is one."""
         self.expected: Expect | None = None
         self.ready_s = 0.0
         self.started_s = 0.0
@@ -149,7 +154,7 @@ class OutgoingTransfer(Transfer):
         self.acknowledged_bytes = 0
         self._queued = 0
         self._sent = 0
-        self._items: list[RangeSet] = []
+        self._items: list[list[RangeSet]] = []
 
     def expect(self, message: Expect) -> bool:
         """Decode is ready. Returns False, and changes nothing, where the transfer has ended or a decode rank has
@@ -157,7 +162,7 @@ class OutgoingTransfer(Transfer):
         if self._state is not State.WAITING:
             return False
         self.expected = message
-        self._items = [RangeSet() for _ in message.counts]
+        self._items = [[] for _ in message.counts]
         self._enter(State.READY)
         self.ready_s = self.progress_s = self._clock.now_s()
         return True
@@ -172,9 +177,12 @@ class OutgoingTransfer(Transfer):
         self._enter(State.SENDING)
         self.started_s = self.progress_s = self._clock.now_s()
 
-    def queue(self, component: int, first_item: int, items: int, chunks: int) -> bool:
-        """Chunks of a component are about to be put on the way. Returns False where the transfer has ended; ends it
-        where it was not started, where decode expects fewer items, or where some of them were queued before."""
+    def queue(
+        self, component: int, first_item: int, items: int, chunks: int, buffers: Sequence[int] = (0,), of: int = 1
+    ) -> bool:
+        """Chunks of a component are about to be put on the way: its items in `buffers`, of `of` that it has. Returns
+        False where the transfer has ended; ends it where it was not started, where decode expects fewer items, or where
+        some of them were queued before."""
         if not self.live:
             return False
         if self._state is not State.SENDING or self.expected is None:
@@ -183,9 +191,12 @@ class OutgoingTransfer(Transfer):
         if component >= len(self._items) or first_item + items > self.expected.counts[component]:
             self.fail(f"prefill has more items of component {component} than decode reserved")
             return False
-        if self._items[component].add(first_item, first_item + items) != items:
-            self.fail(f"items {first_item} to {first_item + items} of component {component} were sent twice")
-            return False
+        queued = self._items[component] or [RangeSet() for _ in range(of)]
+        self._items[component] = queued
+        for buffer in buffers:
+            if queued[buffer].add(first_item, first_item + items) != items:
+                self.fail(f"items {first_item} to {first_item + items} of component {component} were sent twice")
+                return False
         self._queued += chunks
         return True
 
@@ -228,9 +239,10 @@ class OutgoingTransfer(Transfer):
         """Which items decode expects that were never queued, or an empty string."""
         if self.expected is None:
             return ""
-        for component, (items, count) in enumerate(zip(self._items, self.expected.counts, strict=True)):
-            if items.total != count:
-                return f"prefill sent {items.total} items of component {component}, decode reserved {count}"
+        for component, (queued, count) in enumerate(zip(self._items, self.expected.counts, strict=True)):
+            fewest = min((items.total for items in queued), default=0)
+            if fewest != count:
+                return f"prefill sent {fewest} items of component {component}, decode reserved {count}"
         return ""
 
     def poll_timeout(self, waiting_s: float, transfer_s: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from msgspec import Struct
 
@@ -26,14 +26,21 @@ class ChunkSpan(Struct, frozen=True):
 
 
 def cut(
-    component: int, item_bytes: tuple[int, ...], first_item: int, items: int, chunk_bytes: int
+    component: int,
+    item_bytes: tuple[int, ...],
+    first_item: int,
+    items: int,
+    chunk_bytes: int,
+    buffers: Sequence[int] | None = None,
 ) -> Iterator[ChunkSpan]:
-    """Cut items `first_item` to `first_item + items` of every buffer into chunks of at most `chunk_bytes`.
+    """Cut items `first_item` to `first_item + items` of the buffers given (None: of every one) into chunks of at most
+    `chunk_bytes`.
 
     A chunk holds whole items where at least one fits, else a part of a single item, so that a receiver never has to
     place bytes across an item's end. Chunks of one item range come buffer by buffer.
     """
-    for buffer, size in enumerate(item_bytes):
+    for buffer in range(len(item_bytes)) if buffers is None else buffers:
+        size = item_bytes[buffer]
         if size == 0 or items == 0:
             continue
         per_chunk = chunk_bytes // size

@@ -25,6 +25,8 @@ class TransferRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     peer: str = ""
     bytes: int = 0
     pages: int = 0
+    ahead_bytes: int = 0
+    """prefill: handed to the mover layer by layer, while a chunk was computed."""
     cached_prefix_tokens: int = 0
     resent_chunks: int = 0
     """prefill: chunks sent more than once; decode: chunks that were there already."""

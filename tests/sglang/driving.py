@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +39,12 @@ def wait_for(what: str, probe: Callable[[], T | None], deadline_s: float = DEADL
         time.sleep(0.05)
 
 
-def post(url: str, body: Any, timeout_s: float = DEADLINE_S) -> tuple[int, dict[str, str], Any]:
+def post(
+    url: str, body: Any, timeout_s: float = DEADLINE_S, headers: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, str], Any]:
     """POST JSON: status, headers, and the decoded answer (text where it is no JSON)."""
-    return fetch(
-        urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"}), timeout_s
-    )
+    sent = {"content-type": "application/json", **(headers or {})}
+    return fetch(urllib.request.Request(url, json.dumps(body).encode(), sent), timeout_s)
 
 
 def fetch(request: urllib.request.Request | str, timeout_s: float = 60.0) -> tuple[int, dict[str, str], Any]:

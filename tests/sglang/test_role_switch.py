@@ -20,7 +20,7 @@ from .driving import DEADLINE_S, DECODE, LOCAL, PD, REMOTE, Driver, fetch, get, 
 pytestmark = pytest.mark.sglang
 
 
-def _through(cluster: Driver, prefill: str, decode: str, seed: int) -> list[int]:
+def through(cluster: Driver, prefill: str, decode: str, seed: int) -> list[int]:
     """One request to two servers of our choice, as a router would send it; checked against the single server."""
     source = random.Random(seed)
     site = cluster.cluster.sites["prfaas" if prefill == REMOTE else "pd"]
@@ -44,18 +44,18 @@ def _through(cluster: Driver, prefill: str, decode: str, seed: int) -> list[int]
 
 
 def test_prefill_to_decode_and_back(cluster: Driver) -> None:
-    _through(cluster, LOCAL, DECODE, 1)
+    through(cluster, LOCAL, DECODE, 1)
     cluster.switch_role(LOCAL, "decode")
-    _through(cluster, REMOTE, LOCAL, 2)
+    through(cluster, REMOTE, LOCAL, 2)
     cluster.switch_role(LOCAL, "prefill")
-    _through(cluster, LOCAL, DECODE, 3)
+    through(cluster, LOCAL, DECODE, 3)
     cluster.wait_usual_roles()
 
 
 def test_two_servers_change_places(cluster: Driver) -> None:
     cluster.switch_role(DECODE, "prefill")
     cluster.switch_role(LOCAL, "decode")
-    _through(cluster, DECODE, LOCAL, 4)
+    through(cluster, DECODE, LOCAL, 4)
     cluster.switch_role(LOCAL, "prefill")
     cluster.switch_role(DECODE, "decode")
     cluster.wait_usual_roles()

@@ -254,6 +254,45 @@ def test_a_small_request_passes_a_large_one_in_the_same_session() -> None:
         assert_moved(source, small_slots, target, small_slots)
 
 
+def test_layer_by_layer_and_an_item_that_moved_meanwhile() -> None:
+    with Pair() as pair:
+        slots = some_slots(9)
+        transfer, item = pair.ready(7, slots)
+        pages = slots[PAGES]
+        written = threading.Event()
+        ahead = pair.sender.send(transfer, PAGES, 0, pages[:12], written.wait, buffers=[1])
+        spare = int(np.setdiff1d(np.arange(64), pages)[0])
+        for buffer in pair.source.arrays[PAGES]:
+            buffer[spare] = buffer[pages[5]]
+            buffer[pages[5]] = 0
+        with transfer.lock:
+            ahead[5] = spare
+        pages[5] = spare
+        written.set()
+        pair.sender.send(transfer, PAGES, 12, pages[12:], buffers=[1])
+        pair.sender.send(transfer, PAGES, 0, pages, buffers=[0])
+        for component in range(1, len(slots)):
+            pair.sender.send(transfer, component, 0, slots[component])
+        pair.sender.finish(transfer)
+        wait_ended(transfer, item.transfer)
+        assert transfer.state is State.DONE, transfer.reason
+        assert_moved(pair.source, slots, pair.target, [np.asarray(i) for i in item.indices])
+
+
+def test_a_rate_limit_holds_for_all_connections_together() -> None:
+    of = layout(components=(Component("kv", (1 << 14,)),))
+    config = TransportConfig(connections=4, chunk_bytes=1 << 18, rate_limit_mbps=16.0)
+    source, target = Memory(of, 1, (64,)), Memory(of, None, (64,))
+    with Pair(of=of, config=config, send_memory=source, receive_memory=target) as pair:
+        slots = [np.arange(64)]
+        transfer, item = pair.ready(1, slots)
+        pair.send_all(transfer, slots, step=64)
+        wait_ended(transfer, item.transfer)
+        assert_moved(source, slots, target, slots)
+    last_chunk_bytes = 100_000
+    assert transfer.last_byte_s - transfer.first_byte_s > 0.9 * (64 * (1 << 14) - 2 * last_chunk_bytes) / 2e6
+
+
 def test_ready_is_waited_for_and_its_error_ends_the_request() -> None:
     with Pair() as pair:
         slots = some_slots(5)

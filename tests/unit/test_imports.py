@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels" / "prfaas_kernels"
 
 LAYERS = (
     {"launch"},
-    {"sglang_plugin", "router", "site", "simulate", "tiny_models"},
+    {"sglang_plugin", "router", "site", "simulate", "profiler", "tiny_models"},
     {"http", "transport", "monitor", "store"},
     {"scheduler", "prefix_cache"},
     {"config", "core", "env"},

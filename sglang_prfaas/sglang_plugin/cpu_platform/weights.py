@@ -1,7 +1,7 @@
 """Random weights that make a tiny model answer sharply and from its whole prefix.
 
-A tensor depends on its name and shape alone, so every process and every server of a model has the same weights.
-(With tensor parallelism each rank holds differently shaped parts: two widths of one model are two models.)
+A tensor depends on its name and whole shape alone, so every process and every server of a model has the same weights,
+whatever its tensor-parallel width: a rank takes its part of the whole.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 
 import torch
 
+from sglang_prfaas.sglang_plugin.cpu_platform.weight_shards import division, part_of, whole_shape
 from sglang_prfaas.tiny_models.vocabulary import silent_tokens
 
 # Gain of a weight over 1/sqrt(fan in), by the name of its parameter; the first match counts.
@@ -64,9 +65,14 @@ def draw(name: str, shape: torch.Size, *, gemma_norm: bool = False) -> torch.Ten
 
 def initialize_dummy_weights(model: torch.nn.Module, low: float = -1e-3, high: float = 1e-3, seed: int = 1234) -> None:
     """Fill every floating-point parameter of ``model``; ``low``, ``high`` and ``seed`` of the original are not used."""
+    from sglang.srt.runtime_context import get_parallel
+
+    width, rank = int(get_parallel().tp_size), int(get_parallel().tp_rank)
     for prefix, module in model.named_modules():
         gemma_norm = "Gemma" in type(module).__name__ and "Norm" in type(module).__name__
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point():
-                name = f"{prefix}.{leaf}"
-                parameter.data.copy_(draw(name, parameter.shape, gemma_norm=gemma_norm))
+                shape = parameter.shape
+                divided = division(module, leaf, shape, width) if width > 1 else None
+                whole = draw(f"{prefix}.{leaf}", whole_shape(shape, divided), gemma_norm=gemma_norm)
+                parameter.data.copy_(part_of(whole, divided, width, rank))

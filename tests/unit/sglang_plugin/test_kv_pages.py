@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from sglang_prfaas.errors import LocalError
-from sglang_prfaas.sglang_plugin.kv_pages import component_indices, flat_indices, layout_of, memory_of, model_identity
+from sglang_prfaas.sglang_plugin.kv_pages import (
+    buffers_of_layers,
+    component_indices,
+    flat_indices,
+    layout_of,
+    memory_of,
+    model_identity,
+)
 from sglang_prfaas.transport.layout import differences
 
 
@@ -41,6 +48,9 @@ def _kv_args() -> tuple[Any, list[Any]]:
         state_data_ptrs=[st_ptrs],
         state_data_lens=[st_lens],
         state_item_lens=[st_items],
+        state_dim_per_tensor=[[]],
+        state_slice_outer_counts=[[]],
+        state_conv_shard_groups=[[]],
         aux_data_ptrs=aux_ptrs,
         aux_data_lens=aux_lens,
         aux_item_lens=aux_items,
@@ -107,3 +117,27 @@ def test_a_model_is_the_same_at_two_paths_and_in_two_precisions() -> None:
     assert one == model_identity(config(_name_or_path="/b", hidden_size=8, quantization_config={"bits": 8}))
     assert one != model_identity(config(_name_or_path="/a", hidden_size=16))
     assert one.startswith("KimiLinear-")
+
+
+class Pool:
+    def __init__(self, buffers: int, **values: Any) -> None:
+        self.buffers = buffers
+        self.__dict__.update(values)
+
+    def get_contiguous_buf_infos(self) -> tuple[list[int], list[int], list[int]]:
+        return [0] * self.buffers, [0] * self.buffers, [0] * self.buffers
+
+
+def test_which_buffers_a_layer_writes() -> None:
+    assert buffers_of_layers(Pool(2), [3, 7]) == {3: [0], 7: [1]}
+    assert buffers_of_layers(Pool(4), [3, 7, 3, 7]) == {3: [0, 2], 7: [1, 3]}
+    assert buffers_of_layers(Pool(3, start_layer=0, layer_num=3), []) == {0: [0], 1: [1], 2: [2]}
+    assert buffers_of_layers(Pool(4, start_layer=8, layer_num=2), []) == {8: [0, 2], 9: [1, 3]}
+    window = {0: (0, True), 1: (1, False), 2: (1, True), 3: (0, False)}
+    assert buffers_of_layers(Pool(4, layers_mapping=window), []) == {3: [0, 2], 1: [1, 3]}
+
+
+def test_buffers_that_no_layer_can_be_told_of() -> None:
+    assert buffers_of_layers(Pool(5, start_layer=0, layer_num=2), []) == {}
+    assert buffers_of_layers(Pool(2), [3]) == {}
+    assert buffers_of_layers(Pool(2, layers_mapping={0: (0, True)}), []) == {}

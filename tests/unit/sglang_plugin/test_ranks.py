@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from sglang_prfaas.errors import ConfigError
-from sglang_prfaas.sglang_plugin.ranks import find_rank, split_address
+from sglang_prfaas.sglang_plugin.ranks import find_ranks, split_address
 from sglang_prfaas.transport.messages import Directory, RankInfo
 
 ROOM = 987_654_321
@@ -16,30 +17,37 @@ def _directory(dp_size: int, tp_size: int, follow: bool = True) -> Directory:
     return Directory(True, dp_size, tp_size, 1, follow, ranks)
 
 
+def _found(directory: Directory, dp_rank: int, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
+    ranks = find_ranks(directory, ROOM, dp_rank, tp_rank, tp_size)
+    assert not isinstance(ranks, str), ranks
+    return [(rank.dp_rank, rank.tp_rank) for rank in ranks]
+
+
 def test_rank_r_takes_from_rank_r() -> None:
     for tp_rank in range(4):
-        rank = find_rank(_directory(1, 4), ROOM, ROOM, tp_rank)
-        assert isinstance(rank, RankInfo)
-        assert (rank.dp_rank, rank.tp_rank) == (0, tp_rank)
+        assert _found(_directory(1, 4), ROOM, tp_rank, 4) == [(0, tp_rank)]
+
+
+def test_different_widths() -> None:
+    assert _found(_directory(1, 4), ROOM, 1, 2) == [(0, 2), (0, 3)]
+    assert [_found(_directory(1, 2), ROOM, rank, 4) for rank in range(4)] == [[(0, 0)], [(0, 0)], [(0, 1)], [(0, 1)]]
 
 
 def test_the_dp_rank_follows_the_room_unless_one_is_asked_for() -> None:
     directory = _directory(3, 2)
-    derived = find_rank(directory, ROOM, ROOM, 1)
-    asked = find_rank(directory, ROOM, 2, 1)
-    assert isinstance(derived, RankInfo)
-    assert isinstance(asked, RankInfo)
-    assert derived.dp_rank == ROOM % 3
-    assert asked.dp_rank == 2
+    assert _found(directory, ROOM, 1, 2) == [(ROOM % 3, 1)]
+    assert _found(directory, 2, 1, 2) == [(2, 1)]
 
 
 def test_why_there_is_none() -> None:
     assert "--load-balance-method follow_bootstrap_room" in str(
-        find_rank(_directory(2, 1, follow=False), ROOM, ROOM, 0)
+        find_ranks(_directory(2, 1, follow=False), ROOM, ROOM, 0, 1)
     )
-    answer = str(find_rank(_directory(1, 2), ROOM, ROOM, 3))
-    assert "TP rank 3" in answer
-    assert "1 x 2" in answer
+    assert find_ranks(_directory(1, 2), ROOM, ROOM, 0, 3) == (
+        "attention TP width: prefill has 2, decode has 3; one must be a multiple of the other"
+    )
+    incomplete = msgspec.structs.replace(_directory(1, 2), ranks=_directory(1, 2).ranks[:1])
+    assert find_ranks(incomplete, ROOM, ROOM, 1, 2) == "prefill has no rank for DP rank 0, TP rank 1: it has 1 x 2"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def test_equal_layouts_do_not_differ() -> None:
         ({"kv_dtype": "fp8_e4m3"}, "KVCache dtype: prefill has float16, decode has fp8_e4m3"),
         ({"page_tokens": 16}, "page size in tokens: prefill has 64, decode has 16"),
         ({"tp_size": 4}, "attention TP width: prefill has 2, decode has 4"),
+        ({"tp_rank": 1}, "attention TP rank: prefill has 0, decode has 1"),
         ({"kv_format": ""}, "KVCache byte layout: prefill has page_first, decode has default"),
         ({"layer_ids": (3,)}, "full-attention layers: prefill has [3, 7], decode has [3]"),
         (
@@ -54,7 +55,7 @@ def test_each_difference_holds_both_values(change: dict[str, Any], message: str)
 
 
 def test_every_field_is_compared() -> None:
-    changed = {"model", "kv_dtype", "page_tokens", "tp_size", "kv_format", "layer_ids", "components"}
+    changed = {"model", "kv_dtype", "page_tokens", "tp_size", "kv_format", "layer_ids", "components", "tp_rank"}
     assert {field.name for field in msgspec.structs.fields(Layout)} == changed
 
 
@@ -85,7 +86,7 @@ def test_who_is_refused() -> None:
     other = refusal(LAYOUT, hello(version=99), sessions=0, connections=0)
     assert other == f"protocol version mismatch: prefill has {PROTOCOL_VERSION}, decode has 99"
     mismatch = refusal(LAYOUT, hello(layout=msgspec.structs.replace(LAYOUT, tp_size=8)), sessions=0, connections=0)
-    assert mismatch == "layout mismatch: attention TP width: prefill has 2, decode has 8"
+    assert mismatch.startswith("layout mismatch: attention TP width: prefill has 2, decode has 8; how kv is divided")
     assert refusal(LAYOUT, hello(), sessions=MAX_SESSIONS, connections=0).startswith("limit reached")
     assert refusal(LAYOUT, hello(), sessions=1, connections=MAX_CONNECTIONS - 4) == ""
     assert refusal(LAYOUT, hello(), sessions=1, connections=MAX_CONNECTIONS - 3).startswith("limit reached: 4 more")

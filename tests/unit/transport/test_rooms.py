@@ -9,7 +9,9 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError
 from sglang_prfaas.transport import rooms
 from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.memory import RankMemory
 from sglang_prfaas.transport.messages import Expect, Hello
+from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.send_session import SendSession
 from sglang_prfaas.transport.session import State
@@ -27,8 +29,9 @@ def held(clock: VirtualClock) -> Rooms:
     return Rooms(clock, 300.0)
 
 
-def a_session(name: bytes = b"D1") -> SendSession:
-    return SendSession(name, HELLO, TransportConfig(), 0.0)
+def a_session(name: bytes = b"D1", share: int = 0) -> SendSession:
+    view = SessionView(HELLO.layout, RankMemory([]), share, 2)
+    return SendSession(name, HELLO, TransportConfig(), 0.0, view)
 
 
 def test_prefill_first(held: Rooms) -> None:
@@ -173,3 +176,16 @@ def test_expiry(held: Rooms, clock: VirtualClock) -> None:
 def test_names_of_sessions() -> None:
     assert str(a_session()) == "decode pd/decode-0"
     assert Expect(1, 2, (), 0).room == 2
+
+
+def test_each_share_of_a_request_is_paired_on_its_own(held: Rooms) -> None:
+    left, right = a_session(b"L", 0), a_session(b"R", 1)
+    early = held.asked_for(5, right, 1)
+    first = held.open(5)
+    assert first is not early
+    assert held.asked_for(5, left, 1) is first
+    assert held.open(5, 1) is early
+    assert held.home(early) is right
+    assert held.aborted(5, right, 0, "gone") is None
+    assert held.open(5, 1).reason == "gone"
+    assert held.open(5).live

@@ -126,6 +126,21 @@ def test_items_sent_twice() -> None:
     assert transfer.reason == "items 2 to 4 of component 0 were sent twice"
 
 
+def test_items_of_some_buffers_only() -> None:
+    transfer, _ = outgoing()
+    transfer.start(5)
+    assert transfer.queue(0, 0, 5, 1, [2], 3)
+    assert transfer.queue(0, 0, 3, 1, [0, 1], 3)
+    transfer.queue(1, 0, 1, 1)
+    transfer.done()
+    assert transfer.reason.endswith("prefill sent 3 items of component 0, decode reserved 5")
+    again, _ = outgoing()
+    again.start(5)
+    assert again.queue(0, 0, 5, 1, [0, 1], 3)
+    assert not again.queue(0, 4, 1, 1, [1, 2], 3)
+    assert again.reason == "items 4 to 5 of component 0 were sent twice"
+
+
 def test_fewer_items_than_decode_reserved() -> None:
     transfer, _ = outgoing()
     transfer.start(5)

@@ -57,6 +57,11 @@ def test_cut_covers_every_byte_once_and_never_crosses_an_item(
         assert list(covered[buffer]) == expected
 
 
+def test_cut_of_some_buffers() -> None:
+    spans = list(cut(0, (10, 0, 20, 30), 2, 1, 100, [3, 0, 1]))
+    assert [(span.buffer, span.offset, span.length) for span in spans] == [(3, 60, 30), (0, 20, 10)]
+
+
 def test_cut_makes_chunks_as_large_as_whole_items_allow() -> None:
     assert [(s.offset, s.length) for s in cut(0, (30,), 2, 7, 100)] == [(60, 90), (150, 90), (240, 30)]
     assert [(s.offset, s.length) for s in cut(0, (250,), 1, 1, 100)] == [(250, 100), (350, 100), (450, 50)]

@@ -189,6 +189,12 @@ def test_keys_that_a_decode_server_does_not_use_are_a_warning(write: WriteToml) 
             "agent that takes commands",
         ),
         (
+            "threshold_tokens = 2000\n",
+            'threshold_tokens = 2000\norder = "ordered"\n',
+            "policy.order",
+            "needs measured curves",
+        ),
+        (
             'agent_url = "http://127.0.0.1:9010"\n',
             '[[sites.servers]]\nname = "d"\nrole = "decode"\nurl = "http://h:1"\n',
             "sites.prfaas.servers.d.role",

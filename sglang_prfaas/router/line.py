@@ -83,7 +83,8 @@ class Line:
             return await held.turn
         except asyncio.CancelledError:
             line.remove(held)
-            if held.turn.done() and not held.turn.cancelled() and (flight := held.turn.result().flight) is not None:
+            sent = held.turn.done() and not held.turn.cancelled() and held.turn.exception() is None
+            if sent and (flight := held.turn.result().flight) is not None:
                 flight.ended(self._loop.time())
             raise
 
@@ -197,9 +198,14 @@ class Line:
             waiting = [item for item in waiting if len(item[1])]
 
     def _send(self, held: _Held, route: Route, now_s: float) -> None:
-        """Choose servers of this path for a request, and let it go."""
-        decision = self._policy.bind(now_s, held.view, held.body, held.home, held.decision, route)
-        flight = self._policy.begin(now_s, decision, held.tokens) if decision.prefill is not None else None
+        """Choose servers of this path for a request, and let it go. What goes wrong with it is its own affair."""
+        try:
+            decision = self._policy.bind(now_s, held.view, held.body, held.home, held.decision, route)
+            flight = self._policy.begin(now_s, decision, held.tokens) if decision.prefill is not None else None
+        except Exception as error:  # noqa: BLE001 - raised again where the request is served
+            if not held.turn.done():
+                held.turn.set_exception(error)
+            return
         if held.turn.done():
             if flight is not None:
                 flight.ended(now_s)

@@ -319,9 +319,10 @@ def _order(config: RouterConfig) -> Iterator[_Raw]:
         yield "policy.order", text, True
     if policy.is_ordered and policy.max_held_s >= limit_s:
         text = (
-            f"{policy.max_held_s:g} s is not below limits.first_byte_timeout_s = {limit_s:g}; write less, or more there"
+            f"requests may wait longer in the router ({policy.max_held_s:g} s) than at servers "
+            f"(limits.first_byte_timeout_s = {limit_s:g}); write less, or more there"
         )
-        yield "policy.max_held_s", text, True
+        yield "policy.max_held_s", text, False
 
 
 def _router_links(config: RouterConfig) -> Iterator[_Raw]:

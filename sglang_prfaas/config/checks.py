@@ -94,12 +94,14 @@ def _role_changes(config: RouterConfig) -> Iterator[_Raw]:
             "period, or 0 for no slots",
             True,
         )
-    if roles.enabled and not any(site.role == "pd" and site.agent_url for site in config.sites):
+    if roles.enabled and not any(site.role == "pd" and site.agent_url and site.reports_port for site in config.sites):
         yield (
             "policy.roles.enabled",
-            "no pd site has an agent, and only an agent changes roles; write its agent_url, or enabled = false",
+            "no pd site has an agent that takes commands; write its agent_url and reports_port, or enabled = false",
             True,
         )
+    if roles.slo_tokens_per_s and not config.policy.is_live:
+        yield "policy.roles.slo_tokens_per_s", "has no effect without policy.profile; write one, or remove it", False
 
 
 def _names(config: SiteConfig) -> Iterator[_Raw]:
@@ -303,6 +305,7 @@ def _policy(config: RouterConfig, exists: Exists) -> Iterator[_Raw]:
         yield "policy.profile", "starts with '~', which is not expanded; write the whole path", True
     elif policy.profile not in ("", "paper") and not exists(policy.profile):
         yield "policy.profile", f'no such file: {policy.profile!r}; write the path of a profile file, or "paper"', True
+    yield from _order(config)
     if policy.is_live:
         return
     defaults = PolicyConfig()
@@ -310,6 +313,19 @@ def _policy(config: RouterConfig, exists: Exists) -> Iterator[_Raw]:
         if getattr(policy, key) != getattr(defaults, key):
             text = "has no effect with a fixed threshold; write a profile, or remove it"
             yield f"policy.{key}", text, False
+
+
+def _order(config: RouterConfig) -> Iterator[_Raw]:
+    policy, limit_s = config.policy, config.limits.first_byte_timeout_s
+    if policy.order == "ordered" and not policy.is_live:
+        text = '"ordered" needs measured curves; write policy.profile = "FILE" (docs/planning.md has the format)'
+        yield "policy.order", text, True
+    if policy.is_ordered and policy.max_held_s >= limit_s:
+        text = (
+            f"requests may wait longer in the router ({policy.max_held_s:g} s) than at servers "
+            f"(limits.first_byte_timeout_s = {limit_s:g}); write less, or more there"
+        )
+        yield "policy.max_held_s", text, False
 
 
 def _router_links(config: RouterConfig) -> Iterator[_Raw]:

@@ -19,6 +19,7 @@ ServerRole = Literal["prefill", "decode"]
 LayerwiseMode = Literal["auto", "off"]
 SecurityMode = Literal["auto", "keys", "off"]
 PolicyMode = Literal["auto", "fixed", "live"]
+OrderMode = Literal["auto", "ordered", "off"]
 PrefixCacheBackend = Literal["off", "local", "mooncake"]
 CheckpointMode = Literal["auto", "on", "off"]
 
@@ -472,6 +473,18 @@ class RolesConfig(_Config, frozen=True):
         float,
         Meta(ge=0, description="Seconds of rest after a failed switch; doubles up to 16 times with each further one."),
     ] = 300.0
+    drain_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds that a server's requests may take to end; then it stays what it is.")
+    ] = 300.0
+    slo_tokens_per_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Speed promised to a request, in tokens over seconds. With a profile that has decode figures, "
+            "what other roles could serve is then solved over the recent lengths. 0: it is measured, from utilisation "
+            "and queues.",
+        ),
+    ] = 0.0
     slot_period_s: Annotated[
         float,
         Meta(
@@ -537,8 +550,13 @@ class PolicyConfig(_Config, frozen=True):
         float, Meta(ge=0, lt=1, description="Live: relative change of t below which it stays as it is.")
     ] = 0.02
     staleness_s: Annotated[
-        float, Meta(gt=0, description="Live: age in seconds from which a report of a load or a link is not trusted.")
-    ] = 1.0
+        float,
+        Meta(
+            gt=0,
+            description="Live: age in seconds from which a report of a load or a link is not trusted. Figures are up "
+            "to 0.7 s old when an agent sends them, every 0.5 s: 2.5 lets two reports in a row be late or lost.",
+        ),
+    ] = 2.5
     max_link_utilisation: Annotated[
         float, Meta(gt=0, le=1, description="Live: share of a link in use from which bandwidth counts as scarce.")
     ] = 0.9
@@ -550,6 +568,33 @@ class PolicyConfig(_Config, frozen=True):
             "429 where that has as long a queue. 0: no limit.",
         ),
     ] = 0.0
+    order: Annotated[
+        OrderMode,
+        Meta(
+            description="Live: ordered: requests wait in the router until a prefill server has room, those first that "
+            "can still have their first token in time, and an idle path helps the other. off: each goes to its server "
+            "when it comes. auto: ordered where the policy is live."
+        ),
+    ] = "auto"
+    feed_s: Annotated[
+        float,
+        Meta(ge=0, description="Ordered: a prefill server gets the next request so many seconds before it runs dry."),
+    ] = 0.25
+    feed_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Ordered: a prefill server gets the next request while it has fewer tokens in work than this: "
+            "a chunk of its prefill, so that short prompts fill it together.",
+        ),
+    ] = 8192
+    max_held_s: Annotated[
+        float,
+        Meta(gt=0, description="Ordered: seconds after which a waiting request goes to a server, room or not."),
+    ] = 120.0
+    max_held_requests: Annotated[
+        int, Meta(ge=0, description="Ordered: requests that may wait in the router; beyond it 429.")
+    ] = 2000
     max_decode_requests: Annotated[
         int,
         Meta(ge=0, description="Requests in work per decode server; beyond it, on all of them, 429. 0: no limit."),
@@ -589,6 +634,11 @@ class PolicyConfig(_Config, frozen=True):
     def is_live(self) -> bool:
         """Whether the live policy runs."""
         return self.mode == "live" or (self.mode == "auto" and bool(self.profile))
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether requests wait in the router for prefill."""
+        return self.is_live and self.order != "off"
 
 
 class RouterLimits(_Config, frozen=True):

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 
 from sglang_prfaas.errors import PeerError
 
-ROUTE_HEADERS = ("route", "reason", "prefill", "decode", "room", "input-tokens", "uncached-tokens")
+ROUTE_HEADERS = ("route", "reason", "prefill", "decode", "room", "input-tokens", "uncached-tokens", "held-ms")
 
 
 class Answer(Struct, kw_only=True):

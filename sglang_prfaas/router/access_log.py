@@ -28,6 +28,7 @@ class AccessRecord:
         "endpoint",
         "error",
         "first_byte_s",
+        "held_s",
         "input_tokens",
         "recent",
         "request",
@@ -46,6 +47,7 @@ class AccessRecord:
         self.decision: Decision | None = None
         self.recent: DecisionRecord | None = None
         self.first_byte_s: float | None = None
+        self.held_s: float | None = None
         self.input_tokens = 0
         self.room = 0
         self.status = 500
@@ -120,6 +122,8 @@ def _line(record: AccessRecord, end_s: float, wall_s: float) -> str:
         fields["t_tokens"] = decision.t_tokens
         fields["expected_ttft_ms"] = round(expected_s * 1e3, 3)
         fields["wait_ms"] = round((figures.prfaas_wait_s if far else figures.local_wait_s) * 1e3, 3)
+    if record.held_s is not None:
+        fields["held_ms"] = round(record.held_s * 1e3, 3)
     if record.first_byte_s is not None:
         fields["ttft_ms"] = round((record.first_byte_s - record.start_s) * 1e3, 3)
     fields["total_ms"] = round((end_s - record.start_s) * 1e3, 3)

@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -45,6 +46,7 @@ from sglang_prfaas.router.prefix_lookup import PrefixIndex
 from sglang_prfaas.router.prefixes import NoPrefixes, PrefixLookup
 from sglang_prfaas.router.proxy import PdProxy
 from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.roles import Roles
 from sglang_prfaas.router.tenancy import Tenants
 from sglang_prfaas.router.tokens import TokenCounter
 
@@ -93,7 +95,11 @@ class Router:
             self.feed = CacheFeed(config, index, self.agents)
         self.prefixes = prefixes or NoPrefixes()
         self.tenants = Tenants(config)
-        self.policy = make_policy(config, self.registry, loads or self.agents.reports, self.prefixes)
+        loads = loads or self.agents.reports
+        self.policy = make_policy(config, self.registry, loads, self.prefixes)
+        line = self.policy.line
+        held_s = line.local_work_s if line is not None else lambda site: 0.0
+        self.roles = Roles(config, self.registry.observation, self.agents, loads, held_s)
         self.proxy = PdProxy(
             config,
             self.registry,
@@ -105,6 +111,7 @@ class Router:
             self.policy,
             self.prefixes,
             self.tenants,
+            self.roles.arrived if self.roles else None,
         )
         self.server = HttpServer(
             self.handle,
@@ -125,6 +132,7 @@ class Router:
         self.agents.start()
         if self.feed is not None:
             self.feed.start()
+        self.roles.start()
         return await self.server.start(self.config.router.host, self.config.router.port)
 
     async def stop(self) -> None:
@@ -134,6 +142,7 @@ class Router:
             log.warning("requests were cut off: they took longer than drain_timeout_s to end")
         if self.feed is not None:
             await self.feed.stop()
+        await self.roles.stop()
         await self.agents.stop()
         await self.health.stop()
         await self.client.close()
@@ -160,7 +169,7 @@ class Router:
                 text = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
                 response.send(200, self.metrics.render(self._gauges()), text)
             elif path == "/policy":
-                response.send(200, msgspec.json.encode(self.policy.describe(self.client.loop.time())), _JSON)
+                response.send(200, msgspec.json.encode(self._policy()), _JSON)
             elif path == "/cache":
                 response.send(200, msgspec.json.encode(self.prefixes.describe()), _JSON)
             elif path == "/decisions":
@@ -213,6 +222,10 @@ class Router:
         if self.feed is not None:
             self.feed.updated(update)
 
+    def _policy(self) -> dict[str, Any]:
+        """What is in force: the short timescale, and the last looks of the long one where it runs."""
+        return {**self.policy.describe(self.client.loop.time()), "roles": self.roles.describe()}
+
     def _reported(self, state: SiteState) -> None:
         self.health.reported(state)
 
@@ -258,6 +271,7 @@ class Router:
             ),
             *self.policy.gauges(self.client.loop.time()),
             *self.prefixes.gauges(),
+            *self.roles.gauges(),
         ]
 
     async def refresh_models(self) -> None:

@@ -19,6 +19,8 @@ class DecisionRecord(Struct):
     input_tokens: int
     attempt: int
     decision: Decision
+    held_s: float | None = None
+    """How long it waited in the router for a prefill server; None where requests do not."""
     ttft_s: float | None = None
     """From the complete request to its first byte; None while there is none."""
     status: int | None = None
@@ -55,6 +57,7 @@ def _plain(record: DecisionRecord) -> dict[str, Any]:
         "prefill": _name(decision.prefill),
         "decode": _name(decision.decode),
         "figures": decision.figures,
+        "held_s": record.held_s,
         "ttft_s": record.ttft_s,
         "status": record.status,
     }

@@ -8,11 +8,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from sglang_prfaas.config.schema import RouterConfig
-from sglang_prfaas.core.request import RequestView
+from sglang_prfaas.core.request import RequestView, Route
 from sglang_prfaas.monitor.load_source import LoadSource
 from sglang_prfaas.router import policy_report, reported
 from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.line import Line
 from sglang_prfaas.router.metrics import Gauge
 from sglang_prfaas.router.prefixes import PrefixLookup, PrefixWriter
 from sglang_prfaas.router.profile import site_curve
@@ -22,7 +25,7 @@ from sglang_prfaas.router.tokens import TokenCount
 from sglang_prfaas.scheduler import Decision
 from sglang_prfaas.scheduler.live import LivePolicy, Moment
 from sglang_prfaas.scheduler.profiles import ProfileFile
-from sglang_prfaas.scheduler.types import LinkView
+from sglang_prfaas.scheduler.types import Observation
 
 _LOOK_S_PER_SERVER = 1e-4
 _FREE_SERVERS = 16
@@ -102,24 +105,65 @@ class LiveRouting:
             settings=config.policy,
         )
         self.source = LiveSource(config, registry, loads, self.live)
+        self.line = Line(self) if config.policy.is_ordered else None
+        self.sending_bytes: dict[tuple[str, str], float] = {}
+        """KVCache of requests that a PrfaaS site has in work, by link."""
         self._moment = Moment(float("-inf"), {}, {})
+
+    @property
+    def look_interval_s(self) -> float:
+        """How old a digest of all servers may be."""
+        return _LOOK_S_PER_SERVER * max(0, self.source.servers - _FREE_SERVERS)
 
     def look(self, now_s: float, oldest_s: float = 0.0) -> Moment:
         """A digest of all servers and links that is at most `oldest_s` old."""
         if now_s - self._moment.now_s >= oldest_s:
             self.source.refresh(now_s)
+            held_s = self.line.held_s(now_s) if self.line is not None and len(self.line) else {}
+            for site in self.observation.sites:
+                site.held_s = held_s.get(site.name, 0.0)
             self.observation.bandwidth_scarce = self.source.scarce or not self._prefixes.fetches
             self._moment = self.live.look(now_s, self.observation)
         return self._moment
 
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         self._prefixes.write(body)
-        oldest_s = _LOOK_S_PER_SERVER * max(0, self.source.servers - _FREE_SERVERS)
-        moment = self.look(now_s, oldest_s)
+        moment, observation = self._seen(now_s, view)
+        return self.live.decide(moment, observation, view)
+
+    def _seen(self, now_s: float, view: RequestView) -> tuple[Moment, Observation]:
+        """What a request may be decided on: the sites that its tenant may use."""
         if view.sites is None:
-            return self.live.decide(moment, self.observation, view)
+            return self.look(now_s, self.look_interval_s), self.observation
         observation = permitted(self.observation, view.sites)
-        return self.live.decide(self.live.look(now_s, observation), observation, view)
+        return self.live.look(now_s, observation), observation
+
+    def bind(
+        self, now_s: float, view: RequestView, body: ParsedBody, home: str, decision: Decision, route: Route
+    ) -> Decision:
+        """Servers of now for a request that waited, on the path that had room first. Without any: a new decision."""
+        self._prefixes.write(body)
+        moment, observation = self._seen(now_s, view)
+        bound = self.live.bind(moment, observation, msgspec.structs.replace(view, forced=route), home)
+        if bound.prefill is None or bound.decode is None:
+            return self.live.decide(moment, observation, view)
+        moved = route != decision.route
+        return msgspec.structs.replace(
+            decision,
+            route=route,
+            prefill=bound.prefill,
+            decode=bound.decode,
+            reason=f"{decision.reason}; the other path was free first" if moved else decision.reason,
+            reason_class="idle" if moved else decision.reason_class,
+        )
+
+    def link_s(self, home: str) -> float:
+        """Seconds that the least loaded link to a PD site needs for what is ready and what is being computed."""
+        least_s = float("inf")
+        for (site, to), link in self.observation.links.items():
+            if to == home and link.bytes_per_s > 0:
+                least_s = min(least_s, max(link.wait_s, self.sending_bytes.get((site, to), 0.0) / link.bytes_per_s))
+        return 0.0 if least_s == float("inf") else least_s
 
     def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight:
         target, figures = decision.prefill, decision.figures
@@ -128,8 +172,8 @@ class LiveRouting:
         far = decision.route == "prfaas"
         to_compute = figures.prfaas_tokens if far else figures.local_tokens
         held = tokens.longest - figures.local_tokens
-        link = self.observation.links.get((target.site, figures.pd_site)) if far else None
-        return Flight(self, target, now_s, to_compute, tokens, link, held)
+        pair = (target.site, figures.pd_site)
+        return Flight(self, target, now_s, to_compute, tokens, pair if far else None, held)
 
     def describe(self, now_s: float) -> dict[str, Any]:
         return policy_report.describe(self, now_s)
@@ -141,7 +185,7 @@ class LiveRouting:
 class Flight:
     """Keeps the queue of its prefill server, and learns from its end."""
 
-    __slots__ = ("_number", "_policy", "_target", "_teaches", "_tokens")
+    __slots__ = ("_bytes", "_number", "_pair", "_policy", "_target", "_teaches", "_tokens")
 
     def __init__(
         self,
@@ -150,10 +194,12 @@ class Flight:
         now_s: float,
         to_compute: int,
         tokens: TokenCount,
-        link: LinkView | None,
+        pair: tuple[str, str] | None,
         held: int,
     ) -> None:
+        """pair: the link that its KVCache crosses."""
         live = policy.live
+        link = policy.observation.links.get(pair) if pair is not None else None
         work_s = live.prefill_s(target.site, float(to_compute))
         after_s = live.exposed_s(link, tokens.longest, held, work_s)
         self._policy, self._target, self._tokens = policy, target, to_compute
@@ -162,15 +208,29 @@ class Flight:
             and target.foreign_wait_s < _QUIET_WAIT_S
             and (link is None or not (link.congested or link.wait_s > _QUIET_WAIT_S))
         )
-        work_s *= max(1.0, tokens.total / max(1, tokens.longest))
-        self._number = target.queue.add(now_s, work_s, after_s)
+        prompts = max(1.0, tokens.total / max(1, tokens.longest))
+        work_s *= prompts
+        self._number = target.queue.add(now_s, work_s, after_s, round(to_compute * prompts))
         target.wait_s += work_s
+        self._pair, self._bytes = pair, 0.0
+        if pair is not None:
+            self._bytes = prompts * policy.profile.kv.increment_bytes(tokens.longest, held)
+            policy.sending_bytes[pair] = policy.sending_bytes.get(pair, 0.0) + self._bytes
 
     def prefilled(self, now_s: float) -> None:
         busy_s = self._target.queue.finish(now_s, self._number)
         self._target.wait_s = self._target.queue.wait_s(now_s) + self._target.foreign_wait_s
         if busy_s is not None and self._teaches and self._policy.config.policy.correct_profile:
             self._policy.live.learn(now_s, self._target.site, float(self._tokens), busy_s)
+        self._left()
 
     def ended(self, now_s: float) -> None:
         self._target.queue.drop(now_s, self._number)
+        self._left()
+
+    def _left(self) -> None:
+        if self._pair is not None:
+            self._policy.sending_bytes[self._pair] -= self._bytes
+            self._bytes = 0.0
+        if self._policy.line is not None:
+            self._policy.line.changed()

@@ -96,6 +96,12 @@ class Metrics:
             ("route",),
             _TTFT_S,
         )
+        self.held = Histogram(
+            "prfaas_router_held_seconds",
+            "How long requests waited in the router for a prefill server to have room.",
+            ("route",),
+            _TTFT_S,
+        )
         self.input_tokens = Histogram(
             "prfaas_router_input_tokens", "Prompt tokens per request.", ("route",), tuple(float(t) for t in _TOKENS)
         )

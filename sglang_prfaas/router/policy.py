@@ -8,6 +8,7 @@ from sglang_prfaas.config.schema import RouterConfig
 from sglang_prfaas.core.request import RequestView
 from sglang_prfaas.monitor.load_source import LoadSource
 from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.line import Line
 from sglang_prfaas.router.live_policy import LiveRouting
 from sglang_prfaas.router.metrics import Gauge
 from sglang_prfaas.router.prefixes import PrefixLookup, PrefixWriter
@@ -30,6 +31,10 @@ class Flight(Protocol):
 
 class RoutingPolicy(Protocol):
     """What the proxy asks."""
+
+    @property
+    def line(self) -> Line | None:
+        """Where requests wait for prefill; None where they do not."""
 
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         """Route one request, or one more attempt at it."""
@@ -54,6 +59,8 @@ def make_policy(config: RouterConfig, registry: Registry, loads: LoadSource, pre
 
 class FixedPolicy:
     """One threshold for good."""
+
+    line = None
 
     def __init__(self, config: RouterConfig, registry: Registry, prefixes: PrefixLookup) -> None:
         self._observation = registry.observation

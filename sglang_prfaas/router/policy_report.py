@@ -40,6 +40,7 @@ def describe(policy: LiveRouting, now_s: float) -> dict[str, Any]:
             for t in policy.registry.targets()
             if t.role == "prefill"
         ],
+        "order": policy.line.describe(now_s) if policy.line is not None else None,
         "profile": {
             "model": policy.profile.model,
             "sites": {site: profile.origin for site, profile in policy.live.profiles.items()},
@@ -91,6 +92,7 @@ def gauges(policy: LiveRouting, now_s: float) -> list[Gauge]:
             ("from", "to"),
             [(pair, link.wait_s) for pair, link in policy.observation.links.items()],
         ),
+        *(policy.line.gauges(now_s) if policy.line is not None else ()),
         (
             "prfaas_router_prefill_correction",
             "Factor on the profile's prefill time, by lowest length.",

@@ -24,7 +24,7 @@ from sglang_prfaas.router.decisions import DecisionRecord, RecentDecisions
 from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, ModelNames, forced_route
 from sglang_prfaas.router.metrics import Metrics
 from sglang_prfaas.router.outcome import Failure
-from sglang_prfaas.router.policy import RoutingPolicy
+from sglang_prfaas.router.policy import Flight, RoutingPolicy
 from sglang_prfaas.router.prefixes import PrefixLookup
 from sglang_prfaas.router.registry import Registry, Target
 from sglang_prfaas.router.tenancy import Tenants
@@ -50,7 +50,9 @@ class PdProxy:
         policy: RoutingPolicy,
         prefixes: PrefixLookup,
         tenants: Tenants,
+        on_routed: Callable[[Decision], None] | None = None,
     ) -> None:
+        """on_routed: hears of the first decision of every request."""
         self._limits = config.limits
         self._registry = registry
         self._counter = counter
@@ -62,6 +64,8 @@ class PdProxy:
         self._policy = policy
         self._prefixes = prefixes
         self._tenants = tenants
+        self._line = policy.line
+        self._on_routed = on_routed
         self._exact_count_band = config.policy.exact_count_band
         self.decisions = RecentDecisions(config.policy.decisions_kept)
 
@@ -111,6 +115,7 @@ class PdProxy:
         method = request.method.encode("latin-1")
         avoid: frozenset[ServerKey] = frozenset()
         last: Failure | None = None
+        flight: Flight | None
         retries = stale = 0
         while True:
             view = RequestView(l_total=tokens.longest, exact=tokens.exact, forced=forced, sites=sites, avoid=avoid)
@@ -118,6 +123,15 @@ class PdProxy:
             record.decision = decision
             record.recent = DecisionRecord(time.time(), record.request_id, tokens.total, len(record.attempts), decision)
             self.decisions.add(record.recent)
+            if self._on_routed is not None and last is None:
+                self._on_routed(decision)
+            if self._line is not None and record.held_s is None:
+                turn = await self._line.turn(decision, view, body, tokens)
+                decision, flight, record.held_s = turn.decision, turn.flight, turn.held_s
+                record.decision = record.recent.decision = decision
+                record.recent.held_s = turn.held_s
+            else:
+                flight = self._policy.begin(self._loop.time(), decision, tokens) if decision.prefill else None
             if decision.prefill is None or decision.decode is None:
                 raise self._unservable(decision, last, tenant)
             assert isinstance(decision.prefill, Target)
@@ -138,7 +152,7 @@ class PdProxy:
                 self._loop,
                 uncached_tokens=decision.uncached_tokens,
                 merge_logprobs=body.merges_logprobs,
-                flight=self._policy.begin(self._loop.time(), decision, tokens),
+                flight=flight,
                 on_cached=None if promised is None else partial(self._told, body, decision.prefill, promised),
             )
             try:
@@ -229,6 +243,8 @@ class PdProxy:
         if decision.figures is not None:
             expected_s = decision.figures.prfaas_ttft_s if decision.route == "prfaas" else decision.figures.local_ttft_s
             headers.append((b"x-prfaas-expected-ttft-ms", b"%.1f" % (expected_s * 1e3)))
+        if record.held_s is not None:
+            headers.append((b"x-prfaas-held-ms", b"%.1f" % (record.held_s * 1e3)))
         return headers
 
     def _account(self, record: AccessRecord, response: Response) -> None:
@@ -236,6 +252,8 @@ class PdProxy:
         route = record.route
         metrics = self._metrics
         metrics.requests.add((record.endpoint, route, record.reason_class, str(record.status)))
+        if record.held_s is not None:
+            metrics.held.observe((route,), record.held_s)
         if record.first_byte_s is not None:
             metrics.ttft.observe((route,), record.first_byte_s - record.start_s)
             metrics.input_tokens.observe((route,), record.input_tokens)

@@ -53,7 +53,9 @@ class DispatchQueue(Generic[Key]):
                 f"prefill order: ttft_slo_s {ttft_slo_s} and max_wait_s {max_wait_s} must be positive, slack {slack} "
                 "not negative"
             )
-        self._slo_s, self._max_wait_s, self._slack = ttft_slo_s, max_wait_s, slack
+        self.ttft_slo_s = ttft_slo_s
+        """May change; who has missed it stays behind the others."""
+        self._max_wait_s, self._slack = max_wait_s, slack
         self._timely: dict[Route, dict[Key, Waiting[Key]]] = {"local": {}, "prfaas": {}}
         self._late: dict[Route, dict[Key, Waiting[Key]]] = {"local": {}, "prfaas": {}}
 
@@ -113,7 +115,7 @@ class DispatchQueue(Generic[Key]):
         """Requests that cannot make it any more go behind the others."""
         timely = self._timely[route]
         gone = [
-            entry for entry in timely.values() if now_s + entry.work_s(route) > entry.arrived_s + self._slo_s + 1e-9
+            entry for entry in timely.values() if now_s + entry.work_s(route) > entry.arrived_s + self.ttft_slo_s + 1e-9
         ]
         for entry in gone:
             del timely[entry.key]
@@ -144,7 +146,7 @@ class DispatchQueue(Generic[Key]):
             work_s = entry.work_s(route)
             heapq.heappush(longest, (-work_s, id(entry)))
             before_s += work_s / servers
-            if now_s + before_s - work_s / servers + work_s > entry.arrived_s + self._slo_s:
+            if now_s + before_s - work_s / servers + work_s > entry.arrived_s + self.ttft_slo_s:
                 negative, out = heapq.heappop(longest)
                 before_s += negative / servers
                 left_out.add(out)

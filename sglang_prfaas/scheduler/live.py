@@ -42,12 +42,26 @@ class SiteLoad(Struct):
     decode_load: float
 
 
+class Way(Struct):
+    """From one PrfaaS site to one PD site, digested: what does not depend on the request."""
+
+    site: str
+    link: LinkView | None
+    wait_s: float
+    """Until the link has sent what is ready."""
+    s_per_byte: float
+    state_s: float
+    """The state, which is sent after prefill, and half a round trip."""
+
+
 class Moment(Struct):
     """One look at all sites. `states`: what the threshold of each PD site rests on."""
 
     now_s: float
     loads: dict[str, SiteLoad]
     states: dict[str, LiveState]
+    ways: dict[str, list[Way]] = {}
+    """By PD site, from every PrfaaS site with a server alive; filled when a decision first needs it."""
 
 
 class _Path(Struct):
@@ -202,6 +216,18 @@ class LivePolicy:
         decision = decide(observation, request, home=home, prefer=prefer)
         return msgspec.structs.replace(decision, reason=f"{decision.reason}; {choice.reason}", figures=figures)
 
+    def bind(self, moment: Moment, observation: Observation, request: RequestView, home: str) -> Decision:
+        """Servers for a request whose PD site and path (`request.forced`) are chosen already."""
+        sites = {site.name: site for site in observation.sites}
+        l_total = request.l_total
+        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        if home in moment.states:
+            at_home = self._prefill(moment, sites[home], l_total)
+            if len(self._prfaas) > 1:
+                moving_bytes = self._kv.increment_bytes(l_total, l_total - at_home.tokens) - self._kv.state_bytes
+                self._write_costs(moment, sites, prefill, self._ways(moment, observation, home), moving_bytes)
+        return decide(observation, request, home=home)
+
     def _best_pd_site(
         self, moment: Moment, observation: Observation, sites: dict[str, SiteView], l_total: int
     ) -> tuple[str, _Path, _Path]:
@@ -209,19 +235,23 @@ class LivePolicy:
         best: tuple[str, _Path, _Path] | None = None
         least = _INFINITE
         prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        total_bytes = self._kv.size_bytes(l_total) - self._kv.state_bytes
         for home in moment.states:
             load = moment.loads[home]
             if best is not None and load.decode_load == _INFINITE:
                 continue
             at_home = self._prefill(moment, sites[home], l_total)
             near = _Path(at_home.tokens, at_home.wait_s, at_home.wait_s + at_home.seconds)
-            far = self._far(observation, home, prefill, l_total, l_total - at_home.tokens)
+            moving_bytes = total_bytes - self._kv.full_bytes_per_token * (l_total - at_home.tokens)
+            far = self._far(moment, observation, home, prefill, moving_bytes, l_total)
             score = min(near.ttft_s, far.ttft_s) + DECODE_S_PER_REQUEST * load.decode_load
             if best is None or score < least:
                 best, least = (home, near, far), score
         assert best is not None
         if len(self._prfaas) > 1:
-            self._write_costs(moment, observation, sites, prefill, best, l_total)
+            home, near, _ = best
+            moving_bytes = self._kv.increment_bytes(l_total, l_total - near.tokens) - self._kv.state_bytes
+            self._write_costs(moment, sites, prefill, moment.ways[home], moving_bytes)
         return best
 
     def _prefill(self, moment: Moment, site: SiteView, l_total: int) -> Serving:
@@ -230,37 +260,58 @@ class LivePolicy:
 
     def _far(
         self,
+        moment: Moment,
         observation: Observation,
         home: str,
         prefill: dict[str, Serving],
+        moving_bytes: float,
         l_total: int,
-        held: int,
     ) -> _Path:
-        """The PrfaaS site of the least expected TTFT."""
-        found = _Path(l_total, _INFINITE, _INFINITE)
-        for name, there in prefill.items():
+        """The PrfaaS site of the least expected TTFT. `moving_bytes`: what is sent while prefill computes.
+
+        `exposed_s`, with all but the request itself worked out before: this runs for every pair of sites."""
+        ways = moment.ways.get(home)
+        if ways is None:
+            ways = moment.ways[home] = self._ways(moment, observation, home)
+        found, least_s, waited_s = None, _INFINITE, _INFINITE
+        for way in ways:
+            there = prefill[way.site]
+            late_s = moving_bytes * way.s_per_byte - there.seconds
+            wait_s = way.wait_s if way.wait_s > there.wait_s else there.wait_s
+            ttft_s = wait_s + way.state_s + there.seconds + (late_s if late_s > 0 else 0.0)
+            if found is None or ttft_s < least_s:
+                found, least_s, waited_s = way, ttft_s, wait_s
+        if found is None:
+            return _Path(l_total, _INFINITE, _INFINITE)
+        return _Path(prefill[found.site].tokens, waited_s, least_s, found.link)
+
+    def _ways(self, moment: Moment, observation: Observation, home: str) -> list[Way]:
+        found = []
+        for name in self._prfaas:
+            if not _alive(moment, name):
+                continue
             link = observation.links.get((name, home))
-            wait_s = max(there.wait_s, link.wait_s if link is not None else 0.0)
-            ttft_s = wait_s + there.seconds + self.exposed_s(link, l_total, held, there.seconds)
-            if ttft_s < found.ttft_s or found.wait_s == _INFINITE:
-                found = _Path(there.tokens, wait_s, ttft_s, link)
+            if link is None:
+                found.append(Way(name, None, 0.0, 0.0, 0.0))
+                continue
+            s_per_byte = 1 / link.free_bytes_per_s if link.free_bytes_per_s > 0 else _INFINITE
+            state_s = self._kv.state_bytes * s_per_byte + link.rtt_s / 2 if s_per_byte < _INFINITE else _INFINITE
+            found.append(Way(name, link, link.wait_s, s_per_byte, state_s))
         return found
 
     def _write_costs(
         self,
         moment: Moment,
-        observation: Observation,
         sites: dict[str, SiteView],
         prefill: dict[str, Serving],
-        best: tuple[str, _Path, _Path],
-        l_total: int,
+        ways: list[Way],
+        moving_bytes: float,
     ) -> None:
-        home, near, _ = best
-        for name, there in prefill.items():
-            link = observation.links.get((name, home))
-            exposed_s = self.exposed_s(link, l_total, l_total - near.tokens, there.seconds)
-            link_s = max(0.0, link.wait_s - moment.loads[name].wait_s) if link is not None else 0.0
-            sites[name].cost_s = link_s + there.base_s + exposed_s
+        for way in ways:
+            there = prefill[way.site]
+            link_s = max(0.0, way.wait_s - moment.loads[way.site].wait_s)
+            exposed_s = way.state_s + max(0.0, moving_bytes * way.s_per_byte - there.seconds)
+            sites[way.site].cost_s = link_s + there.base_s + exposed_s
 
     def _preference(self, wanted: _Path, other: _Path, near: _Path) -> Preference | None:
         """The other path, where it keeps a promise that the wanted one breaks."""
@@ -301,4 +352,5 @@ def _site_load(site: SiteView) -> SiteLoad:
             load.wait_s = min(load.wait_s, server.wait_s)
         else:
             load.decode_load = min(load.decode_load, server.inflight_requests + server.extra_load)
+    load.wait_s += site.held_s
     return load

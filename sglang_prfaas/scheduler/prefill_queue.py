@@ -23,6 +23,7 @@ class Ticket(Struct):
     """Predicted end, without what has moved the queue since."""
     after_s: float
     """What its answer takes beyond its prefill: the exposed part of its transfer."""
+    tokens: int
 
 
 class PrefillQueue:
@@ -38,11 +39,16 @@ class PrefillQueue:
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def add(self, now_s: float, work_s: float, after_s: float = 0.0) -> int:
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute of all requests that are not answered."""
+        return sum(ticket.tokens for ticket in self._tickets.values())
+
+    def add(self, now_s: float, work_s: float, after_s: float = 0.0, tokens: int = 0) -> int:
         """A request is sent, whose answer comes `after_s` after its prefill. Returns its number."""
         self._end_s = max(now_s, self._end_s) + work_s
         self._next += 1
-        self._tickets[self._next] = Ticket(now_s, work_s, self._end_s - self._moved_s, after_s)
+        self._tickets[self._next] = Ticket(now_s, work_s, self._end_s - self._moved_s, after_s, tokens)
         return self._next
 
     def finish(self, now_s: float, number: int) -> float | None:

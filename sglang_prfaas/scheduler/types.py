@@ -23,6 +23,7 @@ ReasonClass = Literal[
     "no_local",  # short, but no local prefill to use: PrfaaS
     "slo",  # the threshold's path would miss the TTFT promised, the other one meets it
     "queue",  # the threshold's path would make it wait too long, the other one does not
+    "idle",  # it waited for the threshold's path, and the other one was free first
     "busy_prefill",  # every path would make it wait too long
     "busy_decode",  # every decode server has as much as it may
     "no_decode",
@@ -64,6 +65,7 @@ class SiteView(Struct):
     affinity: dict[str, int] = {}  # longer prefixes that single servers hold, in tokens by server
     decode_affinity: dict[str, int] = {}  # what of it decode servers hold, in tokens by server
     saved_s: dict[str, float] = {}  # what the longer prefixes save, in seconds by server, where that is known
+    held_s: float = 0.0  # seconds of prefill that wait in front of each of its servers
     cost_s: float = 0.0  # PrfaaS: seconds from the end of the queue to the first token, to compare sites by
 
 

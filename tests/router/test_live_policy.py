@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sglang_prfaas.config.schema import LinkConfig, PolicyConfig
+from sglang_prfaas.config.schema import AgentConfig, LinkConfig, PolicyConfig, ReportsConfig
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.monitor.reports import LinkLoad, ServerLoad
 from sglang_prfaas.router.body import ParsedBody
@@ -172,6 +172,21 @@ def test_stale_reports_are_not_trusted(tmp_path: Path) -> None:
             reports.servers[("far", "p")] = ServerLoad(server="p", waiting=9, waiting_uncached_tokens=9000)
             assert await becomes(c, "local") < REACTION_S, "18 s of work, sent by others"
 
+    run(main)
+
+
+def test_a_report_that_is_two_late_is_still_trusted(tmp_path: Path) -> None:
+    """Decode's figures are up to 0.7 s old when an agent sends them, and two reports may be lost."""
+    oldest_s = 0.7 + 3 * AgentConfig().report_interval_s
+
+    async def main() -> None:
+        reports = Reports()
+        async with live(tmp_path, reports) as c:
+            reports.carries(1e6, age_s=oldest_s)
+            assert await becomes(c, "local") < REACTION_S
+            assert (await get(c, "/policy"))["links"][0]["measured"]
+
+    assert oldest_s < PolicyConfig().staleness_s <= ReportsConfig().stale_after_s
     run(main)
 
 

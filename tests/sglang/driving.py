@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sglang_prfaas.launch.demo_client import Answer, complete
 from sglang_prfaas.launch.local_deployment import MODEL_NAME, LocalCluster
+from sglang_prfaas.site.free_ports import HeldPort
 from sglang_prfaas.transport import transfer_log
 from sglang_prfaas.transport.transfer_log import TransferRecord
 
@@ -62,6 +68,29 @@ def _decoded(data: bytes) -> Any:
         return json.loads(data)
     except ValueError:
         return data.decode(errors="replace")
+
+
+@contextlib.contextmanager
+def another_router(file: Path, log: Path, *flags: str) -> Iterator[str]:
+    """One more router on the sites of a router's file, with flags of its own; gives its URL once it has servers."""
+    port = HeldPort()
+    port.release()
+    argv = [sys.executable, "-m", "sglang_prfaas.launch", "router", str(file), "--router.port", str(port.port), *flags]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    url = f"http://127.0.0.1:{port.port}"
+    with log.open("wb") as output, subprocess.Popen(argv, stdout=output, stderr=output, env=environ) as process:
+        try:
+
+            def serves() -> bool:
+                assert process.poll() is None, log.read_text()[-4000:]
+                with contextlib.suppress(OSError):
+                    return fetch(f"{url}/health")[0] == 200
+                return False
+
+            wait_for(f"the router of {file.name}", serves)
+            yield url
+        finally:
+            process.terminate()
 
 
 class Driver:

@@ -186,7 +186,13 @@ def test_keys_that_a_decode_server_does_not_use_are_a_warning(write: WriteToml) 
             '[policy.roles]\nenabled = true\n[[sites]]\nname = "pd"\nrole = "pd"\n'
             '[[sites.servers]]\nname = "d"\nrole = "decode"\nurl = "http://h:1"\n',
             "policy.roles.enabled",
-            "only an agent changes roles",
+            "agent that takes commands",
+        ),
+        (
+            "threshold_tokens = 2000\n",
+            'threshold_tokens = 2000\norder = "ordered"\n',
+            "policy.order",
+            "needs measured curves",
         ),
         (
             'agent_url = "http://127.0.0.1:9010"\n',

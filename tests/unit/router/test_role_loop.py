@@ -9,8 +9,8 @@ import pytest
 
 from sglang_prfaas.clock import VirtualClock
 from sglang_prfaas.config.schema import RolesConfig
-from sglang_prfaas.monitor.reports import ServerLoad
-from sglang_prfaas.router.role_loop import RequestTally, RoleLoop, RoleResult, observe
+from sglang_prfaas.monitor.reports import LinkLoad, ServerLoad
+from sglang_prfaas.router.role_loop import LoadMeans, RequestTally, RoleLoop, RoleResult, observe
 from sglang_prfaas.scheduler import ServerView, SiteView
 from sglang_prfaas.scheduler.long_term import RolePolicy
 from sglang_prfaas.scheduler.role_capacity import MeasuredCapacity
@@ -19,7 +19,16 @@ from sglang_prfaas.scheduler.types import ServerRole
 DECODE_IS_FULL = [
     ServerLoad(server="p0", busy_fraction=0.1, prefill_tokens_per_s=1000.0),
     ServerLoad(server="p1", busy_fraction=0.1, prefill_tokens_per_s=1000.0, waiting_uncached_tokens=6000),
-    ServerLoad(server="d0", running=20, waiting=4, prealloc=6, kv_tokens_used=90, kv_tokens_total=100),
+    ServerLoad(
+        server="d0",
+        running=20,
+        waiting=4,
+        prealloc=6,
+        kv_tokens_used=90,
+        kv_tokens_total=100,
+        busy_fraction=0.5,
+        decode_tokens_per_s=200.0,
+    ),
 ]
 
 
@@ -32,9 +41,12 @@ class Loads:
     def __init__(self, loads: Sequence[ServerLoad]) -> None:
         self.now = loads
 
-    def loads(self, site: str) -> Sequence[ServerLoad]:
+    def server(self, site: str, name: str) -> ServerLoad | None:
         assert site == "pd"
-        return self.now
+        return next((load for load in self.now if load.server == name), None)
+
+    def link(self, from_site: str, to_site: str) -> LinkLoad | None:
+        return None
 
 
 class Commander:
@@ -50,17 +62,17 @@ class Commander:
 
 def loop(commander: Commander, source: Loads, clock: VirtualClock, tally: RequestTally) -> RoleLoop:
     policy = RolePolicy(MeasuredCapacity(), RolesConfig(confirm=1))
-    return RoleLoop(
-        site=site(), others=[], policy=policy, source=source, commander=commander, tally=tally, clock=clock,
-        interval_s=60.0,
-    )  # fmt: skip
+    it = RoleLoop(
+        site=site(), others=[], policy=policy, source=source, commander=commander, clock=clock, interval_s=60.0
+    )
+    it.tally = tally
+    return it
 
 
 def busy_tally() -> RequestTally:
     tally = RequestTally()
     for _ in range(120):
         tally.arrived(100)
-    tally.ended(50)
     return tally
 
 
@@ -82,6 +94,11 @@ def test_a_command_is_carried_out_and_its_result_counts() -> None:
         running = loop(commander, Loads(DECODE_IS_FULL), clock, tally)
         assert asyncio.run(running.look()) is not None
         assert commander.commands == [("pd", "p1", "decode")]
+        (made,) = running.decisions
+        assert (made.command is not None, made.result) == (True, RoleResult(succeeded))
+        assert made.load is not None
+        assert (made.load.n_p, made.load.n_d) == (2, 1)
+        assert running.changes == {("pd", "decode", "done" if succeeded else "failed"): 1}
         clock.advance(60.0)
         assert asyncio.run(running.look()) is None
         assert rest in running._policy.reason
@@ -92,6 +109,7 @@ def test_without_fresh_reports_nothing_is_decided() -> None:
     running = loop(commander, Loads(DECODE_IS_FULL[:2]), clock, tally)
     assert asyncio.run(running.look()) is None
     assert commander.commands == []
+    assert "d0" in running.decisions[-1].reason
 
 
 def test_a_commander_that_fails_does_not_block_later_switches() -> None:
@@ -105,3 +123,19 @@ def test_a_commander_that_fails_does_not_block_later_switches() -> None:
     for _ in range(1000):
         tally.arrived(100)
     assert asyncio.run(running.look()) is not None
+
+
+def test_means_are_of_the_role_that_a_server_has_now() -> None:
+    means = LoadMeans()
+    for role, busy, running in (("prefill", 1.0, 9), ("decode", 0.2, 4), ("decode", 0.6, 7)):
+        means.add(ServerLoad(server="a", role=role, busy_fraction=busy, running=running))
+    (load,) = means.take()
+    assert (load.role, load.running) == ("decode", 6)
+    assert load.busy_fraction == pytest.approx(0.4)
+    assert means.take() == []
+
+
+def test_work_that_waits_in_the_router_is_work_for_prefill() -> None:
+    seen = observe(site(), [], DECODE_IS_FULL, busy_tally(), now_s=5.0, interval_s=60.0, held_s=60.0)
+    assert seen is not None
+    assert seen.load.prefill_queued == pytest.approx(0.05 + 0.5)

@@ -256,7 +256,9 @@ class PrefixIndex:
 
 
 def model_config(model: str) -> Mapping[str, Any] | None:
-    """A model's config.json, from its directory or the hub's cache; None where there is none."""
+    """A model's config.json, from its directory or what of the hub is on this machine; None where there is none.
+
+    Nothing is fetched: the tokenizer, loaded before, has brought it along."""
     try:
         found: dict[str, Any] = json.loads(Path(model, "config.json").read_bytes())
         return found
@@ -266,7 +268,7 @@ def model_config(model: str) -> Mapping[str, Any] | None:
     from transformers import PretrainedConfig  # takes seconds to import
 
     try:
-        return dict(PretrainedConfig.get_config_dict(model)[0])
+        return dict(PretrainedConfig.get_config_dict(model, local_files_only=True)[0])
     except (OSError, ValueError) as error:
         logger.info("%s: no config.json: %s", model, error)
         return None

@@ -49,7 +49,7 @@ class Chain:
         )
         site = RouterSite(name="pd", role="pd", agent_url=f"http://127.0.0.1:{http}", reports_port=self.reports)
         self.config = RouterConfig(
-            router=RouterSection(model="m"),
+            router=RouterSection(model=str(folder / "no-model")),
             sites=[site],
             prefix_index=PrefixIndexConfig(checkpoints="off", interval_s=0.02),
             reports=ReportsConfig(heartbeat_interval_s=0.1),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PretrainedConfig
 
 from sglang_prfaas.config.schema import PrefixIndexConfig, RouterConfig, RouterSection, RouterSite
 from sglang_prfaas.prefix_cache.block_hash import PromptHashes
@@ -15,7 +16,7 @@ from sglang_prfaas.prefix_cache.changes import Stored
 from sglang_prfaas.prefix_cache.holder_sets import Tier
 from sglang_prfaas.prefix_cache.matching import Holder
 from sglang_prfaas.router.body import ParsedBody, parse_body
-from sglang_prfaas.router.prefix_lookup import PrefixIndex, keeps_states, needs_checkpoints
+from sglang_prfaas.router.prefix_lookup import PrefixIndex, keeps_states, model_config, needs_checkpoints
 from sglang_prfaas.router.tokens import TokenCounter
 from sglang_prfaas.tiny_models.families import FAMILIES
 
@@ -34,6 +35,21 @@ def test_an_unknown_model_is_taken_for_a_hybrid_one() -> None:
     assert needs_checkpoints(PrefixIndexConfig(), None)
     assert not needs_checkpoints(PrefixIndexConfig(checkpoints="off"), None)
     assert needs_checkpoints(PrefixIndexConfig(checkpoints="on"), FAMILIES["qwen3"].config)
+
+
+def test_no_model_is_asked_of_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The router is made in its event loop: a hub that does not answer would stop it."""
+    asked: list[dict[str, Any]] = []
+
+    def asks(model: str, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked.append(options)
+        raise OSError(f"{model} is not on this machine")
+
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", asks)
+    assert model_config("nobody/no-such-model") is None
+    assert asked == [{"local_files_only": True}]
+    assert model_config(str(tmp_path / "nothing")) is None
+    assert len(asked) == 1
 
 
 def index(tmp_path: Path) -> PrefixIndex:

@@ -21,6 +21,7 @@ from sglang_prfaas.config.schema import (
     TransportConfig,
 )
 from sglang_prfaas.config.security import NO_KEYS, beyond_this_machine
+from sglang_prfaas.config.tenancy import kv_event_findings, tenancy_findings
 
 Exists = Callable[[str], bool]
 
@@ -67,6 +68,8 @@ def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.
         *_model("router.model", config.router.model, exists),
         *_policy(config, exists),
         *_router_links(config),
+        *tenancy_findings(config),
+        *kv_event_findings(config),
         *_role_changes(config),
     ]
     return [Finding(source, path, text, fatal) for path, text, fatal in found]

@@ -15,6 +15,7 @@ def deployment_findings(sites: Mapping[str, SiteConfig], routers: Mapping[str, R
     return [
         *_site_names(sites),
         *_links(sites),
+        *_cache_peers(sites),
         *_security(sites),
         *_router_sites(sites, routers),
         *_models(sites, routers),
@@ -40,6 +41,28 @@ def _links(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:
             if link.to_site not in names:
                 text = f"none of the given files describes that site; they describe {', '.join(sorted(names))}"
                 yield Finding(source, f"links.{link.to_site}.to_site", text, fatal=False)
+
+
+def _cache_peers(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:
+    """Whether a prefix cache that is asked is served, and to whom."""
+    by_name = {config.site.name: config for config in sites.values()}
+    for source, config in sites.items():
+        for peer in config.prefix_cache.peers:
+            path, other = f"prefix_cache.peers.{peer.name}", by_name.get(peer.name)
+            if other is None:
+                if len(sites) > 1:
+                    yield Finding(source, f"{path}.name", "none of the given files describes that site", fatal=False)
+                continue
+            cache, transport = other.prefix_cache, other.transport
+            if not cache.serve_port:
+                yield Finding(source, f"{path}.port", "that site serves no prefix cache; write its serve_port there")
+            elif cache.serve_port != peer.port:
+                text = f"is {peer.port}, that site serves on {cache.serve_port}; right only behind a port forwarding"
+                yield Finding(source, f"{path}.port", text, fatal=False)
+            keys = transport.keys_dir and transport.security != "off"
+            if keys and cache.serve_port and config.site.name not in cache.serve_to:
+                text = f"that site does not serve this one; write {config.site.name!r} into its prefix_cache.serve_to"
+                yield Finding(source, path, text)
 
 
 def _security(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:

@@ -45,6 +45,10 @@ def site_claims(config: SiteConfig, source: str = "") -> list[PortClaim]:
     if agent.reports_port:
         port = agent.reports_port
         claims.append(PortClaim(agent.host, port, port, "the agent's reports", "agent.reports_port", source))
+    if (cache := config.prefix_cache).serve_port:
+        host = cache.serve_host or agent.host
+        key = "prefix_cache.serve_port"
+        claims.append(PortClaim(host, cache.serve_port, cache.serve_port, "the prefix cache", key, source))
     return claims
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from sglang_prfaas.config import sglang_args
-from sglang_prfaas.config.schema import PrefixCacheConfig, ServerConfig, SiteConfig
+from sglang_prfaas.config.schema import LinkConfig, PrefixCacheConfig, ServerConfig, SiteConfig
+from sglang_prfaas.config.security import NO_KEYS, beyond_this_machine
 
 _OWN_FLAGS = (
     "--enable-hierarchical-cache",
@@ -45,10 +49,70 @@ def prefix_cache_findings(config: SiteConfig) -> Iterator[Raw]:
     for server in config.servers:
         if server.role == "prefill":
             yield from _arguments(server, [*config.site.args, *server.args])
+    if cache.serve_port:
+        yield from _served(config)
+    if cache.peers:
+        yield from _peers(config)
+
+
+def serve_host(config: SiteConfig) -> str:
+    """Where the prefix cache is served."""
+    return config.prefix_cache.serve_host or config.agent.host
+
+
+def with_links(cache: PrefixCacheConfig, links: Sequence[LinkConfig]) -> PrefixCacheConfig:
+    """The configuration with what `[[links]]` say of peers, where the peers' own keys do not."""
+    known = {link.to_site: link for link in links}
+    peers = []
+    for peer in cache.peers:
+        link = known.get(peer.name)
+        capacity_gbps = peer.capacity_gbps or (link.capacity_gbps if link else DEFAULT_CAPACITY_GBPS)
+        rtt_ms = peer.rtt_ms or (link.rtt_ms if link else 0.0)
+        peers.append(msgspec.structs.replace(peer, capacity_gbps=capacity_gbps, rtt_ms=rtt_ms))
+    return msgspec.structs.replace(cache, peers=peers)
+
+
+DEFAULT_CAPACITY_GBPS = 1.0
+"""Of a peer of which nothing is known."""
+
+
+def _served(config: SiteConfig) -> Iterator[Raw]:
+    cache, transport = config.prefix_cache, config.transport
+    keys = transport.keys_dir and transport.security != "off"
+    if cache.backend != "local":
+        yield "prefix_cache.serve_port", 'only disk_dir is served; write backend = "local", or serve_port = 0', True
+    if not config.agent.port:
+        yield "agent.port", "the agent serves the prefix cache; write for example port = 9000", True
+    if keys and not cache.serve_to:
+        yield "prefix_cache.serve_to", "is empty: no other site may read; write the names of those that may", False
+    if not keys and beyond_this_machine(serve_host(config)):
+        what = f"cached prefixes are served on {serve_host(config) or 'every address'}"
+        if transport.security == "off":
+            yield "prefix_cache.serve_port", f'transport.security is "off", and {what} to whoever reaches it', False
+        else:
+            yield "transport.keys_dir", f"{what}, {NO_KEYS}", True
+
+
+def _peers(config: SiteConfig) -> Iterator[Raw]:
+    cache, transport = config.prefix_cache, config.transport
+    if not cache.prefill_profile and not cache.prefill_tokens_per_s:
+        text = "peers need to know what computing takes; write prefill_profile, or for example 20000.0 here"
+        yield "prefix_cache.prefill_tokens_per_s", text, True
+    if cache.prefill_profile.startswith("~"):
+        yield "prefix_cache.prefill_profile", "starts with '~', which is not expanded; write the whole path", True
+    for name, count in Counter(peer.name for peer in cache.peers).items():
+        if count > 1:
+            yield "prefix_cache.peers", f"{count} peers are named {name!r}; keep one per site", True
+    for peer in cache.peers:
+        path = f"prefix_cache.peers.{peer.name}"
+        if peer.name == config.site.name:
+            yield f"{path}.name", "this is the site itself; write the name of the other site", True
+        if beyond_this_machine(peer.host) and not transport.keys_dir and transport.security != "off":
+            yield f"{path}.host", f"{peer.host} is an address {NO_KEYS}", True
 
 
 def _unused(cache: PrefixCacheConfig) -> Iterator[Raw]:
-    for key in ("disk_dir", "mooncake_master"):
+    for key in ("disk_dir", "mooncake_master", "serve_port", "peers"):
         if getattr(cache, key):
             yield f"prefix_cache.{key}", 'not used with backend = "off"; write backend = "local" or "mooncake"', False
 

@@ -21,6 +21,7 @@ SecurityMode = Literal["auto", "keys", "off"]
 PolicyMode = Literal["auto", "fixed", "live"]
 OrderMode = Literal["auto", "ordered", "off"]
 PrefixCacheBackend = Literal["off", "local", "mooncake"]
+CheckpointMode = Literal["auto", "on", "off"]
 
 
 class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -134,6 +135,26 @@ class TransportConfig(_Config, frozen=True):
     ] = "auto"
 
 
+class CachePeerConfig(_Config, frozen=True):
+    """A site whose prefix cache may be asked for prefixes that are not here."""
+
+    name: Annotated[Name, Meta(description="Name of the site.")]
+    host: Annotated[str, Meta(min_length=1, description="Address of its prefix_cache.serve_port.")]
+    port: Annotated[Port, Meta(description="Its prefix_cache.serve_port.")]
+    capacity_gbps: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Gbit/s that fetches are expected to get, until some were measured. 0: that of [[links]] to "
+            "the site, else 1.",
+        ),
+    ] = 0.0
+    rtt_ms: Annotated[
+        float,
+        Meta(ge=0, description="Round-trip time in milliseconds, until it was measured. 0: that of [[links]], else 0."),
+    ] = 0.0
+
+
 class PrefixCacheConfig(_Config, frozen=True):
     """Prefix cache that outlives its servers: HiCache with this project's storage backend, on prefill servers."""
 
@@ -174,6 +195,62 @@ class PrefixCacheConfig(_Config, frozen=True):
     mooncake_buffer_bytes: Annotated[
         int, Meta(ge=1 << 20, description="mooncake: memory of each rank for transfers, in bytes.")
     ] = 256 << 20
+    serve_port: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65535,
+            description="Port where the agent lets other sites read disk_dir, with the keys of [transport]. 0: none.",
+        ),
+    ] = 0
+    serve_host: Annotated[str, Meta(description="Address of serve_port. Empty: agent.host.")] = ""
+    serve_to: Annotated[
+        list[str],
+        Meta(
+            description="Sites that may read from serve_port, where keys are used; no others, whatever peers.toml "
+            "says. Without keys: whoever reaches the port."
+        ),
+    ] = field(default_factory=list)
+    peers: Annotated[
+        list[CachePeerConfig],
+        Meta(description="Sites asked for prefixes, in this order, where fetching is quicker than computing."),
+    ] = field(default_factory=list)
+    prefill_profile: Annotated[
+        str,
+        Meta(
+            description="For peers: profile file (docs/planning.md) whose prefill curve tells what computing takes. "
+            "Empty: prefill_tokens_per_s."
+        ),
+    ] = ""
+    prefill_hardware: Annotated[
+        str, Meta(description="Prefill curve of prefill_profile that these servers have. Empty: the only one.")
+    ] = ""
+    prefill_tokens_per_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="For peers, without a profile: prompt tokens a server computes in a second, as 1 over seconds.",
+        ),
+    ] = 0.0
+    fetch_margin: Annotated[
+        float,
+        Meta(
+            ge=0,
+            lt=1,
+            description="Share of the time to compute that a fetch has to save, as expected, to be begun.",
+        ),
+    ] = 0.2
+    fetch_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds a fetch may take, where computing would take longer still. Else it ends when "
+            "computing would have.",
+        ),
+    ] = 30.0
+    fetch_bytes: Annotated[
+        int, Meta(ge=1 << 20, description="Memory of each rank for what is being fetched, in bytes.")
+    ] = 1 << 30
 
 
 class LinkConfig(_Config, frozen=True):
@@ -208,6 +285,17 @@ class AgentConfig(_Config, frozen=True):
             "Empty: only routers with this site's own keys. Without keys: whoever reaches the port."
         ),
     ] = field(default_factory=list)
+    kv_events: Annotated[
+        bool,
+        Meta(
+            description="Have servers publish what their prefix caches hold, for routers that ask at reports_port. "
+            "--kv-events-config in a server's args is used as it is."
+        ),
+    ] = True
+    kv_events_max_blocks: Annotated[
+        int,
+        Meta(ge=1, le=1 << 30, description="Distinct blocks of all its servers that the agent keeps at most."),
+    ] = 2_000_000
 
 
 class SiteLimits(_Config, frozen=True):
@@ -306,6 +394,14 @@ class TargetConfig(_Config, frozen=True):
         str, Meta(description="Prefill only: where decode reaches its bootstrap. Empty: the host of url.")
     ] = ""
     bootstrap_port: Annotated[int, Meta(ge=0, le=65535, description="Prefill only: its bootstrap port.")] = 0
+    kv_events: Annotated[
+        str,
+        Meta(description="ZeroMQ endpoint of its KV events, as tcp://HOST:PORT. Without keys: in one network only."),
+    ] = ""
+    kv_replay: Annotated[
+        str, Meta(description="Endpoint where its KV events are replayed. Empty: every gap starts from nothing.")
+    ] = ""
+    kv_topic: Annotated[str, Meta(description="Topic of its KV events.")] = ""
 
 
 class RouterSite(_Config, frozen=True):
@@ -521,6 +617,13 @@ class PolicyConfig(_Config, frozen=True):
     correction_half_life_s: Annotated[
         float, Meta(gt=0, description="Live: seconds in which what was learnt loses half its weight.")
     ] = 600.0
+    fetch_prefixes: Annotated[
+        bool,
+        Meta(
+            description="Live: PrfaaS sites fetch prefixes that only the PD site holds ([[prefix_cache.peers]] there): "
+            "while bandwidth is ample, the longest prefix of any site counts."
+        ),
+    ] = False
     decisions_kept: Annotated[
         int, Meta(ge=0, le=100_000, description="Last decisions that GET /decisions shows, with their figures.")
     ] = 256
@@ -583,11 +686,72 @@ class ReportsConfig(_Config, frozen=True):
     ] = 3.0
 
 
+class PrefixIndexConfig(_Config, frozen=True):
+    """The router's index of what every server has in its prefix cache."""
+
+    enabled: Annotated[
+        bool, Meta(description="Ask agents, and servers that name kv_events, and route by what is cached.")
+    ] = True
+    max_blocks: Annotated[
+        int, Meta(ge=1, le=1 << 30, description="Distinct blocks of all sites that it keeps; 13.4 bytes each.")
+    ] = 4_000_000
+    max_servers: Annotated[int, Meta(ge=1, le=4096, description="Caches that it tells apart.")] = 512
+    interval_s: Annotated[
+        float, Meta(gt=0, description="Seconds between two questions to an agent while nothing changes.")
+    ] = 0.1
+    min_tokens: Annotated[
+        int, Meta(ge=0, description="Prompts that are estimated to have fewer tokens are not looked up.")
+    ] = 64
+    checkpoints: Annotated[
+        CheckpointMode,
+        Meta(
+            description="Whether a prefix can be used only up to a state checkpoint, as with linear attention and "
+            "sliding windows. auto: read from the model's config.json."
+        ),
+    ] = "auto"
+    learn: Annotated[
+        bool, Meta(description="Correct the index by the cached tokens that prefill servers name in their answers.")
+    ] = True
+
+
+class TenantConfig(_Config, frozen=True):
+    """Clients that share a cache, and the sites that may see what they send."""
+
+    name: Annotated[Name, Meta(description="Name of the tenant.")]
+    api_keys: Annotated[
+        list[str],
+        Meta(description="SHA-256 in hexadecimal of each API key (Authorization: Bearer KEY) that is this tenant's."),
+    ] = field(default_factory=list)
+    sites: Annotated[
+        list[Name], Meta(description="Sites that its requests may go to, prefill and decode. Empty: all.")
+    ] = field(default_factory=list)
+    cache_salt: Annotated[
+        str,
+        Meta(description="Salt of its prefix caches, put into every request in place of the client's. Empty: none."),
+    ] = ""
+
+
+class TenancyConfig(_Config, frozen=True):
+    """How the router knows whose a request is."""
+
+    header: Annotated[
+        str,
+        Meta(description="Header with a tenant's name, for tenants without api_keys; trust what sets it. Empty: none."),
+    ] = ""
+    required: Annotated[bool, Meta(description="Refuse requests of no tenant (403).")] = False
+
+
 class RouterConfig(_Config, frozen=True):
-    """The router: `[router]`, `[policy]`, `[limits]`, `[reports]`, `[[sites]]`."""
+    """The router: `[router]`, `[policy]`, `[limits]`, `[reports]`, `[prefix_index]`, `[tenancy]`, `[[tenants]]`,
+    `[[sites]]`."""
 
     router: RouterSection
     sites: Annotated[list[RouterSite], Meta(min_length=1, description="The sites to route to.")]
     policy: PolicyConfig = PolicyConfig()
     limits: RouterLimits = RouterLimits()
     reports: ReportsConfig = ReportsConfig()
+    prefix_index: PrefixIndexConfig = PrefixIndexConfig()
+    tenancy: TenancyConfig = TenancyConfig()
+    tenants: Annotated[list[TenantConfig], Meta(description="Clients with rules of their own.")] = field(
+        default_factory=list
+    )

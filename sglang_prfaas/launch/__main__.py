@@ -19,6 +19,7 @@ COMMANDS = {
     "router": "start a router",
     "check": "check configuration files and print what would run",
     "keys": "make the keys with which sites prove themselves to each other",
+    "cache": "show what the prefix caches of running sites hold",
     "control": "drain a server of a running site, or change its role",
     "schema": "print the JSON Schema of the configuration files",
     "profile": "measure running servers and write what they can do as a profile file",

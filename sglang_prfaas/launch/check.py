@@ -8,6 +8,7 @@ import sys
 
 from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.deployment import deployment_findings
+from sglang_prfaas.config.prefix_cache import serve_host
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.launch.key_check import key_findings
@@ -90,6 +91,12 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
             lines.append("    # and --nccl-port with a free port, chosen at the start")
     if config.agent.port:
         lines.append(f"  agent on {config.agent.host}:{config.agent.port}, relays to {len(config.servers)} servers")
+    cache = config.prefix_cache
+    if cache.serve_port:
+        to = ", ".join(cache.serve_to) or "no other site with keys"
+        lines.append(f"  prefix cache served on {serve_host(config)}:{cache.serve_port} to {to}")
+    for peer in cache.peers:
+        lines.append(f"  prefixes of site {peer.name} from {peer.host}:{peer.port}")
     for link in config.links:
         lines.append(f"  link to {link.to_site}: {link.capacity_gbps:g} Gbit/s, {link.rtt_ms:g} ms")
     return lines

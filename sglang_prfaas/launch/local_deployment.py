@@ -33,6 +33,10 @@ HEARTBEAT_TIMEOUT_S = 120.0
 """Generous: on a busy machine with few cores a process may be without a processor for a while."""
 
 
+HICACHE_ARGS = ("--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct", "--hicache-ratio", "1.5")
+"""What HiCache needs on the CPU platform."""
+
+
 class Choices(Struct, frozen=True, kw_only=True):
     """What may differ between local deployments. args: SGLang arguments, for all servers or those of one role."""
 
@@ -52,6 +56,11 @@ class Choices(Struct, frozen=True, kw_only=True):
     """Keys of [transport], by site."""
     keys: bool = False
     """Whether KVCache moves with CURVE and TLS."""
+    prefix_caches: bool = False
+    """Whether each site has a prefix cache on disk, and the PrfaaS site fetches from the PD site's. The prefill servers
+    then need `HICACHE_ARGS`."""
+    prefill_tokens_per_s: float = 10.0
+    """What the PrfaaS site takes itself to compute, for its choice to fetch."""
 
 
 class LocalDeployment(Struct, frozen=True, kw_only=True):
@@ -104,7 +113,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     model = make_tiny_model(family, directory / "model", choices.model_changes)
     log = directory / "transfers.jsonl"
     log.unlink(missing_ok=True)
-    ports = _free_ports(12)
+    ports = _free_ports(13)
     common = [*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), "--enable-metrics"]
     common += ["--enable-pd-role-switch", *choices.args]
     variables = {**cpu_server_env(family), env.TRANSFER_LOG: str(log)}
@@ -133,6 +142,12 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         values[f"keys_{site}"] = _toml(str(keys / site) if choices.keys else "")
         settings = choices.transport.get(site, {})
         values[f"transport_{site}"] = "\n".join(f"{key} = {_toml(value)}" for key, value in settings.items())
+    cache_rate = choices.prefill_tokens_per_s
+    for site, section in (("prfaas", _PRFAAS_CACHE), ("pd", _PD_CACHE)):
+        cache_dir = _toml(str(directory / f"cache-{site}"))
+        values[f"cache_{site}"] = (
+            section.format(**values, dir=cache_dir, rate=cache_rate) if choices.prefix_caches else ""
+        )
     files = {}
     for name, template in (("prfaas", _PRFAAS), ("pd", _PD), ("router", _ROUTER)):
         files[name] = directory / f"{name}.toml"
@@ -253,7 +268,7 @@ keys_dir = {keys_prfaas}
 
 [limits]
 startup_timeout_s = {startup}
-"""
+{cache_prfaas}"""
 
 _PD = """\
 # The PD datacenter: serves requests end to end, and takes prefills from the PrfaaS site.
@@ -297,6 +312,28 @@ keys_dir = {keys_pd}
 [limits]
 startup_timeout_s = {startup}
 min_prefill_servers = 0
+{cache_pd}"""
+
+_PRFAAS_CACHE = """
+[prefix_cache]
+backend = "local"
+disk_dir = {dir}
+disk_bytes = 268435456
+prefill_tokens_per_s = {rate}
+
+[[prefix_cache.peers]]
+name = "pd"
+host = "127.0.0.1"
+port = {p12}
+"""
+
+_PD_CACHE = """
+[prefix_cache]
+backend = "local"
+disk_dir = {dir}
+disk_bytes = 268435456
+serve_port = {p12}
+serve_to = ["prfaas"]
 """
 
 _ROUTER = """\

@@ -87,13 +87,15 @@ class KvEvents(Struct, frozen=True, eq=False):
     changes: tuple[Change, ...]
     dp_rank: int | None = None
     skipped: int = 0
+    block_tokens: int = 0
 
 
 def decode_kv_events(payload: bytes | memoryview, block_tokens: int, *, infer_states: bool = False) -> KvEvents:
     """The changes that a message reports, in order; neighbours of one kind are joined.
 
     Blocks of another size than `block_tokens` cannot match a prompt, and are skipped, as are unknown types of events
-    and tiers. Raises ProtocolError for anything that is no such message.
+    and tiers. With 0 the size is the largest of this message's; the answer names it, 0 while none is known. Raises
+    ProtocolError for anything that is no such message.
     """
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"KV events: a message of {len(payload)} bytes, at most {MAX_MESSAGE_BYTES} are accepted")
@@ -106,10 +108,11 @@ def decode_kv_events(payload: bytes | memoryview, block_tokens: int, *, infer_st
             message = _loose_decoder.decode(payload)
             known = [raw for raw in message.events if _tag_decoder.decode(raw).type in _KNOWN]
             events, unknown = [_event_decoder.decode(raw) for raw in known], len(message.events) - len(known)
+        block_tokens = block_tokens or max((e.block_size for e in events if isinstance(e, BlockStored)), default=0)
         changes, skipped = _changes(events, block_tokens, infer_states)
     except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"KV events: a message that is none of SGLang's: {error}") from None
-    return KvEvents(message.ts, changes, message.dp_rank, skipped + unknown)
+    return KvEvents(message.ts, changes, message.dp_rank, skipped + unknown, block_tokens)
 
 
 def _changes(events: Iterable[_Event], block_tokens: int, infer_states: bool) -> tuple[tuple[Change, ...], int]:

@@ -37,13 +37,14 @@ Deliver = Callable[[Holder, tuple[Change, ...]], None]
 class KvEventSource(Struct, frozen=True):
     """One publisher: a server, or one data-parallel rank of it (SGLang: base port + rank).
 
-    `block_tokens` is the `block_size` that `/server_info` names under `kv_events`. `infer_states`: a hybrid model whose
+    `block_tokens` is the `block_size` that `/server_info` names under `kv_events`; 0: that of the first block which it
+    reports. `infer_states`: a hybrid model whose
     server does not report its state checkpoints.
     """
 
     holder: Holder
     endpoint: str
-    block_tokens: int
+    block_tokens: int = 0
     replay_endpoint: str = ""
     topic: str = ""
     infer_states: bool = False
@@ -82,6 +83,10 @@ class KvEventSubscriber:
             self._waker.close(linger=0)
             self._context.term()
 
+    def block_tokens(self, holder: Holder) -> int:
+        """Tokens of a publisher's blocks, 0 while that is not known."""
+        return next((f.block_tokens for f in self._followers if f.source.holder == holder), 0)
+
     def counters(self) -> dict[Holder, dict[str, int]]:
         """Batches taken in, gaps, resets, messages refused and events skipped of each publisher since the start."""
         return {follower.source.holder: follower.counters() for follower in self._followers}
@@ -117,6 +122,7 @@ class _Follower:
         replay_timeout_s: float,
     ) -> None:
         self.source = source
+        self.block_tokens = source.block_tokens
         can_replay = bool(source.replay_endpoint)
         self.stream = EventStream(clock, can_replay=can_replay, replay_timeout_s=replay_timeout_s)
         self.sub = self._new_socket(context, zmq.SUB)
@@ -186,12 +192,13 @@ class _Follower:
     def _apply(self, batch: Apply) -> None:
         source = self.source
         try:
-            events = decode_kv_events(batch.payload, source.block_tokens, infer_states=source.infer_states)
+            events = decode_kv_events(batch.payload, self.block_tokens, infer_states=source.infer_states)
         except ProtocolError as error:
             self._refuse(str(error))
             return
         self._batches += 1
         self._skipped += events.skipped
+        self.block_tokens = events.block_tokens
         if events.changes:
             self._deliver(source.holder, events.changes)
 

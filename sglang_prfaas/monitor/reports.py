@@ -9,6 +9,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from sglang_prfaas.monitor.cache_reports import CacheUpdate, ReadCache
+
 
 class ServerLoad(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Load of one SGLang server, prefill or decode, over all of its ranks. Queues in requests."""
@@ -133,7 +135,7 @@ class Answer(Struct, frozen=True, kw_only=True, tag="answer"):
     message: str
 
 
-Report = SiteLoads | SiteState | Answer
+Report = SiteLoads | SiteState | Answer | CacheUpdate
 """What an agent sends. Another kind is a further struct with a tag of its own here."""
 
 
@@ -187,7 +189,7 @@ class Command(Struct, frozen=True, kw_only=True, tag="command"):
     action: Action
 
 
-Request = Subscribe | Command
+Request = Subscribe | Command | ReadCache
 """What a router sends."""
 
 VERSION = 1

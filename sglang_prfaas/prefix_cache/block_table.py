@@ -157,6 +157,15 @@ class BlockTable:
         places = np.concatenate((inside, beside))
         return places, self.numbers_at(places)
 
+    def hashes_at(self, places: Places) -> Hashes:
+        """The hash at each place, which must be in use."""
+        if self._beside and len(places) and places.max() >= self.places:
+            return np.array([self._hash_at(place) for place in places.tolist()], np.uint64)
+        return self._flat[places]
+
+    def _hash_at(self, place: int) -> int:
+        return int(self._flat[place]) if place < self.places else self._beside_at[place][0]
+
     def _insert(self, remaining: Hashes, number: int) -> None:
         while len(remaining):
             first, second = self._buckets(remaining)

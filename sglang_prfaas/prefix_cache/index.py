@@ -20,6 +20,7 @@ from sglang_prfaas.prefix_cache.holder_sets import HolderSets, Part, Tier, bit_o
 from sglang_prfaas.prefix_cache.matching import Holder, Match, PrefixWalk
 
 _SWEEP_PLACES = 1 << 16
+_EXPORT_PLACES = 1 << 14
 _FIRST_STEP, _LAST_STEP = 64, 2048
 _FEW = 4
 """Blocks up to which going one by one is faster than array operations."""
@@ -58,6 +59,11 @@ class GlobalIndex:
     def blocks(self) -> int:
         """Distinct blocks in the table, those of cleared holders included until they are swept."""
         return len(self._table)
+
+    @property
+    def max_blocks(self) -> int:
+        """Distinct blocks that it takes at most."""
+        return self._table.max_blocks
 
     @property
     def holder_sets(self) -> int:
@@ -123,6 +129,31 @@ class GlobalIndex:
             done += len(numbers)
             step = min(2 * step, _LAST_STEP)
         return walk.result(self._holders, prompt.block_tokens)
+
+    def export(self, start_place: int, max_blocks: int) -> tuple[list[tuple[Holder, Stored]], int]:
+        """What the holders have, from a place of the table on, as changes that build it again; and the place to go on
+        from, -1 at the end. About `max_blocks` blocks at a time.
+
+        Blocks keep their places, so every block that is there from the first call to the last is told once.
+        """
+        changes: list[tuple[Holder, Stored]] = []
+        blocks, start = 0, start_place
+        while start < self._table.places and blocks < max_blocks:
+            stop = min(start + max(_EXPORT_PLACES, max_blocks), self._table.places)
+            places, numbers = self._table.used_in(start, stop)
+            for number in _distinct(numbers):
+                mask = self._sets.mask(number)
+                hashes = self._table.hashes_at(places[numbers == number])
+                for slot, holder in self._holders.items():
+                    changes += [
+                        (holder, Stored(hashes, tier, part))
+                        for part in Part
+                        for tier in Tier
+                        if mask & bit_of(slot, part, tier)
+                    ]
+            blocks += len(places)
+            start = stop
+        return changes, start if start < self._table.places else -1
 
     def sweep(self, max_places: int) -> bool:
         """Go through up to `max_places` places of the table and take out cleared holders; True while there is more to

@@ -20,6 +20,7 @@ from sglang_prfaas.clock import Clock, Deadline, MonotonicClock
 from sglang_prfaas.config.schema import ReportsConfig, RouterSite
 from sglang_prfaas.config.security import beyond_this_machine
 from sglang_prfaas.errors import ConfigError, DeadlineError, LocalError, ProtocolError
+from sglang_prfaas.monitor.cache_reports import CacheUpdate, ReadCache
 from sglang_prfaas.monitor.reports import VERSION, Action, Answer, Command, Request, SiteLoads, SiteState, Subscribe
 from sglang_prfaas.monitor.site_reports import SiteReports
 from sglang_prfaas.monitor.wire import MAX_REPORT_BYTES, decode_report, encode
@@ -60,9 +61,10 @@ class AgentLinks:
         *,
         on_state: Callable[[SiteState], None] = lambda state: None,
         on_loads: Callable[[SiteLoads], None] = lambda loads: None,
+        on_cache: Callable[[CacheUpdate], None] = lambda update: None,
         clock: Clock | None = None,
     ) -> None:
-        """on_state, on_loads: called after `reports` has taken one in."""
+        """on_state, on_loads: called after `reports` has taken one in. on_cache: an answer to `read_cache`."""
         self._clock = clock or MonotonicClock()
         self.reports = SiteReports(self._clock, config.stale_after_s)
         """The newest of every site."""
@@ -74,6 +76,7 @@ class AgentLinks:
         }
         self._on_state = on_state
         self._on_loads = on_loads
+        self._on_cache = on_cache
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._loop: ZmqLoop | None = None
@@ -97,6 +100,16 @@ class AgentLinks:
         self._loop.every(self._config.heartbeat_interval_s, self._subscribe)
         self._loop.start()
         self._loop.call(self._subscribe)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites whose agents are dialled."""
+        return tuple(self._links)
+
+    def read_cache(self, site: str, request: ReadCache) -> None:
+        """Ask a site's agent what its servers' caches hold. The answer may get lost: ask again."""
+        if self._loop is not None:
+            self._loop.call(lambda: self._send(self._links[site], request))
 
     def problem(self, site: str) -> str:
         """What is wrong with the connection to a site's agent, as far as it is known; empty while reports come."""
@@ -201,11 +214,13 @@ class AgentLinks:
 
     # --- in the event loop --------------------------------------------------------------------------------------------
 
-    def _deliver(self, report: SiteLoads | SiteState | Answer) -> None:
+    def _deliver(self, report: SiteLoads | SiteState | Answer | CacheUpdate) -> None:
         if isinstance(report, Answer):
             pending = self._pending.get(report.id)
             if pending is not None and not pending.answered.done():
                 pending.answered.set_result(report)
+        elif isinstance(report, CacheUpdate):
+            self._on_cache(report)
         elif self.reports.accept(report):
             if isinstance(report, SiteState):
                 self._on_state(report)

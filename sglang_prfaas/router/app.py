@@ -24,11 +24,13 @@ from sglang_prfaas.http import (
     relay,
 )
 from sglang_prfaas.http.messages import safe_header_value
+from sglang_prfaas.monitor.cache_reports import CacheUpdate
 from sglang_prfaas.monitor.load_source import LoadSource
 from sglang_prfaas.monitor.reports import SiteState
 from sglang_prfaas.router.access_log import AccessLog
 from sglang_prfaas.router.agent_links import AgentLinks
 from sglang_prfaas.router.body import new_request_id
+from sglang_prfaas.router.cache_feed import CacheFeed, is_fed
 from sglang_prfaas.router.filters import (
     DROPPED_REQUEST_HEADERS,
     ENDPOINTS,
@@ -40,10 +42,12 @@ from sglang_prfaas.router.filters import (
 from sglang_prfaas.router.health import HealthMonitor
 from sglang_prfaas.router.metrics import Gauge, Metrics
 from sglang_prfaas.router.policy import make_policy
+from sglang_prfaas.router.prefix_lookup import PrefixIndex
 from sglang_prfaas.router.prefixes import NoPrefixes, PrefixLookup
 from sglang_prfaas.router.proxy import PdProxy
 from sglang_prfaas.router.registry import Registry, Target
 from sglang_prfaas.router.roles import Roles
+from sglang_prfaas.router.tenancy import Tenants
 from sglang_prfaas.router.tokens import TokenCounter
 
 log = logging.getLogger(__name__)
@@ -81,12 +85,18 @@ class Router:
             )
         )
         self.registry = Registry(config, self.client)
-        self.agents = AgentLinks(config.sites, config.reports, on_state=self._reported)
+        self.agents = AgentLinks(config.sites, config.reports, on_state=self._reported, on_cache=self._cache_updated)
         self.health = HealthMonitor(config, self.registry, self.agents.reports.fresh)
         self.models = ModelNames((config.router.served_model_name, config.router.model))
         self.access_log = access_log or AccessLog()
+        self.feed: CacheFeed | None = None
+        if prefixes is None and config.prefix_index.enabled and is_fed(config):
+            prefixes = index = PrefixIndex(config)
+            self.feed = CacheFeed(config, index, self.agents)
+        self.prefixes = prefixes or NoPrefixes()
+        self.tenants = Tenants(config)
         loads = loads or self.agents.reports
-        self.policy = make_policy(config, self.registry, loads, prefixes or NoPrefixes())
+        self.policy = make_policy(config, self.registry, loads, self.prefixes)
         line = self.policy.line
         held_s = line.local_work_s if line is not None else lambda site: 0.0
         self.roles = Roles(config, self.registry.observation, self.agents, loads, held_s)
@@ -99,6 +109,8 @@ class Router:
             self.access_log,
             self.refresh_models,
             self.policy,
+            self.prefixes,
+            self.tenants,
             self.roles.arrived if self.roles else None,
         )
         self.server = HttpServer(
@@ -118,6 +130,8 @@ class Router:
         """Begin health checks, listen; returns the port."""
         self.health.start()
         self.agents.start()
+        if self.feed is not None:
+            self.feed.start()
         self.roles.start()
         return await self.server.start(self.config.router.host, self.config.router.port)
 
@@ -126,6 +140,8 @@ class Router:
         self._draining = True
         if not await self.server.drain(self.config.limits.drain_timeout_s):
             log.warning("requests were cut off: they took longer than drain_timeout_s to end")
+        if self.feed is not None:
+            await self.feed.stop()
         await self.roles.stop()
         await self.agents.stop()
         await self.health.stop()
@@ -154,6 +170,8 @@ class Router:
                 response.send(200, self.metrics.render(self._gauges()), text)
             elif path == "/policy":
                 response.send(200, msgspec.json.encode(self._policy()), _JSON)
+            elif path == "/cache":
+                response.send(200, msgspec.json.encode(self.prefixes.describe()), _JSON)
             elif path == "/decisions":
                 response.send(200, self.proxy.decisions.render(newest_wanted(request)), _JSON)
             else:
@@ -166,9 +184,10 @@ class Router:
     async def _pass_through(self, request: Request, response: Response) -> None:
         """Everything else goes to the PD site: to its least loaded decode server."""
         check_passthrough(request.path, allow_admin=self.config.router.allow_admin)
-        decodes = self._alive("decode")
+        sites = self.tenants.sites(self.tenants.of(request)) if request.method == "POST" else None
+        decodes = [t for t in self._alive("decode") if sites is None or t.site in sites]
         if not decodes:
-            raise HttpError(503, "No decode server of the PD site is alive.", code="no_decode")
+            raise HttpError(503, "No decode server of a PD site to use is alive.", code="no_decode")
         target = min(decodes, key=lambda t: t.inflight_requests)
         response.extra_headers.append((b"x-prfaas-decode", f"{target.site}/{target.name}".encode()))
         target.inflight_requests += 1
@@ -198,6 +217,10 @@ class Router:
         status = "ok" if not missing else "; ".join(missing)
         body = {"status": status, "threshold_tokens": self.registry.observation.t_tokens, "servers": servers}
         response.send(200 if not missing else 503, msgspec.json.encode(body), _JSON)
+
+    def _cache_updated(self, update: CacheUpdate) -> None:
+        if self.feed is not None:
+            self.feed.updated(update)
 
     def _policy(self) -> dict[str, Any]:
         """What is in force: the short timescale, and the last looks of the long one where it runs."""
@@ -247,6 +270,7 @@ class Router:
                 [((), self.counter.bytes_per_token)],
             ),
             *self.policy.gauges(self.client.loop.time()),
+            *self.prefixes.gauges(),
             *self.roles.gauges(),
         ]
 

@@ -7,6 +7,7 @@ From then on ("committed") decode's bytes go through as they come, and prefill n
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from sglang_prfaas.http import Exchange, Response
 from sglang_prfaas.router.legs import DecodeSink, PrefillSink
@@ -28,8 +29,11 @@ class Attempt:
         uncached_tokens: int,
         merge_logprobs: bool,
         flight: Flight | None = None,
+        on_cached: Callable[[int], None] | None = None,
     ) -> None:
-        """`flight`: hears when prefill has answered, or will not."""
+        """`flight`: hears when prefill has answered, or will not. `on_cached`: hears how many tokens of the prompt
+        prefill had cached, where its answer says so."""
+        self.on_cached = on_cached
         self.response = response
         self.prefill = prefill
         self.decode = decode

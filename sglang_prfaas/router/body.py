@@ -7,12 +7,14 @@ sends bootstrap fields of its own gets its object rebuilt (from raw values), so 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Raw, Struct
 
 from sglang_prfaas.http import HttpError
+from sglang_prfaas.prefix_cache.block_hash import PromptHashes
 
 Endpoint = Literal["chat", "completions", "generate"]
 
@@ -40,6 +42,9 @@ class _Fields(Struct):
     input_embeds: Raw = _ABSENT
     return_logprob: Any = False
     rid: Any = None
+    cache_salt: Any = None
+    extra_key: Any = None
+    lora_path: Any = None
     bootstrap_host: Raw = _ABSENT
     bootstrap_port: Raw = _ABSENT
     bootstrap_room: Raw = _ABSENT
@@ -52,13 +57,19 @@ _object_decoder = msgspec.json.Decoder(dict[str, Raw])
 class ParsedBody:
     """One request body. `batch` is None for one prompt, else the number of prompts."""
 
-    __slots__ = ("_end", "_raw", "batch", "endpoint", "fields", "prompt")
+    __slots__ = ("_end", "_raw", "batch", "cache_salt", "endpoint", "fields", "hashes", "prompt", "token_ids")
 
     def __init__(self, endpoint: Endpoint, raw: bytes, fields: _Fields) -> None:
         self.endpoint = endpoint
         self.fields = fields
         self.prompt = _prompt_of(endpoint, fields)
         self.batch = None if endpoint == "chat" else _batch_size(self.prompt)
+        self.cache_salt: str | None = None
+        """The tenant's, which takes the place of the client's."""
+        self.token_ids: Sequence[int] | None = None
+        """Of its longest prompt, where they were needed."""
+        self.hashes: dict[int, PromptHashes] = {}
+        """Of these tokens, by block size, as far as they were needed."""
         self._raw = raw
         self._end = len(raw.rstrip(b" \t\r\n")) - 1 if raw[-1:] != b"}" else len(raw) - 1
 
@@ -86,9 +97,14 @@ class ParsedBody:
                 "bootstrap_room": rooms,
             }
         own = self.fields
-        if any(memoryview(raw).nbytes for raw in (own.bootstrap_host, own.bootstrap_port, own.bootstrap_room)):
+        replaced: tuple[str, ...] = _BOOTSTRAP
+        if self.cache_salt is not None:
+            fields["cache_salt"] = self.cache_salt
+            replaced = (*_BOOTSTRAP, "cache_salt")
+        given = own.cache_salt is not None and self.cache_salt is not None
+        if given or any(memoryview(raw).nbytes for raw in (own.bootstrap_host, own.bootstrap_port, own.bootstrap_room)):
             rebuilt: dict[str, object] = dict(_object_decoder.decode(self._raw))
-            for name in _BOOTSTRAP:
+            for name in replaced:
                 rebuilt.pop(name, None)
             return msgspec.json.encode(rebuilt | fields)
         opened = self._raw[: self._end]

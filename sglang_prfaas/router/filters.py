@@ -23,6 +23,7 @@ _METHODS = {
     "/metrics": ("GET", "HEAD"),
     "/policy": ("GET", "HEAD"),
     "/decisions": ("GET", "HEAD"),
+    "/cache": ("GET", "HEAD"),
 }
 
 # SGLang 0.5.23's endpoints of level ADMIN_OPTIONAL: they change or stop a server, or show its weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from sglang_prfaas.http import (
@@ -22,6 +23,9 @@ from sglang_prfaas.router.sse import FirstEvent, error_event, event_failure, fir
 _MAX_ERROR_BYTES = 1 << 20
 _MAX_HELD_BYTES = 64 << 10
 _MAX_LOGPROB_BYTES = 256 << 20
+_TAIL_BYTES = 8 << 10
+_CACHED = re.compile(rb'"cached_tokens": ?(\d{1,9})')
+"""In `meta_info` of /generate, and in `usage.prompt_tokens_details` with SGLang's --enable-cache-report."""
 
 if TYPE_CHECKING:
     from sglang_prfaas.router.attempt import Attempt
@@ -85,11 +89,12 @@ class PrefillSink(LegSink):
 
     leg: Leg = "prefill"
 
-    __slots__ = ("_peek",)
+    __slots__ = ("_peek", "_tail")
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__(attempt)
         self._peek: FirstEvent | None = None
+        self._tail = b""  # of its answer, where the cached tokens are looked for
 
     def on_head(self, head: ResponseHead) -> None:
         self.head = head
@@ -100,7 +105,10 @@ class PrefillSink(LegSink):
         assert self.head is not None
         if self.head.status != 200:
             self.collect(data, _MAX_ERROR_BYTES)
-        elif self.attempt.merge_logprobs:
+            return
+        if self.attempt.on_cached is not None:
+            self._tail = (self._tail + data)[-_TAIL_BYTES:]
+        if self.attempt.merge_logprobs:
             self.collect(data, _MAX_LOGPROB_BYTES)
         elif self._peek is not None and self._peek.feed(data, self.head.framing):
             failure = self._peek.failure
@@ -112,6 +120,8 @@ class PrefillSink(LegSink):
         assert self.head is not None
         if self.head.status != 200:
             self.fail_status()
+        elif self.attempt.on_cached is not None and (told := _CACHED.findall(self._tail)):
+            self.attempt.on_cached(int(told[-1]))
         self.attempt.prefill_finished(answered=self.head.status == 200)
 
     def on_failure(self, error: UpstreamError) -> None:

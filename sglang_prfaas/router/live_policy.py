@@ -20,10 +20,12 @@ from sglang_prfaas.router.metrics import Gauge
 from sglang_prfaas.router.prefixes import PrefixLookup, PrefixWriter
 from sglang_prfaas.router.profile import site_curve
 from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.tenancy import permitted
 from sglang_prfaas.router.tokens import TokenCount
 from sglang_prfaas.scheduler import Decision
 from sglang_prfaas.scheduler.live import LivePolicy, Moment
 from sglang_prfaas.scheduler.profiles import ProfileFile
+from sglang_prfaas.scheduler.types import Observation
 
 _LOOK_S_PER_SERVER = 1e-4
 _FREE_SERVERS = 16
@@ -126,17 +128,25 @@ class LiveRouting:
 
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         self._prefixes.write(body)
-        return self.live.decide(self.look(now_s, self.look_interval_s), self.observation, view)
+        moment, observation = self._seen(now_s, view)
+        return self.live.decide(moment, observation, view)
+
+    def _seen(self, now_s: float, view: RequestView) -> tuple[Moment, Observation]:
+        """What a request may be decided on: the sites that its tenant may use."""
+        if view.sites is None:
+            return self.look(now_s, self.look_interval_s), self.observation
+        observation = permitted(self.observation, view.sites)
+        return self.live.look(now_s, observation), observation
 
     def bind(
         self, now_s: float, view: RequestView, body: ParsedBody, home: str, decision: Decision, route: Route
     ) -> Decision:
         """Servers of now for a request that waited, on the path that had room first. Without any: a new decision."""
         self._prefixes.write(body)
-        moment, forced = self.look(now_s, self.look_interval_s), msgspec.structs.replace(view, forced=route)
-        bound = self.live.bind(moment, self.observation, forced, home)
+        moment, observation = self._seen(now_s, view)
+        bound = self.live.bind(moment, observation, msgspec.structs.replace(view, forced=route), home)
         if bound.prefill is None or bound.decode is None:
-            return self.live.decide(moment, self.observation, view)
+            return self.live.decide(moment, observation, view)
         moved = route != decision.route
         return msgspec.structs.replace(
             decision,

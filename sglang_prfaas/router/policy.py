@@ -14,6 +14,7 @@ from sglang_prfaas.router.metrics import Gauge
 from sglang_prfaas.router.prefixes import PrefixLookup, PrefixWriter
 from sglang_prfaas.router.profile import router_profile
 from sglang_prfaas.router.registry import Registry
+from sglang_prfaas.router.tenancy import permitted
 from sglang_prfaas.router.tokens import TokenCount
 from sglang_prfaas.scheduler import Decision, decide
 
@@ -68,7 +69,7 @@ class FixedPolicy:
 
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         self._prefixes.write(body)
-        return decide(self._observation, view)
+        return decide(permitted(self._observation, view.sites), view)
 
     def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight | None:
         return None

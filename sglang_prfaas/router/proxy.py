@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from math import ceil
 
-from sglang_prfaas.config.schema import RouterConfig
+from sglang_prfaas.config.schema import RouterConfig, TenantConfig
 from sglang_prfaas.core.request import RequestView, ServerKey
 from sglang_prfaas.http import HttpError, Request, Response
 from sglang_prfaas.http.messages import (
@@ -18,13 +19,15 @@ from sglang_prfaas.http.messages import (
 )
 from sglang_prfaas.router.access_log import AccessLog, AccessRecord
 from sglang_prfaas.router.attempt import Attempt
-from sglang_prfaas.router.body import Endpoint, new_rooms, parse_body
+from sglang_prfaas.router.body import Endpoint, ParsedBody, new_rooms, parse_body
 from sglang_prfaas.router.decisions import DecisionRecord, RecentDecisions
 from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, ModelNames, forced_route
 from sglang_prfaas.router.metrics import Metrics
 from sglang_prfaas.router.outcome import Failure
 from sglang_prfaas.router.policy import Flight, RoutingPolicy
+from sglang_prfaas.router.prefixes import PrefixLookup
 from sglang_prfaas.router.registry import Registry, Target
+from sglang_prfaas.router.tenancy import Tenants
 from sglang_prfaas.router.tokens import TokenCount, TokenCounter
 from sglang_prfaas.scheduler import Decision
 
@@ -45,6 +48,8 @@ class PdProxy:
         access_log: AccessLog,
         refresh_models: Callable[[], Awaitable[None]],
         policy: RoutingPolicy,
+        prefixes: PrefixLookup,
+        tenants: Tenants,
         on_routed: Callable[[Decision], None] | None = None,
     ) -> None:
         """on_routed: hears of the first decision of every request."""
@@ -57,6 +62,8 @@ class PdProxy:
         self._refresh_models = refresh_models
         self._loop = asyncio.get_running_loop()
         self._policy = policy
+        self._prefixes = prefixes
+        self._tenants = tenants
         self._line = policy.line
         self._on_routed = on_routed
         self._exact_count_band = config.policy.exact_count_band
@@ -79,14 +86,22 @@ class PdProxy:
             self._account(record, response)
 
     async def _serve(self, request: Request, response: Response, endpoint: Endpoint, record: AccessRecord) -> None:
+        tenant = self._tenants.of(request)
+        sites = self._tenants.sites(tenant)
         body = parse_body(endpoint, request.body)
+        if tenant is not None and tenant.cache_salt:
+            body.cache_salt = tenant.cache_salt
         if not self._models.knows(body.model):
             await self._refresh_models()  # a LoRA adapter may have been loaded since
             if not self._models.knows(body.model):
                 raise self._models.unknown(body.model)
         forced = forced_route(request)
         t, band = self._registry.observation.t_tokens, self._exact_count_band
-        tokens = await self._counter.count(body, t * (1 - band), t * (1 + band))
+        tokens = None
+        if self._prefixes.wants(body, lambda: self._counter.estimate(body).longest):
+            tokens = await self._counter.token_ids(body)
+        if tokens is None:
+            tokens = await self._counter.count(body, t * (1 - band), t * (1 + band))
         record.input_tokens = tokens.total
         record.stream = body.stream
         self._metrics.counts.add(("exact" if tokens.exact else "estimate",))
@@ -103,7 +118,7 @@ class PdProxy:
         flight: Flight | None
         retries = stale = 0
         while True:
-            view = RequestView(l_total=tokens.longest, exact=tokens.exact, forced=forced, avoid=avoid)
+            view = RequestView(l_total=tokens.longest, exact=tokens.exact, forced=forced, sites=sites, avoid=avoid)
             decision = self._policy.decide(self._loop.time(), view, body)
             record.decision = decision
             record.recent = DecisionRecord(time.time(), record.request_id, tokens.total, len(record.attempts), decision)
@@ -118,13 +133,18 @@ class PdProxy:
             else:
                 flight = self._policy.begin(self._loop.time(), decision, tokens) if decision.prefill else None
             if decision.prefill is None or decision.decode is None:
-                raise self._unservable(decision, last)
+                raise self._unservable(decision, last, tenant)
             assert isinstance(decision.prefill, Target)
             assert isinstance(decision.decode, Target)
             rooms = new_rooms(body)
             injected = body.with_bootstrap(decision.prefill.bootstrap_host, decision.prefill.bootstrap_port, rooms)
             record.room = rooms[0]
+            promised = self._promised(decision.prefill) if body.token_ids is not None else None
+            if promised is not None and not record.attempts:
+                self._prefixes.looked_up(body, any(s.affinity for s in self._registry.observation.sites))
             response.extra_headers = self._headers(decision, tokens, rooms[0], record)
+            if promised is not None:
+                response.extra_headers.append((b"x-prfaas-cached-tokens", b"%d" % promised))
             attempt = Attempt(
                 response,
                 decision.prefill,
@@ -133,6 +153,7 @@ class PdProxy:
                 uncached_tokens=decision.uncached_tokens,
                 merge_logprobs=body.merges_logprobs,
                 flight=flight,
+                on_cached=None if promised is None else partial(self._told, body, decision.prefill, promised),
             )
             try:
                 attempt.start(method, request.target, header_block, injected)
@@ -161,6 +182,15 @@ class PdProxy:
             self._give_up(response, failure, record)
             return
 
+    def _promised(self, prefill: Target) -> int:
+        """Tokens of the request at hand that a prefill server is taken to hold."""
+        site = next((site for site in self._registry.observation.sites if site.name == prefill.site), None)
+        return max(site.cached_tokens, site.affinity.get(prefill.name, 0)) if site is not None else 0
+
+    def _told(self, body: ParsedBody, prefill: Target, promised: int, cached: int) -> None:
+        if body.batch is None and not body.merges_logprobs:  # for a prompt's logprobs SGLang leaves its cache aside
+            self._prefixes.told(body, prefill.site, prefill.name, promised, cached)
+
     @staticmethod
     def _blame(failure: Failure, prefill: Target, decode: Target) -> frozenset[ServerKey]:
         """Servers to leave out of the next attempt. Unreachable ones also wait for a successful health check."""
@@ -183,8 +213,10 @@ class PdProxy:
         record.status = head.status
         response.send(head.status, body, forwardable_response_headers(head.headers))
 
-    def _unservable(self, decision: Decision, last: Failure | None) -> HttpError:
+    def _unservable(self, decision: Decision, last: Failure | None, tenant: TenantConfig | None) -> HttpError:
         message = decision.reason[0].upper() + decision.reason[1:] + "."
+        if tenant is not None and tenant.sites:
+            message += f" Tenant {tenant.name} may use {', '.join(tenant.sites)} only."
         if last is not None:
             message += f" Before that: {last.message}."
         if decision.retry_after_s:

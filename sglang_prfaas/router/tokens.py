@@ -79,6 +79,45 @@ class TokenCounter:
             return estimate
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.count_exactly, body)
 
+    async def token_ids(self, body: ParsedBody) -> TokenCount | None:
+        """Write the ids of a request's longest prompt into the body, and count; None where they cannot be had."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._find_ids, body)
+
+    def _find_ids(self, body: ParsedBody) -> TokenCount | None:
+        if body.prompt is None:
+            return None
+        try:
+            if body.endpoint == "chat":
+                text, whole = self._render_chat(body)
+                prompts: list[Any] = [text] if whole else []
+            else:
+                prompt = msgspec.json.decode(body.prompt)
+                prompts = prompt if body.batch is not None else [prompt]
+            special = body.endpoint != "chat"
+            found = [self._ids(prompt, special) for prompt in prompts]
+        except Exception as exc:  # noqa: BLE001 - templates are programs of the model's; SGLang will judge the request
+            log.info("a prompt could not be tokenised (%s: %s)", type(exc).__name__, exc)
+            return None
+        if not found:
+            return None
+        body.token_ids = max(found, key=len)
+        total = sum(map(len, found))
+        self._calibrate(memoryview(body.prompt).nbytes, total if isinstance(prompts[0], str) else 0)
+        return TokenCount(len(body.token_ids), total, True)
+
+    def _ids(self, prompt: Any, special: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if self._fast is not None:
+                (encoding,) = self._fast.encode_batch_fast([prompt], add_special_tokens=special)
+                return list(encoding.ids)
+            return list(self._tokenizer.encode(prompt, add_special_tokens=special))
+        return msgspec.convert(prompt, list[int])
+
+    def _calibrate(self, size_bytes: int, tokens: int) -> None:
+        if tokens >= 64:
+            ratio = size_bytes / tokens
+            self.bytes_per_token += _CALIBRATION_WEIGHT * (max(1.0, ratio) - self.bytes_per_token)
+
     def estimate(self, body: ParsedBody) -> TokenCount:
         """Tokens from the size of the prompt's JSON."""
         if body.prompt is None:
@@ -116,9 +155,7 @@ class TokenCounter:
             log.info("a prompt could not be counted exactly (%s: %s)", type(exc).__name__, exc)
             return self.estimate(body)
         total = sum(counts)
-        if exact and total >= 64:
-            ratio = memoryview(body.prompt).nbytes / total
-            self.bytes_per_token += _CALIBRATION_WEIGHT * (max(1.0, ratio) - self.bytes_per_token)
+        self._calibrate(memoryview(body.prompt).nbytes, total if exact else 0)
         return TokenCount(max(counts, default=0), total, exact)
 
     def _render_chat(self, body: ParsedBody) -> tuple[str, bool]:

@@ -20,9 +20,10 @@ from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.core.request import RequestView, Route
 from sglang_prfaas.core.units import bytes_per_s_to_gbps
+from sglang_prfaas.scheduler.affinity import Serving, best_serving
 from sglang_prfaas.scheduler.correction import CorrectedCurve, PrefillCorrection
 from sglang_prfaas.scheduler.profiles import PrefillProfile
-from sglang_prfaas.scheduler.short_term import decide, site_prefix, uncached_length
+from sglang_prfaas.scheduler.short_term import decide, uncached_length
 from sglang_prfaas.scheduler.threshold import LiveState, PathLoad, ThresholdChoice, ThresholdController
 from sglang_prfaas.scheduler.ttft import exposed_transfer_s
 from sglang_prfaas.scheduler.types import Decision, Figures, LinkView, Observation, Preference, SiteView
@@ -47,7 +48,7 @@ class Way(Struct):
     site: str
     link: LinkView | None
     wait_s: float
-    """Until prefill begins there, or where that is longer, until the link has sent what is ready."""
+    """Until the link has sent what is ready."""
     s_per_byte: float
     state_s: float
     """The state, which is sent after prefill, and half a round trip."""
@@ -218,11 +219,13 @@ class LivePolicy:
     def bind(self, moment: Moment, observation: Observation, request: RequestView, home: str) -> Decision:
         """Servers for a request whose PD site and path (`request.forced`) are chosen already."""
         sites = {site.name: site for site in observation.sites}
-        prefill = {name: self._prefill(sites[name], request.l_total) for name in self._prfaas if _alive(moment, name)}
-        if len(self._prfaas) > 1 and home in moment.states:
-            tokens, _ = self._prefill(sites[home], request.l_total)
-            moving_bytes = self._kv.increment_bytes(request.l_total, request.l_total - tokens) - self._kv.state_bytes
-            self._write_costs(moment, sites, prefill, self._ways(moment, observation, home), moving_bytes)
+        l_total = request.l_total
+        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        if home in moment.states:
+            at_home = self._prefill(moment, sites[home], l_total)
+            if len(self._prfaas) > 1:
+                moving_bytes = self._kv.increment_bytes(l_total, l_total - at_home.tokens) - self._kv.state_bytes
+                self._write_costs(moment, sites, prefill, self._ways(moment, observation, home), moving_bytes)
         return decide(observation, request, home=home)
 
     def _best_pd_site(
@@ -231,15 +234,15 @@ class LivePolicy:
         """The PD site to serve a request of l_total tokens, and what to expect there of either path."""
         best: tuple[str, _Path, _Path] | None = None
         least = _INFINITE
-        prefill = {name: self._prefill(sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
         total_bytes = self._kv.size_bytes(l_total) - self._kv.state_bytes
         for home in moment.states:
             load = moment.loads[home]
             if best is not None and load.decode_load == _INFINITE:
                 continue
-            tokens, seconds = self._prefill(sites[home], l_total)
-            near = _Path(tokens, load.wait_s, load.wait_s + seconds)
-            moving_bytes = total_bytes - self._kv.full_bytes_per_token * (l_total - tokens)
+            at_home = self._prefill(moment, sites[home], l_total)
+            near = _Path(at_home.tokens, at_home.wait_s, at_home.wait_s + at_home.seconds)
+            moving_bytes = total_bytes - self._kv.full_bytes_per_token * (l_total - at_home.tokens)
             far = self._far(moment, observation, home, prefill, moving_bytes, l_total)
             score = min(near.ttft_s, far.ttft_s) + DECODE_S_PER_REQUEST * load.decode_load
             if best is None or score < least:
@@ -251,20 +254,16 @@ class LivePolicy:
             self._write_costs(moment, sites, prefill, moment.ways[home], moving_bytes)
         return best
 
-    def _prefill(self, site: SiteView, l_total: int) -> tuple[int, float]:
-        """Tokens to compute at a site, and T_prefill of them."""
-        tokens = max(0, l_total - site_prefix(site))
-        seconds = self._curves[site.name].at(float(tokens))
-        if site.affinity:
-            site.s_per_token = seconds / max(1, tokens)
-        return tokens, seconds
+    def _prefill(self, moment: Moment, site: SiteView, l_total: int) -> Serving:
+        """What a site can do for a request of l_total tokens, on its best server."""
+        return best_serving(site, l_total, moment.loads[site.name].wait_s, self._curves[site.name].at)
 
     def _far(
         self,
         moment: Moment,
         observation: Observation,
         home: str,
-        prefill: dict[str, tuple[int, float]],
+        prefill: dict[str, Serving],
         moving_bytes: float,
         l_total: int,
     ) -> _Path:
@@ -274,44 +273,45 @@ class LivePolicy:
         ways = moment.ways.get(home)
         if ways is None:
             ways = moment.ways[home] = self._ways(moment, observation, home)
-        found, least_s = None, _INFINITE
+        found, least_s, waited_s = None, _INFINITE, _INFINITE
         for way in ways:
-            seconds = prefill[way.site][1]
-            late_s = moving_bytes * way.s_per_byte - seconds
-            ttft_s = way.wait_s + way.state_s + (seconds + late_s if late_s > 0 else seconds)
+            there = prefill[way.site]
+            late_s = moving_bytes * way.s_per_byte - there.seconds
+            wait_s = way.wait_s if way.wait_s > there.wait_s else there.wait_s
+            ttft_s = wait_s + way.state_s + there.seconds + (late_s if late_s > 0 else 0.0)
             if found is None or ttft_s < least_s:
-                found, least_s = way, ttft_s
+                found, least_s, waited_s = way, ttft_s, wait_s
         if found is None:
             return _Path(l_total, _INFINITE, _INFINITE)
-        return _Path(prefill[found.site][0], found.wait_s, least_s, found.link)
+        return _Path(prefill[found.site].tokens, waited_s, least_s, found.link)
 
     def _ways(self, moment: Moment, observation: Observation, home: str) -> list[Way]:
         found = []
         for name in self._prfaas:
             if not _alive(moment, name):
                 continue
-            wait_s = moment.loads[name].wait_s
             link = observation.links.get((name, home))
             if link is None:
-                found.append(Way(name, None, wait_s, 0.0, 0.0))
+                found.append(Way(name, None, 0.0, 0.0, 0.0))
                 continue
             s_per_byte = 1 / link.free_bytes_per_s if link.free_bytes_per_s > 0 else _INFINITE
             state_s = self._kv.state_bytes * s_per_byte + link.rtt_s / 2 if s_per_byte < _INFINITE else _INFINITE
-            found.append(Way(name, link, max(wait_s, link.wait_s), s_per_byte, state_s))
+            found.append(Way(name, link, link.wait_s, s_per_byte, state_s))
         return found
 
     def _write_costs(
         self,
         moment: Moment,
         sites: dict[str, SiteView],
-        prefill: dict[str, tuple[int, float]],
+        prefill: dict[str, Serving],
         ways: list[Way],
         moving_bytes: float,
     ) -> None:
         for way in ways:
-            seconds = prefill[way.site][1]
-            link_s = way.wait_s - moment.loads[way.site].wait_s
-            sites[way.site].cost_s = link_s + way.state_s + max(seconds, moving_bytes * way.s_per_byte)
+            there = prefill[way.site]
+            link_s = max(0.0, way.wait_s - moment.loads[way.site].wait_s)
+            exposed_s = way.state_s + max(0.0, moving_bytes * way.s_per_byte - there.seconds)
+            sites[way.site].cost_s = link_s + there.base_s + exposed_s
 
     def _preference(self, wanted: _Path, other: _Path, near: _Path) -> Preference | None:
         """The other path, where it keeps a promise that the wanted one breaks."""

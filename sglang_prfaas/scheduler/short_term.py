@@ -18,6 +18,9 @@ from sglang_prfaas.scheduler.types import (
     SiteView,
 )
 
+_DECODE_AFFINITY_REQUESTS = 1.0
+"""A decode server that holds a part of the prompt, which then is not sent, may have so many requests more."""
+
 
 def site_prefix(site: SiteView) -> int:
     """Tokens of the request's prefix that the site can use, if the request goes to the right server."""
@@ -129,7 +132,7 @@ def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[Serv
     load = second = float("inf")
     skipped: list[ServerView] = []
     for site in sites:
-        cost_s, affinity, per_token_s = site.cost_s, site.affinity, site.s_per_token
+        cost_s, affinity, saved_s = site.cost_s, site.affinity, site.saved_s
         for server in site.servers:
             if not server.alive or server.role != role:
                 continue
@@ -141,15 +144,18 @@ def _least_loaded(sites: list[SiteView], role: ServerRole, avoid: frozenset[Serv
                 own_second = server.inflight_tokens
                 if affinity and server.name in affinity:
                     held = max(0, affinity[server.name] - site.cached_tokens)
-                    own -= per_token_s * held
+                    own -= saved_s.get(server.name, 0.0)
                     own_second -= held
                 if own > load:
                     continue
             else:
                 own = server.inflight_requests + server.extra_load
+                own_second = 0
+                if site.decode_affinity and server.name in site.decode_affinity:
+                    own -= _DECODE_AFFINITY_REQUESTS
+                    own_second = -site.decode_affinity[server.name]
                 if own > load:
                     continue
-                own_second = 0
             if own == load and (
                 own_second > second or (own_second == second and best and _order(best) < _order(server))
             ):

@@ -63,7 +63,8 @@ class SiteView(Struct):
     servers: list[ServerView]
     cached_tokens: int = 0  # prefix that every prefill server of the site can use
     affinity: dict[str, int] = {}  # longer prefixes that single servers hold, in tokens by server
-    s_per_token: float = 0.0  # what such a prefix saves, in seconds for each token
+    decode_affinity: dict[str, int] = {}  # what of it decode servers hold, in tokens by server
+    saved_s: dict[str, float] = {}  # what the longer prefixes save, in seconds by server, where that is known
     held_s: float = 0.0  # seconds of prefill that wait in front of each of its servers
     cost_s: float = 0.0  # PrfaaS: seconds from the end of the queue to the first token, to compare sites by
 

@@ -26,8 +26,10 @@ from sglang.srt.runtime_context import get_server_args
 
 from sglang_prfaas import env
 from sglang_prfaas.config.schema import PrefixCacheConfig
+from sglang_prfaas.env import transport_from_env
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.prefix_cache.groups import Group, PoolLayout
+from sglang_prfaas.sglang_plugin.hicache_peers import remote_tier
 from sglang_prfaas.store.disk import DiskStore
 from sglang_prfaas.store.fingerprint import model_fingerprint
 from sglang_prfaas.store.hits import Need
@@ -57,6 +59,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
             self.config = msgspec.convert(given, PrefixCacheConfig)
         except msgspec.ValidationError as error:
             raise ConfigError(f"--hicache-storage-backend-extra-config: {error}") from None
+        self._least_tokens = int((storage_config.extra_config or {}).get("prefetch_threshold", 0))
         self.counters = Counters()
         self.store: TieredStore | None = None
         self._pools: dict[str, Any] = {}
@@ -77,7 +80,17 @@ class PrfaasHiCacheStore(HiCacheStorage):
 
     def on_host_pools_registered(self) -> None:
         backend = self._backend()
-        self.store = TieredStore(backend, self._host_tier(), self._namespaces, self.counters)
+        remote = remote_tier(
+            self.config,
+            transport_from_env(os.environ),
+            namespaces=self._namespaces,
+            payload_bytes={name: dtype.itemsize * length for name, (dtype, length) in self._page_forms.items()},
+            page_tokens=int(self._pools[KV].page_size),
+            least_tokens=self._least_tokens,
+            keep=backend.write,
+            counters=self.counters,
+        )
+        self.store = TieredStore(backend, self._host_tier(), self._namespaces, self.counters, remote)
         directory = self.config.stats_dir or (self.config.disk_dir and os.path.join(self.config.disk_dir, "stats"))
         if directory:
             self._stats = StatsWriter(Path(directory) / f"{self._name()}.json", self._stats_file)
@@ -88,7 +101,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
         return self.batch_exists([key]) == 1
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        return self._ready().hit(keys).pages
+        return self._ready().hit(keys, prefix_pages=len(_prefix(extra_info) or ())).pages
 
     def batch_exists_v2(
         self,
@@ -96,7 +109,8 @@ class PrfaasHiCacheStore(HiCacheStorage):
         pool_transfers: list[PoolTransfer] | None = None,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
-        hit = self._ready().hit(keys, [_need(transfer) for transfer in pool_transfers or ()])
+        needs = [_need(transfer) for transfer in pool_transfers or ()]
+        hit = self._ready().hit(keys, needs, len(_prefix(extra_info) or ()))
         return PoolTransferResult(hit.pages, dict(hit.found), list(hit.usable))
 
     # --- pages of KV ----------------------------------------------------------------------------------------------
@@ -229,7 +243,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
         return f"{server}-tp{self.rank.tp_rank}-pp{self.rank.pp_rank}-dp{self.rank.dp_rank}"
 
     def _stats_file(self) -> StatsFile:
-        backend, host = self._ready().backend, self._ready().host
+        backend, host, remote = self._ready().backend, self._ready().host, self._ready().remote
         used = 0
         if isinstance(backend, DiskStore):
             with contextlib.suppress(OSError):
@@ -243,6 +257,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
             host_used_bytes=host.used_bytes() if host is not None else 0,
             backend_used_bytes=used,
             counters=self.counters.snapshot(),
+            peers=remote.peers() if remote is not None else (),
         )
 
 

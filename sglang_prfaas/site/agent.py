@@ -2,6 +2,7 @@
 
     GET /health                       200 while at least one server is ready, else 503
     GET /site                         the site's servers and their states
+    GET /cache                        what the servers' prefix caches hold
     GET /metrics                      Prometheus
     ANY /servers/<name>/<anything>    relayed to that server, byte for byte
     POST /control/<name>/<command>    drain, undrain, role, limits; from this machine, at a pd site
@@ -27,6 +28,8 @@ from sglang_prfaas.http import Client, ClientLimits, HttpError, HttpServer, Requ
 from sglang_prfaas.monitor.link_channel import LinkReceiver, LinkViews
 from sglang_prfaas.monitor.reports import Command, ServerState, SiteState
 from sglang_prfaas.site import metrics, operator_control
+from sglang_prfaas.site.cache_server import CacheServer
+from sglang_prfaas.site.cache_watch import CacheWatch
 from sglang_prfaas.site.control import SiteControl
 from sglang_prfaas.site.lifecycle import State
 from sglang_prfaas.site.load_watch import LoadWatch
@@ -73,9 +76,16 @@ class Agent:
     """Serves one site's routers. Must be used from one event loop."""
 
     def __init__(
-        self, config: SiteConfig, servers: Mapping[str, Server], *, clock: Clock | None = None, link_reports: str = ""
+        self,
+        config: SiteConfig,
+        servers: Mapping[str, Server],
+        *,
+        clock: Clock | None = None,
+        link_reports: str = "",
+        caches: CacheWatch | None = None,
     ) -> None:
-        """link_reports: the endpoint to take the movers' figures of links at, empty for none."""
+        """link_reports: the endpoint to take the movers' figures of links at, empty for none. caches: what the servers
+        hold, None where that is not watched."""
         clock = clock or MonotonicClock()
         self._config = config
         self._servers = servers
@@ -85,11 +95,14 @@ class Agent:
         self._loads = LoadWatch(servers, config.agent.report_interval_s, clock, self.changed)
         self._control = SiteControl(config, servers, self._loads, clock, self.changed)
         self._link_reports = link_reports
+        self._caches = caches or CacheWatch(config.site.name, {}, 1, clock)
+        self._caches_of: dict[str, tuple[int | None, str]] = {}
         capacities = {link.to_site: link.capacity_gbps * 1e9 / 8 for link in config.links}
         self._links = LinkViews(clock, configured_bytes_per_s=capacities)
         self._link_receiver: LinkReceiver | None = None
         self._reports: ReportServer | None = None
         self._reporter: Reporter | None = None
+        self._cache: CacheServer | None = None
         self._tasks: set[asyncio.Task[object]] = set()
         self._relayed = dict.fromkeys(servers, 0)
         self._draining = False
@@ -115,12 +128,19 @@ class Agent:
             port = await self._server.start(agent.host, agent.port)
             if self._link_reports:
                 self._link_receiver = LinkReceiver(self._link_reports)
+            self._caches.start()
             if agent.reports_port:
                 self._reports = ReportServer(
-                    self._config, self._clock, on_subscribed=self.changed, on_command=self._command
+                    self._config,
+                    self._clock,
+                    on_subscribed=self.changed,
+                    on_command=self._command,
+                    on_read_cache=self._caches.read,
                 )
                 self._reporter = Reporter(self._config.site.name, self._reports.broadcast, self._execute)
                 self._reports.start()
+            if self._config.prefix_cache.serve_port:
+                self._cache = await asyncio.to_thread(CacheServer, self._config)
         except (PrfaasError, OSError):
             await self.stop(0)
             raise
@@ -145,15 +165,29 @@ class Agent:
         if self._link_receiver is not None:
             self._link_receiver.close()
             self._link_receiver = None
+        await self._caches.stop()
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.close)
+            self._cache = None
         if self._client is not None:
             await self._client.close()
             self._client = None
 
     def changed(self) -> None:
         """Something that routers should know has changed: they are told soon, once for all changes of this moment."""
+        self._forget_caches()
         if self._reporter is not None and not self._change_pending:
             self._change_pending = True
             asyncio.get_running_loop().call_soon(self._report_state)
+
+    def _forget_caches(self) -> None:
+        """A process that has ended, and a change of role, take the server's cache along."""
+        for name, server in self._servers.items():
+            now = (server.pid, self._loads.role(name))
+            known = self._caches_of.get(name)
+            if known is not None and known[0] is not None and known != now:
+                self._caches.server_gone(name)
+            self._caches_of[name] = now
 
     def report(self) -> SiteState:
         """What `GET /site` answers. Epoch and sequence are those of the next report to routers, 0 without any."""
@@ -186,7 +220,10 @@ class Agent:
             for name, server in self._servers.items()
         ]
         routers = self._reports.routers if self._reports is not None else 0
-        return metrics.render(self._config.site.name, servers, self._links.links(), self._control.results, routers)
+        text = metrics.render(
+            self._config.site.name, servers, self._links.links(), self._control.results, routers, self._caches.samples()
+        )
+        return text + (metrics.render_cache(self._config.site.name, self._cache.stats()) if self._cache else "")
 
     def _server_state(self, name: str) -> ServerState:
         server, change = self._servers[name], self._control.change(name)
@@ -254,6 +291,8 @@ class Agent:
             response.send(200 if ready else 503, b'{"ready":%b}' % (b"true" if ready else b"false"))
         elif request.path == "/site":
             response.send(200, msgspec.json.encode(self.report()))
+        elif request.path == "/cache":
+            response.send(200, msgspec.json.encode(self._caches.describe()))
         elif request.path == "/metrics":
             response.send(200, self.metrics().encode(), (_TEXT,))
         else:

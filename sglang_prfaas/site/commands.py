@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import sglang_args
+from sglang_prfaas.config.prefix_cache import with_links
 from sglang_prfaas.config.schema import ServerConfig, ServerRole, SiteConfig
 from sglang_prfaas.site.hicache import hicache_flags
 
@@ -37,10 +38,13 @@ class ServerCommand(Struct, frozen=True):
     needs_nccl_port: bool = False
 
 
-def site_commands(config: SiteConfig, python: str = sys.executable, link_reports: str = "") -> list[ServerCommand]:
+def site_commands(
+    config: SiteConfig, python: str = sys.executable, link_reports: str = "", kv_events: Mapping[str, str] | None = None
+) -> list[ServerCommand]:
     """The commands of a site's servers, in the order of the file. python: the interpreter that has SGLang.
-    link_reports: the endpoint where the agent takes the movers' figures of links, empty for none."""
-    return [_command(config, server, python, link_reports) for server in config.servers]
+    link_reports: the endpoint where the agent takes the movers' figures of links, empty for none.
+    kv_events: `--kv-events-config` by server, for those whose arguments have none."""
+    return [_command(config, server, python, link_reports, kv_events or {}) for server in config.servers]
 
 
 def plain_command(
@@ -67,7 +71,9 @@ def listening_host(host: str) -> str:
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host.strip("[]"))
 
 
-def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports: str) -> ServerCommand:
+def _command(
+    config: SiteConfig, server: ServerConfig, python: str, link_reports: str, kv_events: Mapping[str, str]
+) -> ServerCommand:
     site = config.site
     args = (*site.args, *server.args)
     argv = [python, "-m", "sglang.launch_server", "--model-path", site.model]
@@ -75,11 +81,13 @@ def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports
     argv += ["--disaggregation-mode", server.role, "--disaggregation-transfer-backend", site.transfer_backend]
     if not sglang_args.has(args, ACCESS_LOG_OPTION):
         argv += [ACCESS_LOG_OPTION, "/v1/loads"]
+    if server.name in kv_events:
+        argv += ["--kv-events-config", kv_events[server.name]]
     if server.bootstrap_port:
         argv += ["--disaggregation-bootstrap-port", str(server.bootstrap_port)]
     if site.served_model_name:
         argv += ["--served-model-name", site.served_model_name]
-    argv += hicache_flags(config.prefix_cache, server.role, args)
+    argv += hicache_flags(with_links(config.prefix_cache, config.links), server.role, args)
     variables = {
         **env.transport_to_env(config.transport),
         env.SITE: site.name,

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from sglang_prfaas.monitor.reports import LinkLoad, ServerLoad
 from sglang_prfaas.site.lifecycle import State
+from sglang_prfaas.transport.object_server import ServedStats
 
 
 class ServerFigures(Struct, frozen=True, kw_only=True):
@@ -31,6 +32,7 @@ def render(
     links: Iterable[LinkLoad],
     role_changes: Mapping[tuple[str, str], int],
     routers: int,
+    cached_blocks: Iterable[Sample] = (),
 ) -> str:
     """What `GET /metrics` answers. role_changes: ended ones by server and result."""
     loads = [(server, server.load) for server in servers if server.load is not None]
@@ -97,7 +99,24 @@ def render(
         lines += _family(f"prfaas_link_{name}", "gauge", text, samples)
     changes = (({"site": site, "server": name, "result": result}, n) for (name, result), n in role_changes.items())
     lines += _family("prfaas_role_changes_total", "counter", "Changes of a server's role, by result.", changes)
+    text = "Blocks that a server has cached, by tier; states: at how many a recurrent state is kept."
+    lines += _family("prfaas_server_cached_blocks", "gauge", text, cached_blocks)
     lines += _family("prfaas_agent_routers", "gauge", "Routers that get reports.", [({"site": site}, routers)])
+    return "\n".join(lines) + "\n"
+
+
+def render_cache(site: str, served: ServedStats) -> str:
+    """What other sites read from the prefix cache."""
+    lines: list[str] = []
+    for name, text, field in (
+        ("questions", "Questions of other sites for prefixes.", "questions"),
+        ("objects", "Pages and states sent to other sites.", "objects"),
+        ("bytes", "Bytes of them.", "bytes"),
+        ("refused_connections", "Connections that were not let in, or broke the protocol.", "refused"),
+    ):
+        lines += _family(
+            f"prfaas_cache_served_{name}_total", "counter", text, [({"site": site}, getattr(served, field))]
+        )
     return "\n".join(lines) + "\n"
 
 

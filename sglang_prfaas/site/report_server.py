@@ -16,6 +16,7 @@ from msgspec import Struct
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.errors import LocalError, ProtocolError
+from sglang_prfaas.monitor.cache_reports import CacheUpdate, ReadCache
 from sglang_prfaas.monitor.reports import VERSION, Answer, Command, Report, Subscribe
 from sglang_prfaas.monitor.wire import decode_request, encode
 from sglang_prfaas.transport.addresses import endpoint, resolve
@@ -30,6 +31,7 @@ _REPORTS_QUEUED = 64
 """Reports that wait for one router before further ones are dropped for it; each is complete by itself."""
 
 OnCommand = Callable[[Command, Callable[[Answer], None]], None]
+OnReadCache = Callable[[ReadCache, Callable[[CacheUpdate], None]], None]
 
 
 class _Router(Struct):
@@ -41,15 +43,23 @@ class ReportServer:
     """Binds, and serves routers. Callbacks run in the event loop it was made in."""
 
     def __init__(
-        self, config: SiteConfig, clock: Clock, *, on_subscribed: Callable[[], None], on_command: OnCommand
+        self,
+        config: SiteConfig,
+        clock: Clock,
+        *,
+        on_subscribed: Callable[[], None],
+        on_command: OnCommand,
+        on_read_cache: OnReadCache = lambda asked, reply: None,
     ) -> None:
-        """on_subscribed: a router is new, and knows nothing yet. Raises LocalError where the port is taken, ConfigError
-        where others could reach it without keys, or where keys do not fit."""
+        """on_subscribed: a router is new, and knows nothing yet. on_read_cache: one asks what caches hold. Raises
+        LocalError where the port is taken, ConfigError where others could reach it without keys, or where keys do not
+        fit."""
         self._site = config.site.name
         self._commanders = frozenset(config.agent.commands_from or [config.site.name])
         self._clock = clock
         self._on_subscribed = on_subscribed
         self._on_command = on_command
+        self._on_read_cache = on_read_cache
         self._asyncio = asyncio.get_running_loop()
         self._routers: dict[bytes, _Router] = {}
         address = resolve(config.agent.host)
@@ -110,10 +120,13 @@ class ReportServer:
             self._subscribed(identity, request, site)
             return
 
-        def reply(answer: Answer) -> None:
+        def reply(answer: Answer | CacheUpdate) -> None:
             data = encode(answer)
             self._loop.call(lambda: self._send(identity, data))
 
+        if isinstance(request, ReadCache):
+            self._to_asyncio(lambda: self._on_read_cache(request, reply))
+            return
         if self._security.keys is not None and site not in self._commanders:
             text = f"routers of site {site} may not command site {self._site}; see agent.commands_from"
             reply(Answer(id=request.id, done=False, message=text))

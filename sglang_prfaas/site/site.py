@@ -8,10 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sglang_prfaas.config import ports
+from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.config import ports, sglang_args
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.monitor.kv_subscriber import KvEventSource
 from sglang_prfaas.monitor.link_channel import new_endpoint
+from sglang_prfaas.site import kv_event_endpoints
 from sglang_prfaas.site.agent import Agent
+from sglang_prfaas.site.cache_watch import CacheWatch
 from sglang_prfaas.site.commands import listening_host, site_commands
 from sglang_prfaas.site.free_ports import require_free
 from sglang_prfaas.site.progress import Progress
@@ -42,15 +46,16 @@ class Site:
         self._claims = ports.site_claims(config)
         has_links = bool(config.agent.port) and config.site.transfer_backend == "prfaas"
         link_reports = new_endpoint() if has_links else ""
+        caches, kv_events = _caches(config)
         self.supervisor = Supervisor(
-            site_commands(config, python, link_reports),
+            site_commands(config, python, link_reports, kv_events),
             config.limits,
             self.log_dir,
             environ=environ,
             avoid_ports=[port for claim in self._claims for port in range(claim.first, claim.last + 1)],
             progress=self._progress,
         )
-        self.agent = Agent(config, self.servers, link_reports=link_reports)
+        self.agent = Agent(config, self.servers, link_reports=link_reports, caches=caches)
         self.supervisor.on_change = self.agent.changed
 
     @property
@@ -99,6 +104,36 @@ class Site:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+
+def _caches(config: SiteConfig) -> tuple[CacheWatch | None, dict[str, str]]:
+    """The watch over the servers' caches, None where nobody could ask it, and `--kv-events-config` by server."""
+    if not (config.agent.kv_events and config.agent.reports_port):
+        return None, {}
+    directory = new_endpoint().removeprefix("ipc://").removesuffix("/links")
+    options: dict[str, str] = {}
+    sources: dict[str, list[KvEventSource]] = {}
+    for number, server in enumerate(config.servers):
+        args = (*config.site.args, *server.args)
+        if sglang_args.has(args, kv_event_endpoints.OPTION):
+            events = kv_event_endpoints.given_config(args)
+        else:
+            events = kv_event_endpoints.chosen_config(args, directory, number)
+            options[server.name] = kv_event_endpoints.option(events)[1]
+        if events is not None:
+            ranks, host = sglang_args.data_parallel_size(args), listening_host(server.host)
+            sources[server.name] = kv_event_endpoints.sources(config.site.name, server.name, events, ranks, host)
+    cache = config.prefix_cache
+    stats = cache.stats_dir or (f"{cache.disk_dir}/stats" if cache.disk_dir else "")
+    watch = CacheWatch(
+        config.site.name,
+        sources,
+        config.agent.kv_events_max_blocks,
+        MonotonicClock(),
+        directory=directory,
+        store_stats=stats if cache.backend != "off" else "",
+    )
+    return watch, options
 
 
 def default_log_dir(config: SiteConfig) -> Path:

@@ -48,6 +48,21 @@ class DiskStore:
             os.close(file)
         return True
 
+    def frame_bytes(self, name: str) -> int:
+        """Length of the object with its head, 0 where there is none."""
+        try:
+            return os.stat(self._path(name)).st_size
+        except OSError:
+            return 0
+
+    def read_frame(self, name: str) -> bytes | None:
+        """The object with its head, as it is sent to another site. None: not there, or corrupt (then it is dropped)."""
+        size, head = self.frame_bytes(name), head_bytes(name)
+        if size < head:
+            return None
+        payload = memoryview(bytearray(size - head))
+        return frame_head(name, payload) + payload if self.read(name, payload) else None
+
     def write(self, name: str, payload: memoryview) -> bool:
         path = self._path(name)
         try:

@@ -33,6 +33,30 @@ class StoreStats(Struct, kw_only=True):
     queries: int = 0
     queried_pages: int = 0
     usable_pages: int = 0
+    fetch_questions: int = 0
+    """Asked of other sites."""
+    fetches: int = 0
+    fetched_objects: int = 0
+    fetched_bytes: int = 0
+    """That came intact, with their frames."""
+    fetched_tokens: int = 0
+    """Of fetches that ended well."""
+    fetch_refused: int = 0
+    """Not fetched, as computing was expected to be quicker."""
+    fetch_full: int = 0
+    """Not fetched, as too much was under way."""
+    fetch_failed: int = 0
+    """Questions and fetches that did not end well."""
+    fetch_saved_s: float = 0.0
+    """Expected seconds to compute what was fetched, less the seconds that it took; as far as the timeout reaches."""
+
+
+class PeerStats(Struct, frozen=True, kw_only=True):
+    """What is expected of another site's prefix cache now."""
+
+    site: str
+    bytes_per_s: float
+    rtt_s: float
 
 
 class StatsFile(Struct, frozen=True, kw_only=True):
@@ -46,6 +70,7 @@ class StatsFile(Struct, frozen=True, kw_only=True):
     host_used_bytes: int
     backend_used_bytes: int
     counters: StoreStats
+    peers: tuple[PeerStats, ...] = ()
 
 
 class Counters:
@@ -55,7 +80,7 @@ class Counters:
         self.stats = StoreStats()
         self._lock = threading.Lock()
 
-    def add(self, **amounts: int) -> None:
+    def add(self, **amounts: float) -> None:
         with self._lock:
             for name, amount in amounts.items():
                 setattr(self.stats, name, getattr(self.stats, name) + amount)

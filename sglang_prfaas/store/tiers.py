@@ -1,5 +1,5 @@
 """Host memory in front, a disk directory or a distributed store behind: written to both, read from the first that has
-it."""
+it. What neither has may come from another site."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sglang_prfaas.store.hits import Hit, Need, best_hit
 from sglang_prfaas.store.host_tier import HostTier
 from sglang_prfaas.store.identity import object_name
 from sglang_prfaas.store.objects import ObjectStore, consecutive
+from sglang_prfaas.store.remote import RemoteTier
 from sglang_prfaas.store.stats import Counters
 
 
@@ -16,20 +17,31 @@ class TieredStore:
     """Pages of one shard of one model, by component and page hash. Safe for several threads, of which one writes."""
 
     def __init__(
-        self, backend: ObjectStore, host: HostTier | None, namespaces: Mapping[str, str], counters: Counters
+        self,
+        backend: ObjectStore,
+        host: HostTier | None,
+        namespaces: Mapping[str, str],
+        counters: Counters,
+        remote: RemoteTier | None = None,
     ) -> None:
         self.backend = backend
         self.host = host
+        self.remote = remote
         self.counters = counters
         self._namespaces = namespaces
 
     def contains(self, component: str, key: str) -> bool:
+        """Whether a tier has it, or it is on its way from another site."""
         held = self.host is not None and self.host.contains(component, key)
-        return held or self.backend.contains(self._name(component, key))
+        coming = not held and self.remote is not None and self.remote.coming(component, key)
+        return held or coming or self.backend.contains(self._name(component, key))
 
-    def hit(self, keys: Sequence[str], needs: Sequence[Need] = ()) -> Hit:
-        """The longest usable prefix of the pages `keys`."""
+    def hit(self, keys: Sequence[str], needs: Sequence[Need] = (), prefix_pages: int = 0) -> Hit:
+        """The longest usable prefix of the pages `keys`; what is to be fetched for it is on its way. `prefix_pages`:
+        pages before `keys`."""
         hit = best_hit(keys, needs, self.contains)
+        if self.remote is not None:
+            hit = self.remote.extend(keys, needs, hit, self.contains, prefix_pages)
         self.counters.add(queries=1, queried_pages=len(keys), usable_pages=hit.pages)
         return hit
 
@@ -43,6 +55,8 @@ class TieredStore:
         for index, (key, out) in enumerate(zip(keys, outs, strict=True)):
             if self.host is not None and self.host.read(component, key, out):
                 self.counters.add(host_hits=1, host_read_bytes=len(out))
+            elif self.remote is not None and self.remote.read(component, key, out):
+                fetched = True
             elif self.backend.read(self._name(component, key), out):
                 self.counters.add(backend_hits=1, backend_read_bytes=len(out))
                 fetched = True
@@ -77,6 +91,8 @@ class TieredStore:
         return kept
 
     def close(self) -> None:
+        if self.remote is not None:
+            self.remote.close()
         self.backend.close()
 
     def _write_host(

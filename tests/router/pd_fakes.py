@@ -15,6 +15,7 @@ from typing import Any
 from sglang_prfaas.config.schema import (
     LinkConfig,
     PolicyConfig,
+    PrefixIndexConfig,
     RouterConfig,
     RouterLimits,
     RouterSection,
@@ -22,6 +23,8 @@ from sglang_prfaas.config.schema import (
     ServerRole,
     SiteRole,
     TargetConfig,
+    TenancyConfig,
+    TenantConfig,
 )
 from sglang_prfaas.http import Client, ClientLimits, FetchedResponse, Framing, HttpServer, Request, Response
 from sglang_prfaas.monitor.load_source import LoadSource
@@ -214,6 +217,10 @@ async def cluster(
     links: dict[str, list[LinkConfig]] | None = None,
     loads: LoadSource | None = None,
     prefixes: PrefixLookup | None = None,
+    kv_events: dict[str, tuple[str, str]] | None = None,
+    prefix_index: PrefixIndexConfig | None = None,
+    tenancy: TenancyConfig | None = None,
+    tenants: list[TenantConfig] | None = None,
 ) -> AsyncIterator[Cluster]:
     """Everything up and healthy; closed at the end. t is 10 words."""
     hardware, links = hardware or {}, links or {}
@@ -230,7 +237,17 @@ async def cluster(
             server = it.servers[name] = FakeServer(name, kind, it.rooms)
             await server.listen()
             bootstrap = 9000 + len(it.servers) if kind == "prefill" else 0
-            targets.append(TargetConfig(name=name, role=kind, url=server.url, bootstrap_port=bootstrap))
+            events, replay = (kv_events or {}).get(name, ("", ""))
+            targets.append(
+                TargetConfig(
+                    name=name,
+                    role=kind,
+                    url=server.url,
+                    bootstrap_port=bootstrap,
+                    kv_events=events,
+                    kv_replay=replay,
+                )
+            )
         if targets:
             sites.append(
                 RouterSite(
@@ -246,10 +263,15 @@ async def cluster(
         sites=sites,
         policy=policy or PolicyConfig(threshold_tokens=threshold_tokens),
         limits=limits or RouterLimits(health_interval_s=0.05, drain_timeout_s=1.0),
+        prefix_index=prefix_index or PrefixIndexConfig(),
+        tenancy=tenancy or TenancyConfig(),
+        tenants=tenants or [],
     )
     with open("/dev/null", "w") as sink:
         it.router = Router(config, counter or WordCounter(), AccessLog(sink), loads=loads, prefixes=prefixes)
         it.router.health.start()
+        if it.router.feed is not None:
+            it.router.feed.start()
         it.port = await it.router.server.start("127.0.0.1", 0)
         it.client = Client(ClientLimits(first_byte_timeout_s=DEADLINE_S))
         try:

@@ -16,6 +16,7 @@ from sglang_prfaas.config.schema import AgentConfig, LinkConfig, PolicyConfig, R
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.monitor.reports import LinkLoad, ServerLoad
 from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.prefixes import NoPrefixes
 from sglang_prfaas.scheduler.curves import Curve
 from sglang_prfaas.scheduler.profiles import PrefillProfile, ProfileFile, save_profile
 from sglang_prfaas.scheduler.types import SitePrefix
@@ -57,10 +58,8 @@ class Reports:
         )
 
 
-class Index:
+class Index(NoPrefixes):
     """A prefix lookup that a test writes."""
-
-    fetches = False
 
     def __init__(self) -> None:
         self.held: dict[str, SitePrefix] = {}

@@ -89,3 +89,32 @@ def test_keys_in_one_site_only(write: WriteToml) -> None:
     (finding,) = findings(write, pd=PD.replace("[agent]", '[transport]\nkeys_dir = "/keys"\n\n[agent]'))
     assert finding.source == "prfaas.toml"
     assert finding.text == "no keys here, but in pd.toml; give every site of a deployment its keys, or none"
+
+
+CACHE = '\n[prefix_cache]\nbackend = "local"\ndisk_dir = "/c"\n'
+ASKING = PRFAAS + CACHE + "prefill_tokens_per_s = 1.0\n"
+ASKING += '[[prefix_cache.peers]]\nname = "pd"\nhost = "127.0.0.1"\nport = 9100\n'
+SERVING = PD + CACHE + "serve_port = 9100\n"
+
+
+@pytest.mark.parametrize(
+    ("pd", "path", "fatal", "words"),
+    [
+        (PD, "prefix_cache.peers.pd.port", True, "serves no prefix cache"),
+        (SERVING.replace("9100", "9200"), "prefix_cache.peers.pd.port", False, "serves on 9200"),
+        (PD.replace('name = "pd"', 'name = "pd2"'), "prefix_cache.peers.pd.name", False, "describes that site"),
+        (SERVING, "", False, ""),
+    ],
+)
+def test_a_prefix_cache_that_is_asked_is_served(write: WriteToml, pd: str, path: str, fatal: bool, words: str) -> None:
+    router = ROUTER.replace('name = "pd"', 'name = "pd2"') if "pd2" in pd else ROUTER
+    found = findings(write, pd=pd, prfaas=ASKING, router=router)
+    assert [(finding.path, finding.fatal) for finding in found] == ([(path, fatal)] if path else [])
+    assert all(words in finding.text for finding in found)
+
+
+def test_with_keys_the_asking_site_is_listed(write: WriteToml) -> None:
+    keys = '\n[transport]\nkeys_dir = "/k"\n'
+    (finding,) = findings(write, pd=SERVING + keys, prfaas=ASKING + keys)
+    assert "serve_to" in finding.text
+    assert findings(write, pd=SERVING + 'serve_to = ["prfaas"]\n' + keys, prfaas=ASKING + keys) == []

@@ -6,6 +6,8 @@ import pytest
 
 from sglang_prfaas.config.checks import Finding, site_findings
 from sglang_prfaas.config.load import load_site
+from sglang_prfaas.config.prefix_cache import with_links
+from sglang_prfaas.config.schema import CachePeerConfig, LinkConfig, PrefixCacheConfig
 from tests.unit.config.conftest import PD, WriteToml
 
 LOCAL = 'backend = "local"\ndisk_dir = "/var/cache/prfaas"\n'
@@ -47,3 +49,54 @@ def test_arguments_that_contradict(write: WriteToml, flag: str) -> None:
     assert flag in finding.text
     assert finding.fatal
     assert findings(write, "", f'["{flag}"]') == []
+
+
+SERVED = LOCAL + "serve_port = 9100\n"
+PEER = (
+    LOCAL + "prefill_tokens_per_s = 20000.0\n[[prefix_cache.peers]]\nname = 'other'\nhost = '127.0.0.1'\nport = 9100\n"
+)
+
+
+def of_keys(text: str, keys_dir: str = "", security: str = "auto") -> str:
+    return f'{text}[transport]\nkeys_dir = "{keys_dir}"\nsecurity = "{security}"\n'
+
+
+def test_a_cache_that_is_served_and_peers(write: WriteToml) -> None:
+    assert findings(write, SERVED) == []
+    assert findings(write, PEER) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "text", "fatal"),
+    [
+        (MOONCAKE + "serve_port = 9100\n", "prefix_cache.serve_port", "only disk_dir is served", True),
+        (SERVED.replace("9100", "9000"), "prefix_cache.serve_port", "wants port 9000, which the agent has", True),
+        (SERVED + 'serve_host = "10.0.0.1"\n', "transport.keys_dir", "cached prefixes are served on 10.0.0.1", True),
+        (
+            of_keys(SERVED + 'serve_host = "10.0.0.1"\n', security="off"),
+            "prefix_cache.serve_port",
+            "to whoever reaches it",
+            False,
+        ),
+        (of_keys(SERVED, "/keys"), "prefix_cache.serve_to", "no other site may read", False),
+        (PEER.replace("prefill_tokens_per_s = 20000.0\n", ""), "prefix_cache.prefill_tokens_per_s", "20000.0", True),
+        (PEER.replace("127.0.0.1", "10.0.0.1"), "prefix_cache.peers.other.host", "without keys", True),
+        (PEER.replace("'other'", "'pd'"), "prefix_cache.peers.pd.name", "the site itself", True),
+        (PEER + PEER[PEER.index("[[") :], "prefix_cache.peers", "2 peers are named 'other'", True),
+        ("serve_port = 9100\n", "prefix_cache.serve_port", 'write backend = "local"', False),
+        (PEER.replace(LOCAL, ""), "prefix_cache.peers", "not used", False),
+    ],
+)
+def test_what_serving_and_fetching_need(write: WriteToml, section: str, path: str, text: str, fatal: bool) -> None:
+    (finding,) = findings(write, section)
+    assert finding.path == path
+    assert text in finding.text
+    assert finding.fatal == fatal
+
+
+def test_peers_take_what_links_say() -> None:
+    peers = [CachePeerConfig(name=name, host="h", port=1) for name in ("a", "b")]
+    peers.append(CachePeerConfig(name="c", host="h", port=1, capacity_gbps=5.0, rtt_ms=7.0))
+    links = [LinkConfig(to_site="a", capacity_gbps=10.0, rtt_ms=30.0), LinkConfig(to_site="c", capacity_gbps=1.0)]
+    found = with_links(PrefixCacheConfig(peers=peers), links).peers
+    assert [(peer.capacity_gbps, peer.rtt_ms) for peer in found] == [(10.0, 30.0), (1.0, 0.0), (5.0, 7.0)]

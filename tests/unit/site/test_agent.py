@@ -7,15 +7,23 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 
-from sglang_prfaas.config.schema import SiteRole
+from sglang_prfaas.clock import Deadline, MonotonicClock
+from sglang_prfaas.config.schema import PrefixCacheConfig, SiteRole, TransportConfig
 from sglang_prfaas.site import Site, running
+from sglang_prfaas.site.free_ports import HeldPort
 from sglang_prfaas.site.lifecycle import State
 from sglang_prfaas.site.progress import Progress, silent
 from sglang_prfaas.site.threaded import RunningSite
+from sglang_prfaas.store.disk import DiskStore
+from sglang_prfaas.store.stats import Counters
+from sglang_prfaas.transport.object_client import ObjectClient
+from sglang_prfaas.transport.security import PLAIN
 from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed, wait_until
 
 
@@ -124,3 +132,28 @@ def test_requests_end_before_a_site_stops(make_site: MakeSite, fake_python: str)
         (server,) = json.loads(ask(sites["here"], "GET", "/site")[1])["servers"]
         assert server["state"] == "stopping"
     assert site.servers["prefill_0"].exit_code == -signal.SIGTERM or site.servers["prefill_0"].exit_code == 0
+
+
+def test_the_prefix_cache_is_served_and_counted(make_site: MakeSite, fake_python: str, tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "cache", 1 << 20, Counters())
+    store.write("d/kv/00", memoryview(b"page"))
+    config = make_site("here", "pd", ("prefill", "decode"), agent=True)
+    held = HeldPort()
+    cache = PrefixCacheConfig(backend="local", disk_dir=str(tmp_path / "cache"), serve_port=held.port)
+    held.release()
+    transport = TransportConfig()
+    with running(
+        Site(msgspec.structs.replace(config, prefix_cache=cache), python=fake_python, progress=Progress(write=silent))
+    ) as sites:
+        client = ObjectClient("here", "127.0.0.1", cache.serve_port, transport, PLAIN)
+        deadline = Deadline(MonotonicClock(), PATIENCE_S)
+        frames: list[bytes] = []
+        groups = (("d/kv", ("00",)),)
+        sizes = client.ask(groups, deadline)
+        assert client.get(groups, sizes, lambda name, frame: frames.append(bytes(frame)), deadline)
+        client.close()
+        assert frames == [store.read_frame("d/kv/00")]
+        text = ask(sites["here"], "GET", "/metrics")[1].decode()
+        assert 'prfaas_cache_served_objects_total{site="here"} 1\n' in text
+        assert f'prfaas_cache_served_bytes_total{{site="here"}} {len(frames[0])}\n' in text
+    store.close()

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from sglang_prfaas.config import sglang_args
-from sglang_prfaas.config.schema import PrefixCacheConfig, ServerConfig, SiteConfig, SiteSection
+from sglang_prfaas.config.schema import (
+    CachePeerConfig,
+    LinkConfig,
+    PrefixCacheConfig,
+    ServerConfig,
+    SiteConfig,
+    SiteSection,
+)
 from sglang_prfaas.site.commands import site_commands
 
 LOCAL = PrefixCacheConfig(backend="local", disk_dir="/cache", host_bytes=1 << 30)
@@ -21,6 +29,7 @@ def commands(cache: PrefixCacheConfig, args: list[str] | None = None) -> dict[st
             ServerConfig(name="d", role="decode", port=1002),
         ],
         prefix_cache=cache,
+        links=[LinkConfig(to_site="other", capacity_gbps=8.0, rtt_ms=20.0)],
     )
     return {command.name: command.argv for command in site_commands(config)}
 
@@ -48,3 +57,11 @@ def test_the_prefetch_policy_can_be_chosen(policy: str | None) -> None:
     argv = commands(LOCAL, args)["p"]
     assert sglang_args.value(argv, "--hicache-storage-prefetch-policy") == (policy or "wait_complete")
     assert argv.count("--hicache-storage-prefetch-policy") == 1
+
+
+def test_servers_learn_of_peers_and_the_links_to_them() -> None:
+    peers = [CachePeerConfig(name="other", host="10.0.0.1", port=9100)]
+    argv = commands(msgspec.structs.replace(LOCAL, peers=peers))["p"]
+    extra = json.loads(sglang_args.value(argv, "--hicache-storage-backend-extra-config") or "")
+    expected = {"name": "other", "host": "10.0.0.1", "port": 9100, "capacity_gbps": 8.0, "rtt_ms": 20.0}
+    assert extra["peers"] == [expected]

@@ -1,0 +1,110 @@
+"""`launch cache`: what the prefix caches hold, as routers and agents see it, and what that saves."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from sglang_prfaas.config import load
+from sglang_prfaas.errors import ConfigError, LaunchError
+from sglang_prfaas.launch.tables import table, write_json
+
+_TEXT = """\
+Ask routers and agents what prefix caches hold: GET /cache of each.
+
+TARGET is a TOML file of a router or a site, or the URL of a running one. Of a router: the blocks that its index has of
+every server, hit rates as prefill servers told them, and what that saved. Of an agent: the blocks of its own servers,
+and the counters of its prefix store.
+"""
+
+_TIMEOUT_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `launch cache`."""
+    parser.description = _TEXT
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help="TOML file, or http://HOST:PORT")
+    parser.add_argument("--json", metavar="OUT", help="also write everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask and print; 0. Raises LaunchError for a target that does not answer."""
+    found: dict[str, Any] = {}
+    for target in args.targets:
+        url = target if target.startswith("http://") else _url(target)
+        found[target] = ask(url)
+        print(f"{target} ({url})")
+        print(render(found[target]), end="\n\n")
+    if args.json:
+        write_json(args.json, found)
+    return 0
+
+
+def ask(url: str) -> Any:
+    """`GET /cache` of a router or an agent. Raises LaunchError."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("GET", "/cache")
+        response = connection.getresponse()
+        if response.status != 200:
+            raise LaunchError(f"{url}/cache answered {response.status}; is it a router or an agent of this version?")
+        return msgspec.json.decode(response.read())
+    except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+        raise LaunchError(f"{url}/cache: {error or type(error).__name__}; is it running?") from error
+    finally:
+        connection.close()
+
+
+def render(answer: dict[str, Any]) -> str:
+    """An answer as text."""
+    if answer.get("enabled") is False:
+        return "no index: prefix_index.enabled is false, or no site has a reports_port or kv_events"
+    per_token, per_state = answer.get("bytes_per_token"), answer.get("state_bytes") or 0.0
+    rows = []
+    for cache in answer["caches"]:
+        held = cache["held"] or {}
+        tokens = cache["block_tokens"] * held.get("device", 0)
+        size = f"{(tokens * per_token + held.get('states', 0) * per_state) / 2**20:.1f}" if per_token else "-"
+        name = f"{cache.get('site', answer.get('site', ''))}/{cache['server']}"
+        name += f" rank {cache['dp_rank']}" if cache["dp_rank"] else ""
+        tiers = [str(held.get(tier, 0)) for tier in ("device", "host", "disk", "states")]
+        rows.append([name, str(cache["block_tokens"]), *tiers, str(tokens), size])
+    header = ["cache", "block", "device", "host", "disk", "checkpoints", "device tokens", "MiB"]
+    lines = [table(header, rows), f"index: {answer['blocks']} of {answer['max_blocks']} blocks"]
+    lines[-1] += f", {answer['index_bytes'] / 2**20:.1f} MiB, {answer['dropped_blocks']} left out"
+    for name, figures in (("all sites", answer.get("figures")), *sorted((answer.get("sites") or {}).items())):
+        if figures and figures["told_prompt_tokens"]:
+            hit, told = figures["hit_tokens"], figures["told_prompt_tokens"]
+            text = f"{name}: {hit} of {told} prompt tokens cached ({hit / told:.1%})"
+            saved = f", {hit * per_token / 2**20:.1f} MiB of KV not computed again" if per_token else ""
+            lines.append(f"{text}{saved}; {figures['broken_promises']} broken promises")
+    for store in answer.get("store") or ():
+        counters = store["counters"]
+        read = counters["host_read_bytes"] + counters["backend_read_bytes"]
+        written = counters["host_written_bytes"] + counters["backend_written_bytes"]
+        used = store["host_used_bytes"] + store["backend_used_bytes"]
+        lines.append(
+            f"store of {store['name']} ({store['backend']}): {used / 2**20:.1f} MiB held, "
+            f"{read / 2**20:.1f} MiB read, {written / 2**20:.1f} MiB written"
+        )
+    return "\n".join(lines)
+
+
+def _url(file: str) -> str:
+    if load.kind_of(file) == "router":
+        section = load.load_router(file).router
+        host, port = section.host, section.port
+    else:
+        agent = load.load_site(file).agent
+        host, port = agent.host, agent.port
+        if not port:
+            raise ConfigError(f"{file}: agent.port: the site has no agent to ask; write a port")
+    from sglang_prfaas.site.commands import listening_host
+
+    host = listening_host(host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,77 @@
+"""Conversations on a hybrid model: the next turn goes where the last one is cached, and only the rest is computed."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import pytest
+
+from .driving import LOCAL, REMOTE, Driver, get, post, wait_for
+
+pytestmark = pytest.mark.sglang
+
+
+def ids(seed: int, count: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(10, 500) for _ in range(count)]
+
+
+def generate(url: str, prompt: list[int]) -> tuple[dict[str, str], dict[str, Any]]:
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    status, headers, answer = post(f"{url}/generate", {"input_ids": prompt, "sampling_params": sampling})
+    assert status == 200, answer
+    return headers, answer
+
+
+def held(cluster: Driver, server: str) -> dict[str, int]:
+    """What the router's index has of a server."""
+    caches = get(f"{cluster.router_url}/cache")["caches"]
+    return next((cache["held"] for cache in caches if cache["server"] == server), {"device": 0, "states": 0})
+
+
+def prefills_since(cluster: Driver, server: str, offset: int) -> tuple[int, int]:
+    """Tokens that a server computed, and took from its cache, since its log was `offset` bytes long."""
+    text = cluster.log(server).read_bytes()[offset:].decode(errors="replace")
+    found = re.findall(r"Prefill batch.*?#new-token: (\d+), #cached-token: (\d+)", text)
+    return sum(int(new) for new, _ in found), sum(int(cached) for _, cached in found)
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "route", "server"), [(400, 300, "local", LOCAL), (900, 700, "prfaas", REMOTE)]
+)
+def test_the_second_turn_computes_its_increment_only(
+    cluster: Driver, first: int, more: int, route: str, server: str
+) -> None:
+    """Of 700 tokens, 400 cached at home, the rest is below t: without the index they would have gone out."""
+    before = held(cluster, server)
+    opening = ids(first, first)
+    headers, answer = generate(cluster.router_url, opening)
+    assert headers["x-prfaas-route"] == route
+    wait_for(
+        f"the router to know what {server} holds",
+        lambda: held(cluster, server)["device"] >= before["device"] + first - 1,
+    )
+    told = get(f"{cluster.router_url}/cache")["figures"]
+    offset = cluster.log_size(server)
+
+    second = [*opening, *answer["output_ids"], *ids(first + 1, more)]
+    headers, answer = generate(cluster.router_url, second)
+
+    assert headers["x-prfaas-route"] == route
+    assert headers["x-prfaas-prefill"].endswith(server)
+    promised = int(headers["x-prfaas-cached-tokens"])
+    assert first - 64 <= promised <= first
+    computed, cached = wait_for("the prefill in the log", lambda: _some(prefills_since(cluster, server, offset)))
+    assert cached == promised
+    assert computed == len(second) - promised
+    figures = get(f"{cluster.router_url}/cache")["figures"]
+    assert figures["hit_tokens"] - told["hit_tokens"] == promised
+    assert figures["broken_promises"] == told["broken_promises"]
+    _, expected = generate(cluster.reference_url, second)
+    assert answer["output_ids"] == expected["output_ids"]
+
+
+def _some(found: tuple[int, int]) -> tuple[int, int] | None:
+    return found if found[0] else None

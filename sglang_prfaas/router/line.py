@@ -151,7 +151,7 @@ class Line:
             held.since_s,
             local_s=local_s,
             prfaas_s=prfaas_s,
-            fixed=held.view.forced is not None,
+            fixed=held.view.forced is not None or _INFINITE in (local_s, prfaas_s),
         )
 
     def _wake(self, in_s: float) -> None:

@@ -23,6 +23,8 @@ from sglang_prfaas.transport.session import State
 HOST = "127.0.0.1"
 SEND_SEED, RECEIVE_SEED = 1, 2
 POLL_S = 0.0005
+DEADLINE_S = 300.0
+"""For one request."""
 
 Configs = dict[tuple[str, int], TransportConfig]
 """By mover and number of connections; `plain` is no mover of ours."""
@@ -126,7 +128,7 @@ def sending_end(workload: str, configs: Configs, pipe: Connection) -> None:
         for component in (0, 1):
             mover.send(transfer, component, 0, slots[component])
         mover.finish(transfer)
-        until(lambda: not transfer.live)
+        transfer.wait(DEADLINE_S)
         if transfer.state is not State.DONE:
             raise RuntimeError(transfer.reason)
         wall_s = time.monotonic() - began_s
@@ -175,7 +177,7 @@ def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pi
         mover = movers[arm]
         began_s = time.monotonic()
         item = mover.expect(sessions[arm], room, slots, 0)
-        until(lambda: not item.transfer.live)
+        item.transfer.wait(DEADLINE_S)
         if item.transfer.state is not State.DONE:
             raise RuntimeError(item.transfer.reason)
         mover.release(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from typing import Any
@@ -631,7 +632,7 @@ def test_a_silent_decode_rank() -> None:
         decode.send(Expect(1, 7, (20, 2, 1), 0))
         transfer = pair.sender.transfer(7)
         wait_ended(transfer)
-        assert "none came back within 0.5 s" in transfer.reason
+        assert re.search("silent for|came back within", transfer.reason)
         assert at_end(data)
 
 

@@ -87,7 +87,7 @@ class Session:
                 health.connected(index, 0.0)
         self._after(TICK_S, self._tick)
         if link.cut_s[1]:
-            self._after(link.cut_s[0], lambda: [self._reset(wire) for wire in self.wires])
+            self._after(link.cut_s[0], self._reset_all)
 
     # --- the requests ---------------------------------------------------------------------------------------------
 
@@ -278,6 +278,10 @@ class Session:
             health.disconnected(wire.index, self.clock.now_s())
         self._dial(wire.index, 0)
         self._pump()
+
+    def _reset_all(self) -> None:
+        for wire in list(self.wires):
+            self._reset(wire)
 
     def _dial(self, index: int, attempt: int) -> None:
         def attempted() -> None:

@@ -126,7 +126,7 @@ class Health:
         if self.contact is Contact.LOST:
             return ""
         closed = bool(self._dialled) and not self._up and self._closed >= self._dialled
-        if closed and self._heard_s <= self._emptied_s and now_s - self._emptied_s > config.closed_timeout_s:
+        if closed and now_s - max(self._heard_s, self._emptied_s) > config.closed_timeout_s:
             return f"its process has ended: it closed all connections, and was gone for {config.closed_timeout_s:g} s"
         if self.contact is Contact.OPENING:
             return ""

@@ -75,6 +75,7 @@ def test_a_peer_that_closed_everything_has_ended(connections: int) -> None:
     assert "process has ended: it closed all connections" in health.verdict(1.6)
     health.heard(1.2)
     assert health.verdict(1.6) == "", "it lives, and is waited for"
+    assert "process has ended" in health.verdict(1.8), "what it said before its end came late"
 
 
 def test_connections_given_up_here_say_nothing_of_the_peer() -> None:

@@ -65,5 +65,9 @@ class PeerGoneError(PeerError):
     """The peer's connection or process is gone."""
 
 
+class PeerClosedError(PeerGoneError):
+    """The peer's system has closed or reset a connection, rather than fallen silent."""
+
+
 class PortRefusedError(PeerGoneError):
     """The peer's machine answers, and nothing listens on the port: its process has ended."""

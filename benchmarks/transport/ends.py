@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgspec
 import xxhash
 
 from benchmarks.transport.workload import WORKLOADS, Memory
@@ -23,6 +24,10 @@ from sglang_prfaas.transport.session import State
 HOST = "127.0.0.1"
 SEND_SEED, RECEIVE_SEED = 1, 2
 POLL_S = 0.0005
+MAX_CONNECTIONS = 64
+"""Of one session."""
+DEADLINE_S = 300.0
+"""For one request."""
 
 Configs = dict[tuple[str, int], TransportConfig]
 """By mover and number of connections; `plain` is no mover of ours."""
@@ -123,10 +128,15 @@ def sending_end(workload: str, configs: Configs, pipe: Connection) -> None:
         began_s = time.monotonic()
         with transfer.lock:
             transfer.start(len(slots[0]))
-        for component in (0, 1):
-            mover.send(transfer, component, 0, slots[component])
+        if memory.workload.one_by_one:
+            for page in range(len(slots[0])):
+                mover.send(transfer, 0, page, slots[0][page : page + 1])
+                transfer.wait_acknowledged((page + 1) * memory.workload.page_bytes, DEADLINE_S)
+        else:
+            mover.send(transfer, 0, 0, slots[0])
+        mover.send(transfer, 1, 0, slots[1])
         mover.finish(transfer)
-        until(lambda: not transfer.live)
+        transfer.wait(DEADLINE_S)
         if transfer.state is not State.DONE:
             raise RuntimeError(transfer.reason)
         wall_s = time.monotonic() - began_s
@@ -136,6 +146,11 @@ def sending_end(workload: str, configs: Configs, pipe: Connection) -> None:
     def sockets(arm: tuple[str, int], _: int) -> float:
         plain[arm][0].recv(1)
         began_s = time.monotonic()
+        if memory.workload.one_by_one:
+            for item in items:
+                plain[arm][0].sendall(item)
+                plain[arm][0].recv(1)
+            return time.monotonic() - began_s
         in_threads(send_plain, plain[arm], items)
         return time.monotonic() - began_s
 
@@ -146,8 +161,26 @@ def sending_end(workload: str, configs: Configs, pipe: Connection) -> None:
         mover.close()
 
 
-def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pipe: Connection) -> None:
-    """Process of the receiver; it takes the time, from its request until its last byte."""
+def idle_connections(count: int, memory: Memory, config: TransportConfig, control_port: int) -> list[ReceiveMover]:
+    """Decode ranks that open so many connections and ask for nothing."""
+    config = msgspec.structs.replace(config, connections=MAX_CONNECTIONS)
+    idle = [
+        ReceiveMover(memory.workload.layout, memory.rank, config, MonotonicClock(), server=f"idle-{index}")
+        for index in range(count // MAX_CONNECTIONS)
+    ]
+    for mover in idle:
+        mover.start()
+        session = mover.session(f"{HOST}:0", HOST, control_port)
+        until(lambda session=session: session.up or session.failure)
+        if session.failure:
+            raise RuntimeError(session.failure)
+    return idle
+
+
+def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pipe: Connection, idle: int = 0) -> None:
+    """idle: connections opened beside those that are used, by the first mover.
+
+    Process of the receiver; it takes the time, from its request until its last byte."""
     memory = Memory(WORKLOADS[workload], None)
     slots = memory.slots(RECEIVE_SEED)
     movers = {
@@ -160,6 +193,11 @@ def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pi
         mover.start()
         sessions[arm] = session = mover.session(f"{HOST}:0", HOST, addresses["control"][arm])
         until(lambda session=session: session.up or session.failure)
+    if idle:
+        first = next(iter(movers))
+        waiting = idle_connections(idle, memory, configs[first], addresses["control"][first])
+    else:
+        waiting = []
     plain: dict[tuple[str, int], list[socket.socket]] = {}
     for arm, port in addresses["plain"].items():
         plain[arm] = []
@@ -175,7 +213,7 @@ def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pi
         mover = movers[arm]
         began_s = time.monotonic()
         item = mover.expect(sessions[arm], room, slots, 0)
-        until(lambda: not item.transfer.live)
+        item.transfer.wait(DEADLINE_S)
         if item.transfer.state is not State.DONE:
             raise RuntimeError(item.transfer.reason)
         mover.release(item)
@@ -184,6 +222,11 @@ def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pi
     def sockets(arm: tuple[str, int], _: int) -> float:
         began_s = time.monotonic()
         plain[arm][0].sendall(b"g")
+        if memory.workload.one_by_one:
+            for item in items:
+                receive_plain(plain[arm][0], [item])
+                plain[arm][0].sendall(b"a")
+            return time.monotonic() - began_s
         in_threads(receive_plain, plain[arm], items)
         return time.monotonic() - began_s
 
@@ -193,5 +236,5 @@ def receiving_end(workload: str, configs: Configs, addresses: dict[str, Any], pi
         arm, room = (command[0], command[1]), command[2]
         result = measured(sockets if arm in plain else prfaas, arm, room)
         pipe.send({**result, "digest": digest(memory, RECEIVE_SEED)})
-    for mover in movers.values():
+    for mover in [*movers.values(), *waiting]:
         mover.close()

@@ -15,7 +15,9 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Workload(Struct, frozen=True):
-    """`pages` scattered pages of `page_bytes` in each of `layers` buffers, and `states` items of `state_bytes`."""
+    """`pages` scattered pages of `page_bytes` in each of `layers` buffers, and `states` items of `state_bytes`.
+
+    one_by_one: each page is handed over when the one before is acknowledged."""
 
     name: str
     layers: int
@@ -23,6 +25,7 @@ class Workload(Struct, frozen=True):
     page_bytes: int
     states: int
     state_bytes: int
+    one_by_one: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -46,9 +49,14 @@ class Workload(Struct, frozen=True):
 
 WORKLOADS = {
     "hybrid": Workload("hybrid", 16, 512, 73_728, 48, 2 << 20),
+    "dense": Workload("dense", 48, 512, 64 << 10, 1, 64),
+    "block": Workload("block", 1, 1, 256 << 20, 1, 64),
+    "small": Workload("small", 1, 1000, 16 << 10, 1, 64),
+    "small-serial": Workload("small-serial", 1, 1000, 16 << 10, 1, 64, one_by_one=True),
     "quick": Workload("quick", 4, 128, 73_728, 8, 2 << 20),
 }
-"""hybrid: a 32K-token request of a model with 16 MLA layers and 48 linear-attention states, 705 MB."""
+"""hybrid: a 32K-token request of a model with 16 MLA layers and 48 linear-attention states, 705 MB. dense: 1.6 GB.
+small: 1,000 pages of 16 KiB, all handed over at once; small-serial: one after another."""
 
 
 class Memory:

@@ -103,8 +103,8 @@ class TransportConfig(_Config, frozen=True):
         float,
         Meta(
             gt=0,
-            description="Seconds of silence over standing connections after which a peer counts as gone, and a data "
-            "connection that does not move is made anew.",
+            description="Seconds of silence over standing connections after which they are made anew, and of a data "
+            "connection that does not move.",
         ),
     ] = 5.0
     reconnect_timeout_s: Annotated[
@@ -114,12 +114,27 @@ class TransportConfig(_Config, frozen=True):
             description="Seconds for which lost connections are dialled again before the transfers over them fail.",
         ),
     ] = 10.0
+    closed_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds after a decode server has closed all its data connections, and said nothing since, "
+            "until its process counts as ended.",
+        ),
+    ] = 0.5
     congestion_control: Annotated[
         str, Meta(description="TCP congestion control of data connections (cubic, bbr, ...). Empty: the system's.")
     ] = ""
     socket_buffer_bytes: Annotated[
         int, Meta(ge=0, description="Socket send and receive buffer in bytes. 0: the kernel's autotuning.")
     ] = 0
+    zero_copy: Annotated[
+        bool,
+        Meta(
+            description="Send host memory without a copy where there is no TLS: the kernel reads a page until the peer "
+            "has acknowledged it, even where its request was aborted meanwhile; the checksum then tells."
+        ),
+    ] = True
     rate_limit_mbps: Annotated[
         float,
         Meta(

@@ -11,7 +11,9 @@ import termios
 import threading
 
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import ConfigError, LocalError, PeerError, PeerGoneError, PortRefusedError
+from sglang_prfaas.errors import ConfigError, LocalError, PeerClosedError, PeerError, PeerGoneError, PortRefusedError
+from sglang_prfaas.transport import page_pipe
+from sglang_prfaas.transport.page_pipe import PagePipe
 from sglang_prfaas.transport.security import PLAIN, Security
 from sglang_prfaas.transport.security.tls import explain
 
@@ -43,6 +45,9 @@ class Connection:
         self._closed = False
         self.was_cut = False
         self.sent_bytes = 0
+        self.lends = False
+        """Whether `lend` may be called; see `may_lend`."""
+        self._pipe: PagePipe | None = None
         self._records = 0
 
     @property
@@ -58,11 +63,49 @@ class Connection:
         """From here on nothing waits. By the owner."""
         self.sock.setblocking(False)
 
-    def send(self, views: list[memoryview]) -> int:
-        """Take bytes to be sent; returns how many, 0 where it would have to wait. Raises PeerGoneError."""
+    def may_lend(self) -> None:
+        """From here on memory may be lent, where this system can. By the owner, once TLS is on or is not to be."""
+        self.lends = not self.tls and page_pipe.available()
+
+    def lend(self, views: list[memoryview]) -> int:
+        """As `send`, without a copy: the kernel reads the memory until the peer's has acknowledged it. Where it cannot,
+        it is copied."""
+        try:
+            if self._pipe is None:
+                self._pipe = PagePipe()
+            if not self._pipe.pour(self.sock):
+                return 0
+        except OSError as error:
+            return self._no_more_lending(views, error)
+        try:
+            taken = self._pipe.put(views)
+        except (OSError, TypeError) as error:
+            return self._no_more_lending(views, error)
+        self._pour()
+        self.sent_bytes += taken
+        return taken
+
+    def _no_more_lending(self, views: list[memoryview], error: Exception) -> int:
+        self.lends = False
+        if self._pipe is not None and self._pipe.held and isinstance(error, OSError):
+            raise _gone("sending", error)
+        return self.send(views)
+
+    def _pour(self) -> bool:
+        """Whether all that was lent is with the socket. Raises PeerGoneError."""
+        try:
+            return self._pipe is None or self._pipe.pour(self.sock)
+        except OSError as error:
+            raise _gone("sending", error) from None
+
+    def send(self, views: list[memoryview], *, more: bool = False) -> int:
+        """Take bytes to be sent; returns how many, 0 where it would have to wait. more: there is more to come at once.
+        Raises PeerGoneError."""
         try:
             if not self.tls:
-                sent = self.sock.sendmsg(views)
+                if not self._pour():
+                    return 0
+                sent = self.sock.sendmsg(views, (), socket.MSG_MORE if more else 0)
             elif self._flush():
                 # A copy: OpenSSL wants the same bytes again where it could not send them, and pages may end before.
                 self._outgoing = _joined(views)
@@ -73,16 +116,16 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            raise PeerGoneError(f"data connection lost while sending: {explain(error)}") from None
+            raise _gone("sending", error) from None
         self.sent_bytes += sent
         return sent
 
     def flush(self) -> bool:
         """Whether all that was taken has left. Raises PeerGoneError."""
         try:
-            return not self.tls or self._flush()
+            return self._flush() if self.tls else self._pour()
         except OSError as error:
-            raise PeerGoneError(f"data connection lost while sending: {explain(error)}") from None
+            raise _gone("sending", error) from None
 
     def _flush(self) -> bool:
         with self._tls_lock:
@@ -105,7 +148,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
-            raise PeerGoneError(f"data connection lost while receiving: {explain(error)}") from None
+            raise _gone("receiving", error) from None
 
     def _receive_records(self, views: list[memoryview]) -> int | None:
         total = 0
@@ -169,6 +212,14 @@ class Connection:
             if not self._closed:
                 self._closed = True
                 self.sock.close()
+                if self._pipe is not None:
+                    self._pipe.close()
+
+
+def _gone(doing: str, error: OSError) -> PeerGoneError:
+    closed = isinstance(error, (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    kind = PeerClosedError if closed else PeerGoneError
+    return kind(f"data connection lost while {doing}: {explain(error)}")
 
 
 def tune(sock: socket.socket, config: TransportConfig) -> None:

@@ -15,6 +15,7 @@ own connection, from 0; their check is the low 32 bits of xxh3-64 of magic and n
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import xxhash
 from msgspec import Struct
@@ -92,14 +93,20 @@ def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYT
     return ChunkHeader(transfer_id, component, buffer, offset, length, checksum)
 
 
-def verify(raw_header: bytes | memoryview, header: ChunkHeader, *payload: Payload) -> None:
-    """Check a chunk that arrived. Raises ChecksumError with both values."""
-    actual = _digest(_seed(raw_header), payload)
-    if actual != header.checksum:
-        raise ChecksumError(
-            f"chunk of {header.length} bytes at offset {header.offset} (component {header.component}, buffer "
-            f"{header.buffer}): checksum {actual:016x}, expected {header.checksum:016x}"
-        )
+class PayloadCheck:
+    """The checksum of a chunk's payload, taken as it comes: that is when it lies in the processor's cache."""
+
+    __slots__ = ("_state", "update")
+
+    def __init__(self, raw_header: bytes | memoryview) -> None:
+        self._state = xxhash.xxh3_64(seed=_seed(raw_header))
+        self.update: Callable[[Payload], None] = self._state.update
+        """Take the next bytes."""
+
+    def holds(self, header: ChunkHeader) -> bool:
+        """Whether all of them were right."""
+        result: bool = self._state.intdigest() == header.checksum
+        return result
 
 
 class Receipt(Struct, frozen=True):

@@ -3,8 +3,10 @@
     OPENING --all connections--> UP <--some--> PARTIAL <--none--> SUSPENDED      any of them --verdict--> LOST
 
 A suspended session keeps its transfers while its connections are dialled again. It is lost once they have been gone
-for `reconnect_timeout_s`, once its control connection has, once the peer's ports refuse (its process has ended), and
-once the peer has said nothing for `heartbeat_timeout_s` over connections that stand.
+for `reconnect_timeout_s`, once its control connection has, and once the peer's process has ended: its ports refuse, or
+it closed all data connections and says nothing for `closed_timeout_s`. A peer that says nothing for
+`heartbeat_timeout_s` over connections that stand is `silent`: they are made anew, and it has `reconnect_timeout_s`
+more.
 """
 
 from __future__ import annotations
@@ -63,20 +65,32 @@ class Health:
         """Since when the contact is what it is."""
         self._control_lost_s: float | None = None
         self._heard_s = now_s
+        self._closed: set[int] = set()
+        """Data connections that the peer closed."""
+        self._emptied_s = now_s
+        """When the last data connection went."""
+        self._noticed_s = now_s - 1.0
+        """What was heard last when its silence was noticed."""
         self._refusals: dict[int, int] = {}
 
-    def connected(self, index: int, now_s: float) -> None:
-        """A data connection stands."""
+    def connected(self, index: int, now_s: float, *, heard: bool = True) -> None:
+        """A data connection stands. heard: the peer's process has said so, not only its system."""
         self.reconnects += index in self._dialled
         self._dialled.add(index)
         self._up.add(index)
+        self._closed.discard(index)
         self._refusals.pop(index, None)
-        self.heard(now_s)
+        if heard or self.contact is Contact.OPENING:
+            self.heard(now_s)
         self._look(now_s)
 
-    def disconnected(self, index: int, now_s: float) -> None:
-        """A data connection is gone."""
-        self._up.discard(index)
+    def disconnected(self, index: int, now_s: float, *, closed: bool = False) -> None:
+        """A data connection is gone. closed: the peer, or its system, has closed or reset it."""
+        if closed:
+            self._closed.add(index)
+        if index in self._up:
+            self._up.remove(index)
+            self._emptied_s = now_s
         self._look(now_s)
 
     def refused(self, index: int) -> None:
@@ -109,7 +123,12 @@ class Health:
     def verdict(self, now_s: float) -> str:
         """Why the session is lost, or an empty string."""
         config = self._config
-        if self.contact in (Contact.OPENING, Contact.LOST):
+        if self.contact is Contact.LOST:
+            return ""
+        closed = bool(self._dialled) and not self._up and self._closed >= self._dialled
+        if closed and now_s - max(self._heard_s, self._emptied_s) > config.closed_timeout_s:
+            return f"its process has ended: it closed all connections, and was gone for {config.closed_timeout_s:g} s"
+        if self.contact is Contact.OPENING:
             return ""
         gone = [index for index, count in self._refusals.items() if count >= REFUSALS]
         if gone and (self.contact is Contact.SUSPENDED or (-1 in gone and self._control_lost_s is not None)):
@@ -119,10 +138,20 @@ class Health:
             return f"all data connections were lost, and none came back within {limit_s:g} s"
         if self._control_lost_s is not None and now_s - self._control_lost_s > limit_s:
             return f"it closed the control connection, and it did not come back within {limit_s:g} s"
-        standing = self._control_lost_s is None and self.contact is not Contact.SUSPENDED
-        if standing and now_s - self._heard_s > config.heartbeat_timeout_s:
+        if now_s - self._heard_s > config.heartbeat_timeout_s + limit_s:
             return f"silent for {now_s - self._heard_s:.1f} s"
         return ""
+
+    def silent(self, now_s: float) -> bool:
+        """Whether the peer has fallen silent, and nothing was done about it: its data connections are to be made anew.
+        True once for each silence."""
+        standing = self.contact in (Contact.UP, Contact.PARTIAL)
+        if not standing or self._noticed_s == self._heard_s:
+            return False
+        if now_s - self._heard_s <= self._config.heartbeat_timeout_s:
+            return False
+        self._noticed_s = self._heard_s
+        return True
 
     def _look(self, now_s: float) -> None:
         if self.contact is Contact.LOST:

@@ -123,7 +123,7 @@ class DataReceiver:
             connection.sock.sendall(Preface(index, welcome.token).pack())
             connection.unblock()
             with session.lock:
-                session.health.connected(index, self._clock.now_s())
+                session.health.connected(index, self._clock.now_s(), heard=False)
                 session.up = session.up or (session.health.contact is Contact.UP and not session.failure)
             self._receive(session, connection)
             return True
@@ -148,14 +148,16 @@ class DataReceiver:
             while True:
                 views = lane.begin()
                 wanted = sum(map(len, views))
+                count = None
                 try:
                     count = connection.receive(views)
                 finally:
-                    lane.end()
+                    lane.end(count or 0)
                 if count == 0:
                     end = "closed" if lane.between_chunks else "closed in the middle of a chunk"
                     raise PeerGoneError(f"data connection {end}")
                 if count is not None:
+                    session.health.heard(self._clock.now_s())
                     lane.advance(count)
                 unsent += lane.answers(idle=count is None or count < wanted or lane.renewed)
                 if unsent:
@@ -166,6 +168,5 @@ class DataReceiver:
                 if count is None or (count < wanted and not connection.tls):
                     connection.want(min(lane.wanted_bytes, LOW_WATER_BYTES))
                     connection.wait(write=False)
-                    session.health.heard(self._clock.now_s())
         finally:
             lane.lost()

@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sglang_prfaas.errors import ChecksumError
-from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, Receipt, unpack_header, verify
+from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, PayloadCheck, Receipt, unpack_header
 from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
 from sglang_prfaas.transport.session import Claim, IncomingTransfer
 
 ACK_BYTES = 8 << 20
 """An acknowledgement goes out after so many bytes, or as soon as nothing more has come."""
+
+
+MAX_PIECE_BYTES = 256 << 10
+"""Received in one call, and checked before the next: so much stays in a core's cache."""
 
 
 class Placement:
@@ -26,7 +29,7 @@ class Placement:
 class ReceiveLane:
     """Chunks of one data connection, received straight into their pages where that is possible.
 
-    Receive into what `begin` returns, without waiting; then `end`; then `advance` with how many bytes came. `find`
+    Receive into what `begin` returns, without waiting; then `end` and `advance` with how many bytes came. `find`
     returns the request of a transfer id, or None; `complete` is called with a transfer whose last byte is in place."""
 
     def __init__(
@@ -47,10 +50,12 @@ class ReceiveLane:
         self._item: Placement | None = None
         self._claim: Claim | None = None
         self._revoked = False
-        self._payload: list[memoryview] = []
-        """All of the chunk's bytes, in place or in scratch; empty where they are drained."""
+        self._check: PayloadCheck | None = None
+        """None where the chunk is drained."""
         self._missing: list[memoryview] = []
         self._missing_bytes = 0
+        self._taken = 0
+        """Bytes of the payload that came last."""
         self._staged = False
         self._scratch: Bytes | None = None
         self._handled = 0
@@ -63,16 +68,25 @@ class ReceiveLane:
     # --- input ----------------------------------------------------------------------------------------------------
 
     def begin(self) -> list[memoryview]:
-        """Where the next bytes go: the rest of a chunk, and the header after it."""
+        """Where the next bytes go: the rest of a chunk and the header after it, or a part of it."""
         claim = self._claim
         if claim is not None and not claim.pin():
             self._revoked = claim.revoked
             self._claim = None
             self._drain()
-        return [*self._missing, self._head[self._head_bytes :]]
+        if self._missing_bytes <= MAX_PIECE_BYTES:
+            return [*self._missing, self._head[self._head_bytes :]]
+        found, room = [], MAX_PIECE_BYTES
+        for view in self._missing:
+            found.append(view[:room])
+            room -= len(found[-1])
+            if not room:
+                break
+        return found
 
-    def end(self) -> None:
-        """Nothing is written to what `begin` returned any more."""
+    def end(self, count: int) -> None:
+        """So many bytes came; no more is written to what `begin` returned."""
+        self._take(min(count, self._missing_bytes))
         if self._claim is not None:
             self._claim.unpin()
 
@@ -89,28 +103,32 @@ class ReceiveLane:
     def advance(self, count: int) -> None:
         """So many bytes came. Raises ChecksumError where the connection cannot be made sense of any more,
         ProtocolError for a chunk that must not be."""
-        if self._missing_bytes:
-            taken = min(count, self._missing_bytes)
-            self._missing_bytes -= taken
-            count -= taken
+        if self._header is not None:
             if self._missing_bytes:
-                self._skip(taken)
                 return
-            self._missing = []
+            count -= self._taken
             self._finish()
         self._head_bytes += count
         if self._head_bytes == HEADER_BYTES:
             self._begin_chunk()
 
-    def _skip(self, count: int) -> None:
+    def _take(self, count: int) -> None:
+        """So many bytes of the payload came."""
+        self._taken = count
+        self._missing_bytes -= count
+        check = self._check
         whole = 0
         for view in self._missing:
             if count < len(view):
                 break
             count -= len(view)
             whole += 1
+            if check is not None:
+                check.update(view)
         del self._missing[:whole]
         if count:
+            if check is not None:
+                check.update(self._missing[0][:count])
             self._missing[0] = self._missing[0][count:]
 
     def _begin_chunk(self) -> None:
@@ -135,12 +153,12 @@ class ReceiveLane:
         buffer = self._memory.components[header.component][header.buffer]
         views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
         self._staged = not views
-        self._payload = views or [self._scratch_memory()[: header.length].data]
-        self._missing = list(self._payload)
+        self._missing = views or [self._scratch_memory()[: header.length].data]
+        self._check = PayloadCheck(self._raw)
 
     def _drain(self) -> None:
         """The rest of the chunk is not wanted."""
-        self._payload = []
+        self._check = None
         self._missing = [self._scratch_memory()[: self._missing_bytes].data]
 
     def _scratch_memory(self) -> Bytes:
@@ -152,12 +170,14 @@ class ReceiveLane:
         """All of a chunk is there."""
         header, claim, item = self._header, self._claim, self._item
         assert header is not None
+        check, self._check = self._check, None
         self._header = self._claim = self._item = None
         good = not self._revoked
-        if claim is not None and item is not None:
+        if claim is not None and item is not None and check is not None:
             transfer = claim.transfer
-            good = self._place(claim, item, header)
+            good = check.holds(header) and (not self._staged or self._place(claim, item, header))
             with transfer.lock:
+                good = good and not claim.revoked
                 if good:
                     complete = transfer.received(claim)
                 else:
@@ -168,24 +188,19 @@ class ReceiveLane:
                 good = good or not transfer.live
             if complete:
                 self._complete(transfer)
-        self._payload = []
         if not good:
             self._answers += Receipt(self._handled, again=True).pack()
         self._handled += 1
         self._since_ack_bytes += header.length
 
     def _place(self, claim: Claim, item: Placement, header: ChunkHeader) -> bool:
-        """Check the payload, and copy it to its place where it is not there yet. Returns whether it is good."""
+        """Copy the payload to its place. Returns False where that is not its place any more."""
         if not claim.pin():
             return False
         try:
-            verify(self._raw, header, *self._payload)
-            if self._staged:
-                data = self._scratch_memory()[: header.length]
-                indices = item.indices[header.component]
-                self._memory.components[header.component][header.buffer].scatter(indices, 0, header.offset, data)
-        except ChecksumError:
-            return False
+            data = self._scratch_memory()[: header.length]
+            indices = item.indices[header.component]
+            self._memory.components[header.component][header.buffer].scatter(indices, 0, header.offset, data)
         finally:
             claim.unpin()
         return True

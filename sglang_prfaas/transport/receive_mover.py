@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import socket
 import threading
@@ -16,7 +17,7 @@ from sglang_prfaas.clock import Clock, Deadline
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ChecksumError, LocalError, PeerGoneError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint
-from sglang_prfaas.transport.health import REFUSALS
+from sglang_prfaas.transport.health import REFUSALS, Contact
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.lookup import DirectoryClient
 from sglang_prfaas.transport.loop import ZmqLoop
@@ -187,6 +188,9 @@ class ReceiveMover:
             return
         sock = self._loop.socket(zmq.DEALER, host, session.server)
         sock.setsockopt(zmq.ROUTING_ID, session.identity)
+        # ZeroMQ's own heartbeats make it dial again over a link that was cut in silence: TCP would wait ever longer.
+        sock.setsockopt(zmq.HEARTBEAT_IVL, math.ceil(self._config.heartbeat_interval_s * 1000))
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, math.ceil(self._config.heartbeat_timeout_s * 1000))
         session.control = sock
         self._loop.add(sock, lambda frames: self._receive(session, host, frames))
         self._loop.on_loss(
@@ -343,14 +347,26 @@ class ReceiveMover:
             if not session.up and session.deadline.expired:
                 self._lose(session, f"no session within {config.handshake_timeout_s:g} s")
                 continue
-            if not stalled and not self._judge(session):
-                continue
+            if not stalled:
+                if not self._judge(session):
+                    continue
+                self._renew_if_silent(session, now_s)
             if session.control is None or not session.connected:
                 continue
             for envelope in session.mailbox.resend(now_s):
                 self._send(session, envelope)
-            if ping or session.mailbox.owing:
+            if ping or session.mailbox.owing or session.health.contact is Contact.SUSPENDED:
                 self._send(session, session.mailbox.unnumbered(encode(Ping())))
+
+    def _renew_if_silent(self, session: PeerSession, now_s: float) -> None:
+        """Cut the data connections of a prefill rank that has fallen silent; their threads dial them again."""
+        with session.lock:
+            silent = session.health.silent(now_s)
+            connections = list(session.connections.values())
+        if silent:
+            logger.warning("prfaas: %s is silent; its %d data connections are made anew", session, len(connections))
+            for connection in connections:
+                connection.cut()
 
     def _lose(self, session: PeerSession, reason: str) -> None:
         """Close a session: its transfers fail, its connections close. Idempotent; from any thread."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.errors import LocalError, PeerError, PeerGoneError, PrfaasError, ProtocolError
+from sglang_prfaas.errors import LocalError, PeerClosedError, PeerError, PrfaasError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import RENEWAL, Receipt
@@ -79,15 +79,16 @@ class DataSender:
         for thread in threads:
             thread.join(timeout_s)
 
-    def give_up(self, session: SendSession, link: DataLink, reason: str) -> None:
-        """A connection is lost: what it has not delivered goes over the others. Idempotent; from any thread."""
+    def give_up(self, session: SendSession, link: DataLink, reason: str, *, closed: bool = False) -> None:
+        """A connection is lost: what it has not delivered goes over the others. closed: the peer closed it. Idempotent;
+        from any thread."""
         resent = session.dispatch.lose(link)
         link.connection.cut()
         with self._lock:
             if session.links.get(link.index) is not link:
                 return
             del session.links[link.index]
-            session.health.disconnected(link.index, self._clock.now_s())
+            session.health.disconnected(link.index, self._clock.now_s(), closed=closed)
             quiet = session.closed or link.renewing
         if not quiet:
             logger.warning(
@@ -110,6 +111,13 @@ class DataSender:
                 found.append(link.index)
         return found
 
+    def renew_all(self, session: SendSession, reason: str) -> None:
+        """Give up all connections of a session; decode dials them again."""
+        with self._lock:
+            links = list(session.links.values())
+        for link in links:
+            self.give_up(session, link, reason)
+
     # --- receipts, in the acceptor's thread -----------------------------------------------------------------------
 
     def _readable(self, session: SendSession, link: DataLink) -> bool:
@@ -117,7 +125,7 @@ class DataSender:
         try:
             while (count := link.connection.receive([memoryview(buffer)])) is not None:
                 if count == 0:
-                    raise PeerGoneError("decode closed it")
+                    raise PeerClosedError("decode closed it")
                 for receipt in link.receipts.feed(bytes(buffer[:count])):
                     self._receipt(session, link, receipt)
                 if count < RECEIPT_READ_BYTES and not link.connection.tls:
@@ -126,7 +134,7 @@ class DataSender:
             self._lose(session, str(error))
             return False
         except PeerError as error:
-            self.give_up(session, link, str(error))
+            self.give_up(session, link, str(error), closed=isinstance(error, PeerClosedError))
             if link.renewing:
                 self._discard(link.connection)
             return False
@@ -154,6 +162,8 @@ class DataSender:
         connection = link.connection
         try:
             data_tcp.tune(connection.sock, self._config)
+            if self._config.zero_copy:
+                connection.may_lend()
             chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
             lane = SendLane(session.view.memory, min(chunk_bytes, session.hello.chunk_bytes), self._abort)
             while tasks := self._batch(session, link, lane):
@@ -168,7 +178,7 @@ class DataSender:
                     self._renew(link)
                     return  # decode closes it, once it has read and acknowledged all of it
         except PeerError as error:
-            self.give_up(session, link, str(error))
+            self.give_up(session, link, str(error), closed=isinstance(error, PeerClosedError))
         except PrfaasError as error:
             self._lose(session, str(error))
         self._discard(connection)
@@ -190,9 +200,12 @@ class DataSender:
 
     def _send(self, session: SendSession, connection: Connection, lane: SendLane) -> None:
         while True:
-            views = lane.begin()
+            views = lane.begin(lend=connection.lends)
             try:
-                sent = connection.send(views) if views else 0
+                if lane.lending:
+                    sent = connection.lend(views)
+                else:
+                    sent = connection.send(views, more=lane.more) if views else 0
             finally:
                 lane.end()
             if sent:

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PARTS = 512
 """Separate pieces of memory in one call; the kernel takes 1024."""
+MIN_LENT_BYTES = 64 << 10
+"""Chunks below this are copied: that costs less than the calls for handing their pages over."""
 
 
 class SendLane:
@@ -35,7 +37,11 @@ class SendLane:
         self._views: list[memoryview] = []
         self._owners: list[OutgoingTransfer | None] = []
         """Of each view; None for bytes of the lane's own."""
+        self._lendable: list[bool] = []
+        """Of each view: whether it stays as it is until the peer has it, unless its transfer ends."""
         self._pinned: list[OutgoingTransfer] = []
+        self.lending = False
+        """Whether what `begin` returned last may be lent to the kernel."""
         self.batch_bytes = 0
         """Payload of the batch."""
 
@@ -43,6 +49,7 @@ class SendLane:
         """Begin a new batch."""
         self._views.clear()
         self._owners.clear()
+        self._lendable.clear()
         self._staged = self.batch_bytes = 0
 
     @property
@@ -75,6 +82,7 @@ class SendLane:
             return False
         self._views += [memoryview(head), *views]
         self._owners += [None, *([owner] * len(views))]
+        self._lendable += [False, *([owner is not None and span.length >= MIN_LENT_BYTES] * len(views))]
         self.batch_bytes += span.length
         return True
 
@@ -92,8 +100,16 @@ class SendLane:
         self._staged += span.length
         return [out.data], None
 
-    def begin(self) -> list[memoryview]:
-        """What is to be sent now, without waiting for anything; `end` must follow."""
+    @property
+    def more(self) -> bool:
+        """Whether the batch has more than `begin` returned."""
+        return self._begun < len(self._views)
+
+    _begun = 0
+
+    def begin(self, *, lend: bool = False) -> list[memoryview]:
+        """What is to be sent now, without waiting for anything; `end` must follow. With `lend`, all of it may be lent,
+        or none of it: see `lending`."""
         for owner in dict.fromkeys(self._owners):
             if owner is None:
                 continue
@@ -101,7 +117,11 @@ class SendLane:
                 self._pinned.append(owner)
             else:
                 self._blank(owner)
-        return self._views[:MAX_PARTS]
+        self._begun = min(len(self._views), MAX_PARTS)
+        self.lending = lend and bool(self._views) and self._lendable[0]
+        if lend and (not self.lending) in self._lendable[: self._begun]:
+            self._begun = self._lendable.index(not self.lending)
+        return self._views[: self._begun]
 
     def end(self) -> None:
         """What `begin` returned is not looked at any more."""
@@ -118,7 +138,7 @@ class SendLane:
                 break
             sent -= len(view)
             whole += 1
-        del views[:whole], self._owners[:whole]
+        del views[:whole], self._owners[:whole], self._lendable[:whole]
         if sent:
             views[0] = views[0][sent:]
 
@@ -127,3 +147,4 @@ class SendLane:
             if owner is transfer:
                 self._views[at] = memoryview(bytes(len(self._views[at])))
                 self._owners[at] = None
+                self._lendable[at] = False

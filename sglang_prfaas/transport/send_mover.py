@@ -377,6 +377,7 @@ class SendMover:
         for session in sessions:
             with self._lock:
                 why = session.health.verdict(now_s)
+                silent = not why and session.health.silent(now_s)
                 opening = session.health.contact is Contact.OPENING
             if not why and opening and now_s - session.opened_s > config.handshake_timeout_s:
                 why = f"no data connections within {config.handshake_timeout_s:g} s"
@@ -385,6 +386,8 @@ class SendMover:
             if why:
                 self._lose(session, why)
                 continue
+            if silent:
+                self._data.renew_all(session, f"silent for {config.heartbeat_timeout_s:g} s")
             for index in self._data.stalled(session):
                 self._say(session, Redial(index))
             for envelope in session.mailbox.resend(now_s):

@@ -62,7 +62,7 @@ class Transfer:
         self._pins = 0
         self._ending = False
         self._late = 0
-        """Calls that wait for an end which another one has begun."""
+        """Calls that wait for the end, or for an acknowledgement."""
         self.reason = ""
         self.peer_knows = False
         """Whether the peer has been told of a failure, or told us of it."""
@@ -106,6 +106,14 @@ class Transfer:
             self._pins -= 1
             if self._ending and not self._pins:
                 self._unpinned.notify_all()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end; takes the lock itself. Returns whether it has come."""
+        with self.lock:
+            self._late += 1
+            self._unpinned.wait_for(lambda: not self.live, timeout_s)
+            self._late -= 1
+            return not self.live
 
     def fail(self, reason: str) -> bool:
         """End the transfer, once no copy runs; the first reason is kept. Returns whether this call ended it."""
@@ -219,6 +227,17 @@ class OutgoingTransfer(Transfer):
         """Decode has a chunk in place."""
         self.acknowledged_bytes += length
         self.progress_s = self._clock.now_s()
+        if self._late:
+            self._unpinned.notify_all()
+
+    def wait_acknowledged(self, nbytes: int, timeout_s: float) -> bool:
+        """Wait until decode has so many bytes in place, or the end; takes the lock itself. Returns whether it has
+        come."""
+        with self.lock:
+            self._late += 1
+            came = self._unpinned.wait_for(lambda: self.acknowledged_bytes >= nbytes or not self.live, timeout_s)
+            self._late -= 1
+            return came
 
     @property
     def all_sent(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def ended(transfer: Transfer) -> bool:
 
 def wait_ended(*transfers: Transfer) -> None:
     for transfer in transfers:
-        wait_until(lambda transfer=transfer: ended(transfer), f"end of room {transfer.room}, it is {transfer.state}")
+        wait_until(partial(ended, transfer), f"end of room {transfer.room}, it is {transfer.state}")
 
 
 class Pair:

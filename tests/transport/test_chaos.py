@@ -23,7 +23,9 @@ LIMIT_S = 60.0
 """No transfer may take longer; most take milliseconds."""
 RESTART_EVERY = 25
 
-CHAOS = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=3.0, reconnect_timeout_s=5.0, handshake_timeout_s=5.0)
+CHAOS = msgspec.structs.replace(
+    CONFIG, heartbeat_timeout_s=3.0, reconnect_timeout_s=5.0, handshake_timeout_s=5.0, closed_timeout_s=3.0
+)
 
 
 class Faults:

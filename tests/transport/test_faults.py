@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from typing import Any
@@ -625,24 +626,24 @@ def test_a_session_whose_data_connections_never_come() -> None:
 
 
 def test_a_silent_decode_rank() -> None:
-    config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.0)
+    config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.0, reconnect_timeout_s=0.5)
     with Pair(config=config) as pair, FakeDecode(pair.sender.control_port) as decode:
         (data,) = decode.open(pair.layout)
         decode.send(Expect(1, 7, (20, 2, 1), 0))
         transfer = pair.sender.transfer(7)
         wait_ended(transfer)
-        assert "silent for" in transfer.reason
+        assert re.search("silent for|came back within", transfer.reason)
         assert at_end(data)
 
 
 def test_a_silent_prefill_rank() -> None:
-    config = msgspec.structs.replace(ONE, heartbeat_timeout_s=1.0)
+    config = msgspec.structs.replace(ONE, heartbeat_timeout_s=1.0, reconnect_timeout_s=0.5)
     with FakePrefill() as prefill, Pair(config=config) as pair:
         session = pair.receiver.session("127.0.0.1:1", "127.0.0.1", prefill.control_port)
         prefill.welcome()
         item = pair.receiver.expect(session, 1, some_slots(1), 0)
         wait_ended(item.transfer)
-        assert "silent for" in item.transfer.reason
+        assert "silent for 1." in item.transfer.reason
 
 
 def test_heartbeats_keep_an_idle_session() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +16,17 @@ import msgspec
 import pytest
 
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.session import State
 from tests.transport.keyring import now
 from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-AT_ONCE_S = 10.0
-"""A peer's death is noticed in milliseconds; this allows for a machine that is busy, and is below every timeout."""
+AT_ONCE_S = 1.0
+"""For noticing a killed peer, on a machine that has nothing else to do."""
+BUSY_S = float(os.environ.get("PRFAAS_TEST_BUSY_S", "2"))
+"""Beyond that, for one that runs other tests too; far below the timeout for a link that was cut."""
 
 
 class Peer:
@@ -97,7 +102,7 @@ def test_prefill_is_killed_in_the_middle_and_restarted(config: TransportConfig) 
             killed_s = time.monotonic()
             prefill.process.kill()
             wait_ended(item.transfer)
-            assert time.monotonic() - killed_s < AT_ONCE_S
+            assert time.monotonic() - killed_s < AT_ONCE_S + BUSY_S
             assert item.transfer.state is State.FAILED
             assert item.transfer.reason.startswith(f"prefill 127.0.0.1:{port}: ")
         with peer("prefill", port, config.keys_dir) as again:
@@ -112,8 +117,6 @@ def test_prefill_is_killed_in_the_middle_and_restarted(config: TransportConfig) 
 
 
 def test_decode_is_killed_in_the_middle(config: TransportConfig) -> None:
-    """From the side that is dialled, a killed process looks like a cut link: it waits for as long as it is told to."""
-    config = msgspec.structs.replace(config, reconnect_timeout_s=0.5)
     with Pair(config=config) as pair, peer("decode", pair.sender.control_port, config.keys_dir) as decode:
         slots = some_slots(7)
         transfer = pair.sender.transfer(7)
@@ -128,26 +131,47 @@ def test_decode_is_killed_in_the_middle(config: TransportConfig) -> None:
         killed_s = time.monotonic()
         decode.process.kill()
         wait_ended(transfer, waiting)
-        assert time.monotonic() - killed_s < AT_ONCE_S
+        took_s = time.monotonic() - killed_s
+        assert took_s < AT_ONCE_S + BUSY_S
         for ended in (transfer, waiting):
-            assert ended.reason.startswith("connection to decode pd/decode-0 lost: ")
+            assert ended.reason.startswith("connection to decode pd/decode-0 lost: its process has ended")
         wait_until(lambda: not pair.sender._sessions, "end of the session")
 
 
 def test_prefill_is_stopped_in_the_middle(config: TransportConfig) -> None:
-    config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5)
+    config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
     with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config) as pair:
         pair.sender.control_port = int(prefill.line()[1])
         item = pair.receiver.expect(pair.session(), 7, some_slots(7), 0)
         prefill.do("half", 7)
         wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
         prefill.process.send_signal(signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        wait_until(lambda: item.session.health.contact is not Contact.UP, "silence noticed")
+        assert time.monotonic() - stopped_s < 1.5 + AT_ONCE_S + BUSY_S
         wait_ended(item.transfer)
-        assert "silent for" in item.transfer.reason
+        assert re.search("silent for|came back within|come back within", item.transfer.reason)
+
+
+def test_a_silence_longer_than_its_timeout_costs_no_request(config: TransportConfig) -> None:
+    config = msgspec.structs.replace(config, heartbeat_timeout_s=1.0, reconnect_timeout_s=30.0)
+    with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config) as pair:
+        pair.sender.control_port = int(prefill.line()[1])
+        slots = some_slots(7)
+        item = pair.receiver.expect(pair.session(), 7, slots, 0)
+        prefill.do("half", 7)
+        wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
+        prefill.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: item.session.health.contact is not Contact.UP, "silence noticed")
+        prefill.process.send_signal(signal.SIGCONT)
+        prefill.do("rest", 7)
+        wait_ended(item.transfer)
+        assert item.transfer.state is State.DONE, item.transfer.reason
+        assert_moved(pair.source, slots, pair.target, slots)
 
 
 def test_decode_is_stopped_in_the_middle(config: TransportConfig) -> None:
-    config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5)
+    config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
     memory = Memory(layout(), 1)
     with (
         Pair(config=config, send_memory=memory) as pair,
@@ -158,4 +182,4 @@ def test_decode_is_stopped_in_the_middle(config: TransportConfig) -> None:
         wait_until(lambda: transfer.expected, "decode asked")
         decode.process.send_signal(signal.SIGSTOP)
         wait_ended(transfer)
-        assert "silent for" in transfer.reason
+        assert re.search("silent for|came back within", transfer.reason)

@@ -41,10 +41,48 @@ def test_connections_come_and_go() -> None:
 
 def test_a_silent_peer() -> None:
     health = up()
-    assert health.verdict(5.0) == ""
-    assert health.verdict(5.5) == "silent for 5.5 s"
+    assert not health.silent(5.0)
+    assert health.silent(5.5)
+    assert not health.silent(5.6), "once for each silence"
+    assert health.verdict(15.0) == ""
+    assert health.verdict(15.5) == "silent for 15.5 s"
     health.heard(5.0)
-    assert health.verdict(9.0) == ""
+    assert health.verdict(15.5) == ""
+    assert health.silent(10.5)
+
+
+def test_a_system_that_accepts_is_no_sign_of_life() -> None:
+    health = up()
+    assert health.silent(5.5)
+    for index in (0, 1):
+        health.disconnected(index, 5.5)
+    assert contact(health) is Contact.SUSPENDED
+    for index in (0, 1):
+        health.connected(index, 5.6, heard=False)
+    assert not health.silent(14.0)
+    assert health.verdict(15.5) == "silent for 15.5 s"
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+def test_a_peer_that_closed_everything_has_ended(connections: int) -> None:
+    """Also one that had not made all of its connections yet."""
+    health = Health(CONFIG, 2, 0.0)
+    for index in range(connections):
+        health.connected(index, 0.0)
+    for index in range(connections):
+        health.disconnected(index, 1.0, closed=True)
+    assert health.verdict(1.5) == ""
+    assert "process has ended: it closed all connections" in health.verdict(1.6)
+    health.heard(1.2)
+    assert health.verdict(1.6) == "", "it lives, and is waited for"
+    assert "process has ended" in health.verdict(1.8), "what it said before its end came late"
+
+
+def test_connections_given_up_here_say_nothing_of_the_peer() -> None:
+    health = up()
+    health.disconnected(0, 1.0, closed=True)
+    health.disconnected(1, 1.0)
+    assert health.verdict(2.0) == ""
 
 
 def test_a_link_that_is_cut_is_waited_for() -> None:

@@ -80,7 +80,8 @@ class FanOut:
     @property
     def admitted(self) -> bool:
         """Whether there is room for all of it on its link; see `OutgoingTransfer.admitted`."""
-        return all([transfer.admitted for transfer in self.transfers])
+        let_in = [transfer.admitted for transfer in self.transfers]
+        return all(let_in)
 
     def start(self, kv_items: int) -> None:
         """Prefill knows how many full-attention pages it will send. Ends the request where decode's ranks disagree."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -27,9 +28,8 @@ TRANSFERS = 3
 SETTLE_S = 2.0
 NOTICE_S = 1.5
 """A second, and what a loaded machine adds."""
-DATAGRAM_BYTES = 5 * 1480 - 8
-"""Five packets, by IP's fragmentation."""
-DATAGRAM_WIRE_BYTES = 5 * 1514
+DATAGRAM_BYTES = 1472
+DATAGRAM_WIRE_BYTES = 1514
 HEADERS = 1448 / 1514
 """Payload of a full segment on Ethernet, as tbf counts."""
 
@@ -123,32 +123,31 @@ def test_the_capacity_is_that_of_the_wire_and_follows_it(mbps: float, later: flo
 def test_a_competing_flow_leaves_less() -> None:
     with wire(400.0) as link, movers(link) as pair, Load(pair):
         seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, 400.0), "the capacity")
-        with flow(link, 200.0) as sent_mbit:
+        with flow(link, 200.0) as carried_mbit:
             threading.Event().wait(SETTLE_S)
-            before, start_s = sent_mbit(), time.monotonic()
+            before, start_s = carried_mbit(), time.monotonic()
             ours = []
             for _ in range(20):
                 threading.Event().wait(0.1)
                 ours.append(figures(pair).capacity_bytes_per_s)
-            other = (sent_mbit() - before) / (time.monotonic() - start_s)
+            other = (carried_mbit() - before) / (time.monotonic() - start_s)
         mean = sum(ours) / len(ours)
         print(f"400 Mbit/s: {mean * 8e-6 / HEADERS:.0f} left by {other:.0f} of another flow")
         assert other > 50
-        assert near(mean, 400.0 - other, 0.2), "the largest of the last moments, so rather more than the mean"
+        assert near(mean, 400.0 - other, 0.25), "the largest of the last moments, so rather more than the mean"
         seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, 400.0), "all of it again")
 
 
 @contextmanager
 def flow(link: Wire, mbps: float) -> Iterator[Callable[[], float]]:
-    """UDP over the same wire at a steady rate at most, in Mbit/s with all headers; nobody reads it. Yields how many
-    Mbit have been sent."""
+    """UDP over the same wire at a steady rate at most, in Mbit/s with all headers, to a port that nobody listens on.
+    Yields how many Mbit have arrived."""
     sock = link.near.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
     stop = threading.Event()
-    sent = 0.0
 
     def send() -> None:
-        nonlocal sent
+        sent = 0.0
         data = bytes(DATAGRAM_BYTES)
         start_s = time.monotonic()
         while not stop.wait(0.002):
@@ -161,7 +160,14 @@ def flow(link: Wire, mbps: float) -> Iterator[Callable[[], float]]:
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
         try:
-            yield lambda: sent
+            yield lambda: link.far.call(datagrams_to_nobody) * DATAGRAM_WIRE_BYTES * 8e-6
         finally:
             stop.set()
             thread.join(10.0)
+
+
+def datagrams_to_nobody() -> int:
+    """`NoPorts` of the calling thread's network namespace."""
+    lines = [line.split() for line in Path("/proc/thread-self/net/snmp").read_text().splitlines()]
+    names, values = (words for words in lines if words[0] == "Udp:")
+    return int(values[names.index("NoPorts")])

@@ -17,7 +17,7 @@ import zmq
 from msgspec import Struct
 
 from sglang_prfaas.clock import Clock
-from sglang_prfaas.core.link_capacity import LinkCapacity
+from sglang_prfaas.core.link_capacity import WINDOW_S, LinkCapacity
 from sglang_prfaas.monitor.reports import LinkLoad
 
 MAX_MESSAGE_BYTES = 64 << 10
@@ -95,7 +95,7 @@ class LinkViews:
         now_s = self._clock.now_s()
         pair = (load.from_site, load.to_site)
         self._views[*pair, view.mover] = (now_s, load)
-        loads = [one for key, (_, one) in self._views.items() if key[:2] == pair]
+        loads = [one for key, (at_s, one) in self._views.items() if key[:2] == pair and now_s - at_s <= WINDOW_S]
         if len(loads) > 1:
             together = self._together.setdefault(pair, LinkCapacity(self._configured.get(load.to_site, 0.0)))
             learn = together.filled if any(one.filled for one in loads) else together.at_least

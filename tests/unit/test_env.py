@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas import env
+from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.env import port_from_env, transport_from_env, transport_to_env
 from sglang_prfaas.errors import ConfigError
 

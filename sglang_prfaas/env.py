@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.errors import ConfigError
 
 PREFIX = "PRFAAS_"
@@ -26,6 +26,9 @@ MOVER_PORT = "PRFAAS_MOVER_PORT"
 
 LINK_REPORTS = "PRFAAS_LINK_REPORTS"
 """ZeroMQ endpoint (ipc://...) of the site's agent, to which movers report what they see of links. Unset: nowhere."""
+
+LINKS = "PRFAAS_LINKS"
+"""The site's `[[links]]` as a JSON list of tables. Unset: none."""
 
 TRANSFER_LOG = "PRFAAS_TRANSFER_LOG"
 """File that gets one JSON line for every finished transfer. Unset: none."""
@@ -49,6 +52,21 @@ def transport_from_env(environ: Mapping[str, str]) -> TransportConfig:
         problem, _, path = str(error).partition(" - at `$.")
         name = PREFIX + path.rstrip("`").upper() if path else PREFIX + "*"
         raise ConfigError(f"{name}: {problem}, got {environ.get(name, '?')!r}") from None
+
+
+def links_to_env(links: list[LinkConfig]) -> str:
+    """The value of `LINKS` that makes `links_from_env` return these."""
+    return msgspec.json.encode(links).decode()
+
+
+def links_from_env(environ: Mapping[str, str]) -> dict[str, LinkConfig]:
+    """The configured links, by the site they lead to. Raises ConfigError for a bad value."""
+    text = environ.get(LINKS, "[]")
+    try:
+        links = msgspec.json.decode(text, type=list[LinkConfig])
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{LINKS}: {error}, got {text!r}") from None
+    return {link.to_site: link for link in links}
 
 
 def port_from_env(environ: Mapping[str, str], name: str = MOVER_PORT) -> int:

@@ -148,6 +148,20 @@ class TransportConfig(_Config, frozen=True):
             "it. off: after each prefill chunk."
         ),
     ] = "auto"
+    link_sample_interval_s: Annotated[
+        float, Meta(ge=0.01, le=1, description="Seconds between two looks at the connections of a link (TCP_INFO).")
+    ] = 0.1
+    max_link_inflight_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="KVCache of one prefill rank that may be on its way to one site, in bytes; further requests "
+            "wait before they are computed. 0: what the link carries in 10 s.",
+        ),
+    ] = 0
+    admission_timeout_s: Annotated[
+        float, Meta(gt=0, description="Seconds a request waits for room on its link before it fails.")
+    ] = 60.0
 
 
 class CachePeerConfig(_Config, frozen=True):

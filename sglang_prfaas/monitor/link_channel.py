@@ -17,6 +17,7 @@ import zmq
 from msgspec import Struct
 
 from sglang_prfaas.clock import Clock
+from sglang_prfaas.core.link_capacity import WINDOW_S, LinkCapacity
 from sglang_prfaas.monitor.reports import LinkLoad
 
 MAX_MESSAGE_BYTES = 64 << 10
@@ -37,12 +38,14 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(LinkView)
 
 
-def merge(views: Iterable[LinkLoad], configured_bytes_per_s: float = 0.0) -> LinkLoad:
+def merge(
+    views: Iterable[LinkLoad], configured_bytes_per_s: float = 0.0, together_bytes_per_s: float = 0.0
+) -> LinkLoad:
     """Several movers' views of one direction of a link as one. Raises ValueError for none.
 
-    Traffic, backlog and connections add up; loss and round-trip time are means weighted by traffic; the capacity is the
-    largest that was measured, else the configured one; one mover that sees congestion is enough, and the youngest view
-    gives the age."""
+    Traffic, backlog and connections add up; loss and round-trip time are means weighted by traffic; the capacity is
+    what they were seen to fill the link with together, else the largest that one of them measured, else the configured
+    one; one mover that sees congestion is enough, and the youngest view gives the age."""
     loads = list(views)
     if not loads:
         raise ValueError("no view of the link")
@@ -59,13 +62,17 @@ def merge(views: Iterable[LinkLoad], configured_bytes_per_s: float = 0.0) -> Lin
         from_site=loads[0].from_site,
         to_site=loads[0].to_site,
         used_bytes_per_s=used,
-        capacity_bytes_per_s=max(load.capacity_bytes_per_s for load in loads) or configured_bytes_per_s,
+        capacity_bytes_per_s=together_bytes_per_s
+        or max(load.capacity_bytes_per_s for load in loads)
+        or configured_bytes_per_s,
         loss_fraction=mean([(load.loss_fraction, load.used_bytes_per_s) for load in loads]),
         rtt_s=mean([(load.rtt_s, load.used_bytes_per_s) for load in timed]),
         min_rtt_s=min((load.min_rtt_s for load in loads if load.min_rtt_s > 0), default=0.0),
         backlog_bytes=sum(load.backlog_bytes for load in loads),
         connections=sum(load.connections for load in loads),
+        filled=any(load.filled for load in loads),
         congested=any(load.congested for load in loads),
+        congestion=next((load.congestion for load in loads if load.congested), ""),
         age_s=min(load.age_s for load in loads),
     )
 
@@ -79,11 +86,20 @@ class LinkViews:
         self._configured = configured_bytes_per_s
         self._silent_after_s = silent_after_s
         self._views: dict[tuple[str, str, str], tuple[float, LinkLoad]] = {}
+        self._together: dict[tuple[str, str], LinkCapacity] = {}
+        """Of links that several movers share: none of them sees more than its own share."""
 
     def seen(self, view: LinkView) -> None:
         """Take in what a mover says."""
         load = view.load
-        self._views[load.from_site, load.to_site, view.mover] = (self._clock.now_s(), load)
+        now_s = self._clock.now_s()
+        pair = (load.from_site, load.to_site)
+        self._views[*pair, view.mover] = (now_s, load)
+        loads = [one for key, (at_s, one) in self._views.items() if key[:2] == pair and now_s - at_s <= WINDOW_S]
+        if len(loads) > 1:
+            together = self._together.setdefault(pair, LinkCapacity(self._configured.get(load.to_site, 0.0)))
+            learn = together.filled if any(one.filled for one in loads) else together.at_least
+            learn(now_s, sum(one.used_bytes_per_s for one in loads))
 
     def links(self) -> list[LinkLoad]:
         """All links that a mover has told of lately, in the order of their names."""
@@ -95,7 +111,16 @@ class LinkViews:
                 continue
             aged = msgspec.structs.replace(load, age_s=load.age_s + now_s - at_s)
             by_link.setdefault(key[:2], []).append(aged)
-        return [merge(loads, self._configured.get(to_site, 0.0)) for (_, to_site), loads in by_link.items()]
+        for pair in self._together.keys() - {pair for pair, loads in by_link.items() if len(loads) > 1}:
+            del self._together[pair]
+        return [
+            merge(
+                loads,
+                self._configured.get(pair[1], 0.0),
+                self._together[pair].at(now_s) if pair in self._together else 0.0,
+            )
+            for pair, loads in by_link.items()
+        ]
 
 
 def new_endpoint() -> str:

@@ -70,8 +70,12 @@ class LinkLoad(Struct, frozen=True, kw_only=True, omit_defaults=True):
     backlog_bytes: int = 0
     """KVCache that is ready and not yet acknowledged."""
     connections: int = 0
+    filled: bool = False
+    """Whether the network was the limit just now: what is used is then all that it carries."""
     congested: bool = False
     """The estimator's verdict: delay, loss or backlog say that more would only queue."""
+    congestion: str = ""
+    """The strongest of the three, where it is congested."""
     age_s: float = 0.0
 
     @property
@@ -125,6 +129,7 @@ class SiteState(Struct, frozen=True, kw_only=True, tag="state"):
     served_model_name: str
     draining: bool
     servers: list[ServerState]
+    links: list[LinkLoad] = []
 
 
 class Answer(Struct, frozen=True, kw_only=True, tag="answer"):

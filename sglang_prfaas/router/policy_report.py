@@ -94,6 +94,30 @@ def gauges(policy: LiveRouting, now_s: float) -> list[Gauge]:
         ),
         *(policy.line.gauges(now_s) if policy.line is not None else ()),
         (
+            "prfaas_router_link_free_bytes_per_second",
+            "What a new transfer would get of a link.",
+            ("from", "to"),
+            [(pair, link.free_bytes_per_s) for pair, link in policy.observation.links.items()],
+        ),
+        (
+            "prfaas_router_link_rtt_seconds",
+            "Round-trip time of a link.",
+            ("from", "to"),
+            [(pair, link.rtt_s) for pair, link in policy.observation.links.items()],
+        ),
+        (
+            "prfaas_router_link_congested",
+            "Whether a link is reported as congested.",
+            ("from", "to"),
+            [(pair, link.congested) for pair, link in policy.observation.links.items()],
+        ),
+        (
+            "prfaas_router_link_measured",
+            "Whether the figures of a link are reported and fresh, or as configured.",
+            ("from", "to"),
+            [(pair, link.measured) for pair, link in policy.observation.links.items()],
+        ),
+        (
             "prfaas_router_prefill_correction",
             "Factor on the profile's prefill time, by lowest length.",
             ("site", "tokens"),

@@ -15,6 +15,7 @@ from sglang_prfaas import env
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.sglang_plugin.kv_pages import layout_of, memory_of, model_identity
+from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.sglang_plugin.ranks import split_address
 from sglang_prfaas.transport import transfer_log
 from sglang_prfaas.transport.addresses import dialable, resolve
@@ -84,6 +85,7 @@ class PrfaasKVManager(BaseKVManager):
         self.layerwise: LayerwiseSending | None = None
         """Set once the model is at hand, where SGLang's mode permits it."""
         self._registration: Registration | None = None
+        self._link_reports: LinkReports | None = None
         self.prefill_info_table = _AnyPrefillTable()
         if disaggregation_mode == DisaggregationMode.PREFILL:
             self._start_prefill()
@@ -94,8 +96,19 @@ class PrfaasKVManager(BaseKVManager):
         host = resolve(self.config.bind_host or get_serving().host)
         base = env.port_from_env(os.environ)
         rank = self._rank
+        links = env.links_from_env(os.environ)
+        endpoint = os.environ.get(env.LINK_REPORTS, "")
+        if endpoint:
+            self._link_reports = LinkReports(endpoint, self.site, f"{self.server}/{rank}")
         self.send_mover = SendMover(
-            self.layout, self.memory, self.config, self.clock, host=host, first_port=base + 2 * rank if base else 0
+            self.layout,
+            self.memory,
+            self.config,
+            self.clock,
+            host=host,
+            first_port=base + 2 * rank if base else 0,
+            links=links,
+            report=self._link_reports,
         )
         self.send_mover.start()
         self.register_to_bootstrap()
@@ -163,6 +176,9 @@ class PrfaasKVManager(BaseKVManager):
             self._registration.close()
         if self.send_mover is not None:
             self.send_mover.close("the prefill server changed its role")
+        if self._link_reports is not None:
+            self._link_reports.close()
+            self._link_reports = None
         if self.receive_mover is not None:
             self.receive_mover.close("the decode server changed its role")
 

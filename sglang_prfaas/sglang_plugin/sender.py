@@ -167,6 +167,8 @@ class PrfaasKVSender(BaseKVSender):
             state = transfer.state
         if state in FINAL and not self._logged:
             self._log(transfer)
+        if state is State.READY and not transfer.admitted:
+            return KVPoll.Bootstrapping
         return _POLL[state]
 
     def get_transfer_metric(self) -> KVTransferMetric:

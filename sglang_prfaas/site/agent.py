@@ -67,6 +67,7 @@ WAN_PATHS: Mapping[str, frozenset[str]] = {
 
 _PREFIX = "/servers/"
 _TEXT = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+_LINKS_INTERVAL_S = 0.1
 _LIMITS = ServerLimits(max_body_bytes=1 << 30)
 _CLIENT_LIMITS = ClientLimits(first_byte_timeout_s=86_400.0, idle_timeout_s=86_400.0)
 """Routers set the deadlines of requests; the agent only has to outlast them."""
@@ -203,6 +204,7 @@ class Agent:
             served_model_name=site.served_model_name or site.model,
             draining=self.draining,
             servers=[self._server_state(name) for name in self._servers],
+            links=self._links.links(),
         )
 
     def metrics(self) -> str:
@@ -246,12 +248,21 @@ class Agent:
             self._reporter.send(self.report())
 
     async def _report_loads(self) -> None:
+        """Again and again, and at once when a link gets congested, or is not any more."""
+        interval_s = self._config.agent.report_interval_s
+        reported_s = self._clock.now_s()
+        congested: set[tuple[str, str]] = set()
         while True:
-            await asyncio.sleep(self._config.agent.report_interval_s)
+            await asyncio.sleep(min(interval_s, _LINKS_INTERVAL_S))
             if self._link_receiver is not None:
                 self._link_receiver.drain(self._links)
-            if self._reporter is not None:
-                self._reporter.loads(self._loads.loads(), self._links.links())
+            links = self._links.links()
+            before, congested = congested, {(link.from_site, link.to_site) for link in links if link.congested}
+            now_s = self._clock.now_s()
+            if congested != before or now_s - reported_s >= interval_s:
+                reported_s = now_s
+                if self._reporter is not None:
+                    self._reporter.loads(self._loads.loads(), links)
 
     def _command(self, command: Command, reply: operator_control.Reply) -> None:
         if self._reporter is not None:

@@ -93,6 +93,7 @@ def _command(
         env.SITE: site.name,
         env.SERVER: server.name,
         env.MOVER_PORT: str(server.mover_port),
+        **({env.LINKS: env.links_to_env(config.links)} if config.links else {}),
         **({env.LINK_REPORTS: link_reports} if link_reports else {}),
         **site.env,
         **server.env,

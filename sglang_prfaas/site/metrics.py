@@ -93,7 +93,13 @@ def render(
         ("capacity_bytes_per_second", "What a link carries at most.", "capacity_bytes_per_s"),
         ("backlog_bytes", "KVCache that is ready and not yet acknowledged.", "backlog_bytes"),
         ("rtt_seconds", "Round-trip time.", "rtt_s"),
+        ("min_rtt_seconds", "Round-trip time without queues.", "min_rtt_s"),
         ("loss_fraction", "Share of segments sent again.", "loss_fraction"),
+        ("available_bytes_per_second", "What is left of a link's capacity.", "available_bytes_per_s"),
+        ("connections", "Data connections that stand.", "connections"),
+        ("filled", "Whether the network was the limit just now.", "filled"),
+        ("congested", "Whether more would only queue.", "congested"),
+        ("load_age_seconds", "Age of a link's figures.", "age_s"),
     ):
         samples = (({"from_site": link.from_site, "to_site": link.to_site}, getattr(link, field)) for link in links)
         lines += _family(f"prfaas_link_{name}", "gauge", text, samples)

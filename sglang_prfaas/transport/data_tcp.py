@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import itertools
 import select
 import socket
 import ssl
@@ -12,10 +13,11 @@ import threading
 
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ConfigError, LocalError, PeerClosedError, PeerError, PeerGoneError, PortRefusedError
-from sglang_prfaas.transport import page_pipe
+from sglang_prfaas.transport import page_pipe, tcp_info
 from sglang_prfaas.transport.page_pipe import PagePipe
 from sglang_prfaas.transport.security import PLAIN, Security
 from sglang_prfaas.transport.security.tls import explain
+from sglang_prfaas.transport.tcp_info import TcpInfo
 
 TLS_RECORD_BYTES = 1 << 14
 """Plaintext of one TLS record at most (RFC 8446, section 5.1)."""
@@ -24,6 +26,9 @@ TLS_BLOCK_BYTES = 8 * TLS_RECORD_BYTES
 MAX_TLS_RECORDS = 1 << 24
 """Records sent with one set of keys; AES-GCM is sound for 2^24.5 (RFC 8446, section 5.5). `ssl` cannot update keys of a
 connection, so that it is made anew."""
+
+
+_numbers = itertools.count()
 
 
 class Connection:
@@ -35,6 +40,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.number = next(_numbers)
+        """Of no other connection of this process."""
         self.site = ""
         """The site that the peer has proved to belong to; empty without keys."""
         self._lock = threading.Lock()
@@ -188,6 +195,16 @@ class Connection:
             buffer = array.array("i", [0])
             fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, buffer)
             return buffer[0]
+
+    @property
+    def closed(self) -> bool:
+        """Whether its descriptor is free."""
+        return self._closed
+
+    def tcp_info(self) -> TcpInfo | None:
+        """What the kernel knows of it; None where the system does not tell, or it is closed. From any thread."""
+        with self._lock:
+            return None if self._closed else tcp_info.read(self.sock)
 
     def cut(self) -> None:
         """End the connection both ways. From any thread. Idempotent."""

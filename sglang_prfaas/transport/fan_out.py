@@ -77,6 +77,12 @@ class FanOut:
         """Why the request has failed."""
         return joint_reason(self.transfers)
 
+    @property
+    def admitted(self) -> bool:
+        """Whether there is room for all of it on its link; see `OutgoingTransfer.admitted`."""
+        let_in = [transfer.admitted for transfer in self.transfers]
+        return all(let_in)
+
     def start(self, kv_items: int) -> None:
         """Prefill knows how many full-attention pages it will send. Ends the request where decode's ranks disagree."""
         asked = [transfer.expected for transfer in self.transfers]

@@ -225,6 +225,11 @@ class RankMemory:
     def __init__(self, components: Sequence[Sequence[Buffer]]) -> None:
         self.components = [list(buffers) for buffers in components]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers together."""
+        return sum(buffer.slots * buffer.item_bytes for buffers in self.components for buffer in buffers)
+
     def checked(self, component: int, indices: npt.ArrayLike) -> Indices:
         """Slot indices of a request's items, as an int64 vector of its own. Raises LocalError for one outside of the
         component's buffers."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import zmq
 
 from sglang_prfaas.clock import Clock
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.errors import ChecksumError, LocalError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
@@ -20,6 +20,7 @@ from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.handshake import refusal
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.link_monitor import LinkMonitor, Report, Traffic
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.memory import Indices, RankMemory
@@ -66,6 +67,9 @@ class SendMover:
     Listens on two ports of `host`: control (ZeroMQ) and data (TCP); `first_port` and the one after it, or any free two
     for 0. Raises LocalError where they are taken, ConfigError where others could reach them without keys, or where keys
     do not fit. Methods may be called from any thread.
+
+    links: as configured, by the site they lead to. report: called with the state of every link, from a thread of the
+    mover, every `link_sample_interval_s`.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class SendMover:
         *,
         host: str,
         first_port: int = 0,
+        links: Mapping[str, LinkConfig] | None = None,
+        report: Report | None = None,
     ) -> None:
         self.layout = layout
         self._memory = memory
@@ -98,6 +104,7 @@ class SendMover:
         self._data = DataSender(
             config, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
         )
+        self.links = LinkMonitor(config, clock, links=links or {}, pool_bytes=memory.nbytes, report=report)
         self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
@@ -114,6 +121,7 @@ class SendMover:
         self.control_port = int(bound.rpartition(":")[2])
         self._loop.add(self._control, self._receive)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._expire)
+        self._loop.every(config.link_sample_interval_s, self._look_at_links)
 
     def start(self) -> None:
         """Begin to listen."""
@@ -180,6 +188,8 @@ class SendMover:
         spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
             queued = transfer.queue(component, first_item, len(items), len(spans), which, len(item_bytes))
+            if queued and session is not None:
+                transfer.queued_bytes += sum(span.length for span in spans)
         if not queued or session is None:
             self._report(transfer)
             return items
@@ -343,7 +353,10 @@ class SendMover:
                     return
                 transfer = self._rooms.asked_for(message.room, session, message.transfer_id)
             with transfer.lock:
-                if not transfer.expect(message):
+                if transfer.expect(message):
+                    link = self.links.admission(session.hello.site)
+                    transfer.goes_over(link, session.view.layout.request_bytes(message.counts))
+                else:
                     reason = transfer.reason
         if reason:
             self._say(session, Failed(message.transfer_id, message.room, reason_text(reason)))
@@ -364,6 +377,18 @@ class SendMover:
             with transfer.lock:
                 transfer.fail(reason)
                 transfer.peer_knows = True
+
+    def _look_at_links(self) -> None:
+        with self._lock:
+            traffic = [
+                Traffic(
+                    session.hello.site,
+                    [link.connection for link in session.links.values()],
+                    sum(t.queued_bytes - t.acknowledged_bytes for t in session.transfers.values() if t.live),
+                )
+                for session in self._sessions.values()
+            ]
+        self.links.look(traffic)
 
     def _expire(self) -> None:
         config = self._config

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import ProtocolError
+from sglang_prfaas.transport.admission import Admission
 from sglang_prfaas.transport.framing import ChunkHeader
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.messages import Expect
@@ -159,7 +160,11 @@ class OutgoingTransfer(Transfer):
         self.ready_s = 0.0
         self.started_s = 0.0
         self.last_queued = False
+        self.queued_bytes = 0
+        """Bytes that were put on the way, sent or not."""
         self.acknowledged_bytes = 0
+        self._admission: Admission[OutgoingTransfer] | None = None
+        self._expected_bytes = 0
         self._queued = 0
         self._sent = 0
         self._items: list[list[RangeSet]] = []
@@ -174,6 +179,26 @@ class OutgoingTransfer(Transfer):
         self._enter(State.READY)
         self.ready_s = self.progress_s = self._clock.now_s()
         return True
+
+    def goes_over(self, admission: Admission[OutgoingTransfer], nbytes: int) -> None:
+        """Decode is ready for so many bytes, over a link that has to have room for them."""
+        self._admission, self._expected_bytes = admission, nbytes
+
+    @property
+    def admitted(self) -> bool:
+        """Whether there is room for it on its link; from the first call on it waits for that."""
+        if self._admission is None or not self.live:
+            return True
+        self._admission.ask(self, self._expected_bytes, self.ready_s)
+        return self._admission.admits(self)
+
+    def _enter(self, state: State) -> None:
+        super()._enter(state)
+        if self._admission is not None:
+            if state is State.SENDING:
+                self._admission.start(self, self._expected_bytes)
+            elif state in FINAL:
+                self._admission.end(self)
 
     def start(self, kv_items: int) -> None:
         """Prefill knows how many full-attention pages it will send; must be what decode reserved."""
@@ -226,6 +251,8 @@ class OutgoingTransfer(Transfer):
     def acknowledged(self, length: int) -> None:
         """Decode has a chunk in place."""
         self.acknowledged_bytes += length
+        if self._admission is not None:
+            self._admission.acknowledged(self, length)
         self.progress_s = self._clock.now_s()
         if self._late:
             self._unpinned.notify_all()
@@ -270,6 +297,8 @@ class OutgoingTransfer(Transfer):
         idle_s = self._clock.now_s() - self.progress_s
         if self._state is State.WAITING and idle_s > waiting_s:
             return f"decode did not ask for the request within {waiting_s:g} s"
+        if self._state is State.READY and self._admission is not None and idle_s > self._admission.timeout_s:
+            return "" if self.admitted else self._admission.refusal()
         if self._state is State.SENDING and self.last_queued and idle_s > transfer_s:
             return f"no progress for {transfer_s:g} s, {self.bytes} bytes were sent"
         return ""

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_prfaas.clock import MonotonicClock
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.transport.layout import Component, Layout
+from sglang_prfaas.transport.link_monitor import Report
 from sglang_prfaas.transport.memory import HostBuffer, RankMemory
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession, ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
@@ -101,6 +102,10 @@ def wait_ended(*transfers: Transfer) -> None:
         wait_until(partial(ended, transfer), f"end of room {transfer.room}, it is {transfer.state}")
 
 
+def _here(function: Callable[[], Any]) -> Any:
+    return function()
+
+
 class Pair:
     """A prefill rank and a decode rank. Use in a `with`."""
 
@@ -115,20 +120,45 @@ class Pair:
         send_memory: Any = None,
         receive_memory: Any = None,
         first_port: int = 0,
+        site: str = "pd",
+        links: dict[str, LinkConfig] | None = None,
+        report: Report | None = None,
+        within: tuple[Callable[[Callable[[], Any]], Any], Callable[[Callable[[], Any]], Any]] | None = None,
     ) -> None:
+        """site: of the decode rank. within: callers of functions for the prefill and the decode rank, in the network
+        namespaces of either."""
+        self._in_prefill, self._in_decode = within or (_here, _here)
         self.host = host
         self.layout = of or layout()
         self.source = send_memory or Memory(self.layout, 1)
         self.target = receive_memory or Memory(decode_layout or self.layout, None)
         clock = MonotonicClock()
-        self.sender = SendMover(self.layout, self.source.rank, config, clock, host=host, first_port=first_port)
-        self.receiver = ReceiveMover(
-            decode_layout or self.layout, self.target.rank, decode_config or config, clock, site="pd", server="decode-0"
+        self.sender: SendMover = self._in_prefill(
+            lambda: SendMover(
+                self.layout,
+                self.source.rank,
+                config,
+                clock,
+                host=host,
+                first_port=first_port,
+                links=links,
+                report=report,
+            )
+        )
+        self.receiver: ReceiveMover = self._in_decode(
+            lambda: ReceiveMover(
+                decode_layout or self.layout,
+                self.target.rank,
+                decode_config or config,
+                clock,
+                site=site,
+                server="decode-0",
+            )
         )
 
     def __enter__(self) -> Pair:
-        self.sender.start()
-        self.receiver.start()
+        self._in_prefill(self.sender.start)
+        self._in_decode(self.receiver.start)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas import env
+from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.env import port_from_env, transport_from_env, transport_to_env
 from sglang_prfaas.errors import ConfigError
 
@@ -32,3 +33,11 @@ def test_ports() -> None:
     for text in ("-1", "70000", "any", ""):
         with pytest.raises(ConfigError, match="expected a port from 0 to 65535"):
             port_from_env({"PRFAAS_MOVER_PORT": text})
+
+
+def test_links_come_back_from_the_environment() -> None:
+    links = [LinkConfig(to_site="pd", capacity_gbps=10.0, rtt_ms=5.0), LinkConfig(to_site="b", capacity_gbps=1.0)]
+    assert env.links_from_env({env.LINKS: env.links_to_env(links)}) == {link.to_site: link for link in links}
+    assert env.links_from_env({}) == {}
+    with pytest.raises(ConfigError, match="PRFAAS_LINKS"):
+        env.links_from_env({env.LINKS: "[{]"})

@@ -43,6 +43,29 @@ def test_an_idle_link_has_the_configured_capacity_and_a_plain_mean() -> None:
     assert merged.rtt_s == pytest.approx(0.03), "a mover without a measurement does not count"
 
 
+def test_movers_that_fill_a_link_together_show_its_capacity() -> None:
+    clock = VirtualClock()
+    views = LinkViews(clock, configured_bytes_per_s={"pd": 1000.0})
+    for mover in ("s/0", "s/1"):
+        views.seen(LinkView(mover, link(300.0, capacity_bytes_per_s=300.0, filled=True)))
+    (load,) = views.links()
+    assert (load.capacity_bytes_per_s, load.available_bytes_per_s, load.filled) == (600.0, 0.0, True)
+    clock.advance(1.0)
+    for mover in ("s/0", "s/1"):
+        views.seen(LinkView(mover, link(10.0, capacity_bytes_per_s=300.0)))
+    (load,) = views.links()
+    assert load.available_bytes_per_s == 580.0, "what they filled it with, though each knows of half only"
+    clock.advance(5.5)
+    views.seen(LinkView("s/1", link(20.0, capacity_bytes_per_s=300.0)))
+    (load,) = views.links()
+    assert load.capacity_bytes_per_s == 300.0, "one mover is left: its own figures count"
+
+
+def test_one_congested_mover_is_enough() -> None:
+    merged = merge([link(1.0), LinkLoad(from_site="prfaas", to_site="pd", congested=True, congestion="delay")])
+    assert (merged.congested, merged.congestion) == (True, "delay")
+
+
 def test_silent_movers_are_forgotten() -> None:
     clock = VirtualClock()
     views = LinkViews(clock, configured_bytes_per_s={"pd": 100.0}, silent_after_s=5.0)

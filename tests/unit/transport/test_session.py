@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sglang_prfaas.clock import VirtualClock
 from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.transport import session
+from sglang_prfaas.transport.admission import Admission
 from sglang_prfaas.transport.framing import ChunkHeader
 from sglang_prfaas.transport.layout import Component, Layout
 from sglang_prfaas.transport.messages import Expect
@@ -432,3 +433,40 @@ def test_random_chunks_on_the_decode_side(events: list[tuple[int, int, int, int]
             assert transfer.bytes == count
         watch.look()
         assert (transfer.state is State.DONE) == (len(arrived) == TOTAL and not failed)
+
+
+# --- room on the link -------------------------------------------------------------------------------------------------
+
+
+def test_a_request_waits_for_room_on_its_link_and_gives_up() -> None:
+    link: Admission[OutgoingTransfer] = Admission(TOTAL + 1, timeout_s=7)
+    first, _ = outgoing()
+    second, clock = outgoing()
+    for transfer in (first, second):
+        transfer.goes_over(link, TOTAL)
+        assert transfer.admitted
+    first.start(5)
+    assert (first.admitted, second.admitted) == (True, False)
+    assert second.poll_timeout(100.0, 1.0) == ""
+    clock.advance(8.0)
+    assert second.poll_timeout(100.0, 1.0) == link.refusal()
+    first.acknowledged(TOTAL)
+    assert second.poll_timeout(100.0, 1.0) == "", "there is room now"
+    second.start(5)
+    assert link.inflight_bytes == TOTAL
+    second.fail("aborted")
+    first.fail("aborted")
+    assert (link.inflight_bytes, link.waiting) == (0, 0)
+    assert second.admitted, "nothing waits for a request that has ended"
+    assert link.waiting == 0
+
+
+def test_a_request_that_ends_while_it_waits_leaves_the_queue() -> None:
+    link: Admission[OutgoingTransfer] = Admission(1)
+    transfer, _ = outgoing()
+    transfer.goes_over(link, TOTAL)
+    link.start("other", 1)  # type: ignore[arg-type]
+    assert not transfer.admitted
+    assert link.waiting == 1
+    transfer.fail("aborted")
+    assert link.waiting == 0

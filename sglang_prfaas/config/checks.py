@@ -187,7 +187,12 @@ def _owned(path: str, args: Sequence[str], server: ServerConfig | None) -> Itera
 
 def _environment(config: SiteConfig) -> Iterator[_Raw]:
     owned = {name: f"transport.{name[len(env.PREFIX) :].lower()}" for name in env.transport_to_env(TransportConfig())}
-    owned |= {env.SITE: "site.name", env.SERVER: "servers.*.name", env.MOVER_PORT: "servers.*.mover_port"}
+    owned |= {
+        env.LINK_CODECS: "links.*.codec",
+        env.SITE: "site.name",
+        env.SERVER: "servers.*.name",
+        env.MOVER_PORT: "servers.*.mover_port",
+    }
     tables = [("site.env", config.site.env)]
     tables += [(f"servers.{server.name}.env", server.env) for server in config.servers]
     for path, table in tables:

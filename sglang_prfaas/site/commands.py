@@ -82,6 +82,7 @@ def _command(config: SiteConfig, server: ServerConfig, python: str, link_reports
     argv += hicache_flags(config.prefix_cache, server.role, args)
     variables = {
         **env.transport_to_env(config.transport),
+        **env.link_codecs_to_env(config.links),
         env.SITE: site.name,
         env.SERVER: server.name,
         env.MOVER_PORT: str(server.mover_port),

@@ -119,8 +119,8 @@ class TransportConfig(_Config, frozen=True):
     codec: Annotated[
         CodecName,
         Meta(
-            description="How prefill servers encode full-attention KVCache for other servers. raw: not. fp8, int8: a byte "
-            "an element, lossy. shuffle: compressed without loss. Raw where the peer does not take it."
+            description="How prefill servers encode full-attention KVCache for decode servers. raw: not. fp8, int8: a "
+            "byte an element, lossy. shuffle: compressed without loss. Raw where the peer does not take it."
         ),
     ] = "raw"
     accept_codecs: Annotated[

@@ -60,8 +60,8 @@ def unpack_preface(data: bytes) -> Preface:
 
 
 class ChunkHeader(Struct, frozen=True):
-    """Where a chunk's payload belongs. `offset` and `length` in bytes of its stream; of a chunk of encoded items, `offset`
-    is the number of the first and `length` what they take on the wire."""
+    """Where a chunk's payload belongs. `offset` and `length` in bytes of its stream; where its items are encoded,
+    `offset` is the number of the first, and `length` what they take on the wire."""
 
     transfer_id: int
     component: int

@@ -65,8 +65,9 @@ class SendMover:
     """Sends items of `memory` to decode ranks that asked for them.
 
     Listens on two ports of `host`: control (ZeroMQ) and data (TCP); `first_port` and the one after it, or any free two
-    for 0. `codecs`: how full-attention KVCache goes to which site, `config.codec` where left out. Raises LocalError where they are taken, ConfigError where others could reach them without keys, or where keys
-    do not fit. Methods may be called from any thread.
+    for 0. `codecs`: how full-attention KVCache goes to which site; `config.codec` to all where left out. Raises
+    LocalError where the ports are taken, ConfigError where others could reach them without keys, or where keys do not
+    fit. Methods may be called from any thread.
     """
 
     def __init__(

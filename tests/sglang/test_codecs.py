@@ -41,6 +41,7 @@ PREFILL, RAW = "prefill", "raw"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, (20, 200), 16
 CASES = [("kimi-linear", ("fp8", "int8")), ("qwen3", ("fp8", "shuffle"))]
 UNCHANGED = {"fp8": 0.95, "int8": 0.95, "shuffle": 1.0}
+"""Least share of tokens, each chosen after the same ones, that must be the same."""
 RATIO = {"fp8": 1.8, "int8": 1.8, "shuffle": 1.05}
 
 
@@ -126,19 +127,43 @@ def kv_wire_bytes(record: TransferRecord) -> int:
     return record.kv_bytes - (record.bytes - record.wire_bytes)
 
 
+def decisions(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
+    """Of the tokens that both chose after the same ones, how many are the same, and how many there are."""
+    same = total = 0
+    for one, other in zip(ours, theirs, strict=True):
+        for a, b in zip(one, other, strict=True):
+            total += 1
+            same += a == b
+            if a != b:
+                break
+    return same, total
+
+
 @pytest.mark.parametrize("sites", CASES, indirect=True, ids=lambda case: case[0])
 def test_tokens_and_bytes(sites: Sites) -> None:
     source = random.Random(11)
     prompts = [[source.randrange(10, 500) for _ in range(source.randint(*PROMPT_TOKENS))] for _ in range(PROMPTS)]
     expected, records = sites.generate(RAW, prompts)
+    again, _ = sites.generate(RAW, prompts)
     assert all(len(tokens) == NEW_TOKENS for tokens in expected)
     assert all((r.codec, r.wire_bytes) == (RAW, r.bytes) for r in records)
+    # The first token is the prefill server's; those of prompts that differ without a codec say nothing of codecs.
+    stable = [index for index, tokens in enumerate(expected) if tokens == again[index]]
+    print(f"{RAW}: {len(stable)} of {len(prompts)} prompts have the same tokens twice")
+    assert len(stable) >= 0.95 * len(prompts)
+    wrong = []
     for codec in sites.codecs:
         tokens, records = sites.generate(codec, prompts)
         assert {record.codec for record in records} == {codec}
         ratio = sum(r.kv_bytes for r in records) / sum(map(kv_wire_bytes, records))
-        unchanged = sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True)) / len(prompts)
-        same = sum(a == b for x, y in zip(tokens, expected, strict=True) for a, b in zip(x, y, strict=True))
-        print(f"{codec}: {ratio:.3f} times fewer bytes, {unchanged:.1%} of {len(prompts)} prompts, {same} tokens")
-        assert ratio >= RATIO[codec]
-        assert unchanged >= UNCHANGED[codec]
+        ours, theirs = ([found[index][1:] for index in stable] for found in (tokens, expected))
+        unchanged = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(stable)
+        first = sum(a[0] == b[0] for a, b in zip(ours, theirs, strict=True)) / len(stable)
+        same, total = decisions(ours, theirs)
+        print(
+            f"{codec}: {ratio:.3f} times fewer bytes; unchanged: all {NEW_TOKENS - 1} tokens of {unchanged:.1%} of the "
+            f"prompts, the first token of {first:.1%}, {same} of {total} tokens after equal ones ({same / total:.1%})"
+        )
+        if ratio < RATIO[codec] or same / total < UNCHANGED[codec]:
+            wrong.append((codec, ratio, same / total))
+    assert not wrong

@@ -173,7 +173,7 @@ def test_resets_and_corrupt_bytes(codec: str) -> None:
         thread.start()
         try:
             again = 0
-            for room in range(15):
+            for room in range(8):
                 for component in pair.target.arrays:
                     for buffer in component:
                         buffer[:] = 0

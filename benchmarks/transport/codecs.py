@@ -245,9 +245,11 @@ def main() -> int:
     for row in codecs:
         print(
             f"{row['codec']:>8}: {row['ratio']:.3f} times fewer bytes, relative L2 {row['relative_l2']:.2e}, largest "
-            f"{row['largest_error']:.2e}; encode {row['encode_gb_per_s']:.2f} GB/s, "
-            f"{row['encode_cpu_s_per_gb']:.2f} CPU s/GB; decode {row['decode_gb_per_s']:.2f} GB/s, {row['decode_cpu_s_per_gb']:.2f} CPU s/GB"
+            f"error {row['largest_error']:.2e}"
         )
+        for what in ("encode", "decode"):
+            speed, cpu_s = row[f"{what}_gb_per_s"], row[f"{what}_cpu_s_per_gb"]
+            print(f"          {what} {speed:.2f} GB/s, {cpu_s:.2f} CPU s/GB")
     for row in links:
         print(
             f"{row['link_gbps']:>5g} Gbit/s {row['codec']:>8}: {row['request_mb']:.0f} MB in {row['wall_s']:.3f} s "

@@ -14,7 +14,7 @@ LARGEST_WIDTH = 128
 """Most elements that share a scale."""
 SMALLEST_WIDTH = 16
 """Fewest; with fewer still, scales would take a fifth of the bytes and more."""
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 17
 """Elements that a CPU works on at a time, so that they stay in its cache."""
 
 

@@ -67,6 +67,7 @@ def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.
         *_model("router.model", config.router.model, exists),
         *_policy(config, exists),
         *_router_links(config),
+        *_router_codecs(config),
         *_role_changes(config),
     ]
     return [Finding(source, path, text, fatal) for path, text, fatal in found]
@@ -290,6 +291,14 @@ def _router_reports(config: RouterConfig) -> Iterator[_Raw]:
         if site.reports_port and beyond_this_machine(host) and not reports.keys_dir and reports.security != "off":
             text = f"the agent at {host} is beyond this machine, and there are no keys; set reports.keys_dir"
             yield path, text, True
+
+
+def _router_codecs(config: RouterConfig) -> Iterator[_Raw]:
+    for site in config.sites:
+        for link in site.links:
+            if link.codec:
+                path = f"sites.{site.name}.links.{link.to_site}.codec"
+                yield path, "a router moves no KVCache; write it in [[links]] of that site's own file", True
 
 
 def _policy(config: RouterConfig, exists: Exists) -> Iterator[_Raw]:

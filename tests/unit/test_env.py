@@ -43,9 +43,9 @@ def test_codecs_of_links() -> None:
     }
     assert link_codecs_from_env({}) == {}
     for text in ("far", "far=zip", "=fp8", "far=fp8;near=raw"):
-        with pytest.raises(ConfigError, match="PRFAAS_LINK_CODECS: expected SITE=raw|fp8|int8|shuffle, got"):
+        with pytest.raises(ConfigError, match=r"PRFAAS_LINK_CODECS: expected SITE=raw\|fp8\|int8\|shuffle, got"):
             link_codecs_from_env({"PRFAAS_LINK_CODECS": text})
-    with pytest.raises(ConfigError, match="PRFAAS_CODEC: .*zip"):
+    with pytest.raises(ConfigError, match=r"PRFAAS_CODEC: .*zip"):
         transport_from_env({"PRFAAS_CODEC": "zip"})
 
 

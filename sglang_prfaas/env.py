@@ -6,11 +6,12 @@ With none set, the defaults of the schema hold, so that `python -m sglang.launch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import msgspec
 
-from sglang_prfaas.config.schema import LinkConfig, TransportConfig
+from sglang_prfaas.config.schema import CodecName, LinkConfig, TransportConfig
 from sglang_prfaas.errors import ConfigError
 
 PREFIX = "PRFAAS_"
@@ -23,6 +24,9 @@ SERVER = "PRFAAS_SERVER"
 
 MOVER_PORT = "PRFAAS_MOVER_PORT"
 """Prefill only: first port of the mover, rank r listens on it plus r. 0 or unset: any free port."""
+
+LINK_CODECS = "PRFAAS_LINK_CODECS"
+"""Codecs for sites that have another than `PRFAAS_CODEC`: `SITE=CODEC`, comma separated. Unset: none."""
 
 LINK_REPORTS = "PRFAAS_LINK_REPORTS"
 """ZeroMQ endpoint (ipc://...) of the site's agent, to which movers report what they see of links. Unset: nowhere."""
@@ -67,6 +71,23 @@ def links_from_env(environ: Mapping[str, str]) -> dict[str, LinkConfig]:
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{LINKS}: {error}, got {text!r}") from None
     return {link.to_site: link for link in links}
+
+
+def link_codecs_to_env(links: Sequence[LinkConfig]) -> dict[str, str]:
+    """The environment that makes `link_codecs_from_env` return the codecs of `links`; empty where none has one."""
+    text = ",".join(f"{link.to_site}={link.codec}" for link in links if link.codec)
+    return {LINK_CODECS: text} if text else {}
+
+
+def link_codecs_from_env(environ: Mapping[str, str]) -> dict[str, str]:
+    """Codec by site. Raises ConfigError for anything else than `SITE=CODEC`, comma separated."""
+    found = {}
+    for part in filter(None, environ.get(LINK_CODECS, "").split(",")):
+        site, _, codec = part.partition("=")
+        if not site or codec not in get_args(CodecName):
+            raise ConfigError(f"{LINK_CODECS}: expected SITE={'|'.join(get_args(CodecName))}, got {part!r}")
+        found[site] = codec
+    return found
 
 
 def port_from_env(environ: Mapping[str, str], name: str = MOVER_PORT) -> int:

@@ -70,6 +70,7 @@ def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.
         *_router_links(config),
         *tenancy_findings(config),
         *kv_event_findings(config),
+        *_router_codecs(config),
         *_role_changes(config),
     ]
     return [Finding(source, path, text, fatal) for path, text, fatal in found]
@@ -192,8 +193,13 @@ def _owned(path: str, args: Sequence[str], server: ServerConfig | None) -> Itera
 
 def _environment(config: SiteConfig) -> Iterator[_Raw]:
     owned = {name: f"transport.{name[len(env.PREFIX) :].lower()}" for name in env.transport_to_env(TransportConfig())}
-    owned |= {env.SITE: "site.name", env.SERVER: "servers.*.name", env.MOVER_PORT: "servers.*.mover_port"}
-    owned |= {env.LINKS: "links"}
+    owned |= {
+        env.LINKS: "links",
+        env.LINK_CODECS: "links.*.codec",
+        env.SITE: "site.name",
+        env.SERVER: "servers.*.name",
+        env.MOVER_PORT: "servers.*.mover_port",
+    }
     tables = [("site.env", config.site.env)]
     tables += [(f"servers.{server.name}.env", server.env) for server in config.servers]
     for path, table in tables:
@@ -291,6 +297,14 @@ def _router_reports(config: RouterConfig) -> Iterator[_Raw]:
         if site.reports_port and beyond_this_machine(host) and not reports.keys_dir and reports.security != "off":
             text = f"the agent at {host} is beyond this machine, and there are no keys; set reports.keys_dir"
             yield path, text, True
+
+
+def _router_codecs(config: RouterConfig) -> Iterator[_Raw]:
+    for site in config.sites:
+        for link in site.links:
+            if link.codec:
+                path = f"sites.{site.name}.links.{link.to_site}.codec"
+                yield path, "a router moves no KVCache; write it in [[links]] of that site's own file", True
 
 
 def _policy(config: RouterConfig, exists: Exists) -> Iterator[_Raw]:

@@ -20,6 +20,7 @@ LayerwiseMode = Literal["auto", "off"]
 SecurityMode = Literal["auto", "keys", "off"]
 PolicyMode = Literal["auto", "fixed", "live"]
 OrderMode = Literal["auto", "ordered", "off"]
+CodecName = Literal["raw", "fp8", "int8", "shuffle"]
 PrefixCacheBackend = Literal["off", "local", "mooncake"]
 CheckpointMode = Literal["auto", "on", "off"]
 
@@ -125,6 +126,17 @@ class TransportConfig(_Config, frozen=True):
     congestion_control: Annotated[
         str, Meta(description="TCP congestion control of data connections (cubic, bbr, ...). Empty: the system's.")
     ] = ""
+    codec: Annotated[
+        CodecName,
+        Meta(
+            description="How prefill servers encode full-attention KVCache for decode servers. raw: not. fp8, int8: a "
+            "byte an element, lossy. shuffle: compressed without loss. Raw where the peer does not take it."
+        ),
+    ] = "raw"
+    accept_codecs: Annotated[
+        Literal["all", "lossless", "none"],
+        Meta(description="Which encodings of KVCache decode servers take."),
+    ] = "all"
     socket_buffer_bytes: Annotated[
         int, Meta(ge=0, description="Socket send and receive buffer in bytes. 0: the kernel's autotuning.")
     ] = 0
@@ -288,6 +300,10 @@ class LinkConfig(_Config, frozen=True):
     to_site: Annotated[Name, Meta(description="Name of the site at the other end.")]
     capacity_gbps: Annotated[float, Meta(gt=0, description="Capacity in Gbit/s.")]
     rtt_ms: Annotated[float, Meta(ge=0, description="Round-trip time in milliseconds.")] = 0.0
+    codec: Annotated[
+        CodecName | Literal[""],
+        Meta(description="In a site's file: codec of [transport] for that site. Empty: that of [transport]."),
+    ] = ""
 
 
 class AgentConfig(_Config, frozen=True):

@@ -32,12 +32,21 @@ def model_identity(hf_config: Any) -> str:
     return f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def layout_of(kv_args: Any, model: str, tp_size: int, tp_rank: int = 0, kv_heads: int = 0) -> Layout:
-    """The layout both ends compare at the handshake. kv_heads: of the whole model's full attention, 0 for MLA."""
+def kv_dtype(kv_args: Any, model_dtype: Any) -> str:
+    """Name of the dtype of full-attention KVCache; that of the model where SGLang was not told otherwise."""
+    name = str(kv_args.kv_cache_dtype_str)
+    return str(model_dtype).removeprefix("torch.") if name == "auto" else name
+
+
+def layout_of(
+    kv_args: Any, model: str, tp_size: int, tp_rank: int = 0, kv_heads: int = 0, *, model_dtype: Any = None
+) -> Layout:
+    """The layout both ends compare at the handshake. kv_heads: of the whole model's full attention, 0 for MLA.
+    model_dtype: see `kv_dtype`."""
     kv_format = str(kv_args.kv_layout or kv_args.swa_kv_cache_layout or "")
     return Layout(
         model=model,
-        kv_dtype=str(kv_args.kv_cache_dtype_str),
+        kv_dtype=kv_dtype(kv_args, model_dtype),
         page_tokens=int(kv_args.page_size),
         tp_size=tp_size,
         kv_format=kv_format,

@@ -19,6 +19,7 @@ from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.sglang_plugin.ranks import split_address
 from sglang_prfaas.transport import transfer_log
 from sglang_prfaas.transport.addresses import dialable, resolve
+from sglang_prfaas.transport.codec.session import CodecChoice
 from sglang_prfaas.transport.messages import RankInfo
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.registration import Registration
@@ -78,6 +79,7 @@ class PrfaasKVManager(BaseKVManager):
             int(parallel.attn_tp_size),
             self.tp_rank,
             0 if mla else int(model.get_total_num_kv_heads()),
+            model_dtype=model.dtype,
         )
         self.memory = memory_of(args, get_device().device)
         self.send_mover: SendMover | None = None
@@ -109,6 +111,7 @@ class PrfaasKVManager(BaseKVManager):
             first_port=base + 2 * rank if base else 0,
             links=links,
             report=self._link_reports,
+            codecs=CodecChoice(self.config.codec, env.link_codecs_from_env(os.environ)),
         )
         self.send_mover.start()
         self.register_to_bootstrap()

@@ -218,6 +218,8 @@ class PrfaasKVSender(BaseKVSender):
             status=transfer.state.value,
             reason=transfer.reason,
             bytes=transfer.bytes,
+            wire_bytes=transfer.wire_bytes,
+            codec=transfer.first.codec,
             pages=self._pages.handed_over,
             ahead_bytes=self._ahead_bytes,
             cached_prefix_tokens=self.pop_decode_prefix_len(),

@@ -90,6 +90,7 @@ def _command(
     argv += hicache_flags(with_links(config.prefix_cache, config.links), server.role, args)
     variables = {
         **env.transport_to_env(config.transport),
+        **env.link_codecs_to_env(config.links),
         env.SITE: site.name,
         env.SERVER: server.name,
         env.MOVER_PORT: str(server.mover_port),

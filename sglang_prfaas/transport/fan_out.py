@@ -139,6 +139,10 @@ class FanOut:
         return sum(transfer.bytes for transfer in self.transfers)
 
     @property
+    def wire_bytes(self) -> int:
+        return sum(transfer.wire_bytes for transfer in self.transfers)
+
+    @property
     def resent_chunks(self) -> int:
         return sum(transfer.resent_chunks for transfer in self.transfers)
 

@@ -3,6 +3,7 @@
     preface   "PFD1"  u16 version  u16 connection index  16 bytes token
     chunk     "PFC1"  u16 component  u16 buffer  u64 transfer id  u64 offset  u32 length  u32 head check
               u64 checksum  payload
+    encoded   "PFE1", else as a chunk, but u32 first item  u32 items  in place of the offset
     renewal   "PFN1"  and 36 zero bytes: the last of a connection, to be dialled again with the same preface
     receipt   "PFA1" (all before this number are dealt with) or "PFX1" (send this one again)  u32 check  u64 number
 
@@ -29,6 +30,7 @@ RECEIPT = struct.Struct(">4sIQ")
 HEADER_BYTES = CHUNK_HEAD.size + CHUNK_CHECKS.size
 PREFACE_MAGIC = b"PFD1"
 CHUNK_MAGIC = b"PFC1"
+ENCODED_MAGIC = b"PFE1"
 RENEWAL = b"PFN1".ljust(HEADER_BYTES, b"\0")
 ACK_MAGIC = b"PFA1"
 AGAIN_MAGIC = b"PFX1"
@@ -59,7 +61,8 @@ def unpack_preface(data: bytes) -> Preface:
 
 
 class ChunkHeader(Struct, frozen=True):
-    """Where a chunk's payload belongs. `offset` and `length` in bytes of its stream."""
+    """Where a chunk's payload belongs. `offset` and `length` in bytes of its stream; where its items are encoded,
+    `offset` is the number of the first, and `length` what they take on the wire."""
 
     transfer_id: int
     component: int
@@ -67,13 +70,16 @@ class ChunkHeader(Struct, frozen=True):
     offset: int
     length: int
     checksum: int = 0
+    items: int = 0
+    """Encoded items; 0 where the bytes are sent as they are."""
 
 
 def pack_header(header: ChunkHeader, *payload: Payload) -> bytes:
     """The chunk's header, with the checksum of `payload`, end to end. The checksum in `header` is not looked at."""
-    head = CHUNK_HEAD.pack(
-        CHUNK_MAGIC, header.component, header.buffer, header.transfer_id, header.offset, header.length
-    )
+    magic, offset = CHUNK_MAGIC, header.offset
+    if header.items:
+        magic, offset = ENCODED_MAGIC, offset << 32 | header.items
+    head = CHUNK_HEAD.pack(magic, header.component, header.buffer, header.transfer_id, offset, header.length)
     seed: int = xxhash.xxh3_64_intdigest(head)
     return head + CHUNK_CHECKS.pack(seed & 0xFFFFFFFF, _digest(seed, payload))
 
@@ -82,15 +88,20 @@ def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYT
     """Parse a header of `HEADER_BYTES` bytes. Raises ProtocolError for an excessive length, ChecksumError where the
     header itself is corrupt, its magic included."""
     magic, component, buffer, transfer_id, offset, length = CHUNK_HEAD.unpack_from(data)
-    if magic != CHUNK_MAGIC:
-        raise ChecksumError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r}")
+    if magic not in (CHUNK_MAGIC, ENCODED_MAGIC):
+        raise ChecksumError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r} or {ENCODED_MAGIC!r}")
     head_check, checksum = CHUNK_CHECKS.unpack_from(data, CHUNK_HEAD.size)
     actual = _seed(data) & 0xFFFFFFFF
     if actual != head_check:
         raise ChecksumError(f"chunk header is corrupt: checksum {actual:08x}, expected {head_check:08x}")
     if not 0 < length <= max_chunk_bytes:
         raise ProtocolError(f"chunk of {length} bytes, expected 1 to {max_chunk_bytes}")
-    return ChunkHeader(transfer_id, component, buffer, offset, length, checksum)
+    if magic == CHUNK_MAGIC:
+        return ChunkHeader(transfer_id, component, buffer, offset, length, checksum)
+    first_item, items = offset >> 32, offset & 0xFFFFFFFF
+    if not items:
+        raise ProtocolError("encoded chunk of no items")
+    return ChunkHeader(transfer_id, component, buffer, first_item, length, checksum, items)
 
 
 class PayloadCheck:

@@ -182,6 +182,15 @@ class TorchBuffer:
     def views(self, indices: Indices, first_item: int, offset: int, length: int) -> list[memoryview]:
         return []
 
+    def rows(self, indices: Indices, first_item: int, offset: int, length: int) -> Any:
+        """Whole items as a tensor `[items, item_bytes]` on the device, a copy."""
+        import torch
+
+        low, high = offset // self.item_bytes, (offset + length) // self.item_bytes
+        return self._items.index_select(
+            0, torch.from_numpy(indices[low - first_item : high - first_item]).to(self._items.device)
+        )
+
     def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
         import torch
 

@@ -32,6 +32,7 @@ Rank = Annotated[int, Meta(ge=0, lt=65536)]
 Size = Annotated[int, Meta(ge=1, le=65536)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 PortNumber = Annotated[int, Meta(ge=1, le=65535)]
+CodecName = Annotated[str, Meta(min_length=1, max_length=16, pattern=r"^[a-z0-9-]*\Z")]
 Instance = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """Random, of one process's mover: another one at the same place is a restarted process."""
 
@@ -55,6 +56,8 @@ class Hello(_Message, frozen=True):
     instance: Instance
     rank: Rank
     """Which of the server's ranks calls."""
+    codecs: Annotated[tuple[CodecName, ...], Meta(max_length=16)] = ()
+    """Encodings of full-attention KVCache that it can decode and takes."""
 
 
 class Expect(_Message, frozen=True):
@@ -102,6 +105,8 @@ class Welcome(_Message, frozen=True):
     token: Annotated[bytes, Meta(min_length=16, max_length=16)]
     data_port: PortNumber
     instance: Instance
+    codec: CodecName = "raw"
+    """How full-attention KVCache may come: one of those of `Hello`, or raw."""
 
 
 class Refuse(_Message, frozen=True):

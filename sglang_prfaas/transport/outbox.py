@@ -33,6 +33,8 @@ class Task(Struct, eq=False):
     ready: Callable[[], None]
     attempts: int = 0
     """How often it has been sent, or begun."""
+    wire_bytes: int = 0
+    """Its payload's length when it was sent last: less than `span.length` where it was encoded."""
 
 
 class Lane:

@@ -142,6 +142,7 @@ class DataReceiver:
             self._config.chunk_bytes,
             session.incoming.get,
             lambda transfer: self._complete(session, transfer),
+            session.codec,
         )
         unsent = b""
         try:

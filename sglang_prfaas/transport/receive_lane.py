@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sglang_prfaas.transport.codec.base import Codec
+from sglang_prfaas.transport.codec.session import Place, SessionCodec
 from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, PayloadCheck, Receipt, unpack_header
 from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
 from sglang_prfaas.transport.session import Claim, IncomingTransfer
@@ -38,15 +40,18 @@ class ReceiveLane:
         chunk_bytes: int,
         find: Callable[[int], Placement | None],
         complete: Callable[[IncomingTransfer], None],
+        codec: SessionCodec | None = None,
     ) -> None:
         self._memory = memory
         self._chunk_bytes = chunk_bytes
         self._find = find
         self._complete = complete
+        self._codec = codec or SessionCodec()
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._head_bytes = 0
         self._raw = b""
         self._header: ChunkHeader | None = None
+        self._place_of: Place | None = None
         self._item: Placement | None = None
         self._claim: Claim | None = None
         self._revoked = False
@@ -58,6 +63,7 @@ class ReceiveLane:
         """Bytes of the payload that came last."""
         self._staged = False
         self._scratch: Bytes | None = None
+        self._decoded: Bytes | None = None
         self._handled = 0
         self._acknowledged = 0
         self._since_ack_bytes = 0
@@ -140,18 +146,21 @@ class ReceiveLane:
         header = self._header = unpack_header(self._raw, self._chunk_bytes)
         self._missing_bytes = header.length
         self._revoked = False
+        place = self._place_of = self._codec.place(header, self._chunk_bytes)
         item = self._item = self._find(header.transfer_id)
         self._claim = None
         if item is not None:
             transfer = item.transfer
             with transfer.lock:
                 if transfer.live:
-                    self._claim = transfer.claim(header)
+                    self._claim = transfer.claim(place.header)
         if item is None or self._claim is None:
             self._drain()
             return
-        buffer = self._memory.components[header.component][header.buffer]
-        views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
+        views: list[memoryview] = []
+        if place.codec is None:
+            buffer = self._memory.components[header.component][header.buffer]
+            views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
         self._staged = not views
         self._missing = views or [self._scratch_memory()[: header.length].data]
         self._check = PayloadCheck(self._raw)
@@ -179,7 +188,7 @@ class ReceiveLane:
             with transfer.lock:
                 good = good and not claim.revoked
                 if good:
-                    complete = transfer.received(claim)
+                    complete = transfer.received(claim, header.length)
                 else:
                     complete = False
                     if transfer.live and not claim.revoked:
@@ -195,15 +204,28 @@ class ReceiveLane:
 
     def _place(self, claim: Claim, item: Placement, header: ChunkHeader) -> bool:
         """Copy the payload to its place. Returns False where that is not its place any more."""
+        place = self._place_of
+        assert place is not None
+        data = self._scratch_memory()[: header.length]
+        if place.codec is not None:
+            data = self._decode(place, place.codec, header.length)
         if not claim.pin():
             return False
         try:
-            data = self._scratch_memory()[: header.length]
             indices = item.indices[header.component]
-            self._memory.components[header.component][header.buffer].scatter(indices, 0, header.offset, data)
+            buffer = self._memory.components[header.component][header.buffer]
+            buffer.scatter(indices, 0, place.header.offset, data)
         finally:
             claim.unpin()
         return True
+
+    def _decode(self, place: Place, codec: Codec, wire_bytes: int) -> Bytes:
+        """The chunk's items as they belong into memory. Raises ProtocolError."""
+        if self._decoded is None:
+            self._decoded = np.empty(self._chunk_bytes, np.uint8)
+        data = self._decoded[: place.header.length]
+        codec.decode(self._scratch_memory()[:wire_bytes], data.reshape(-1, codec.item_bytes))
+        return data
 
     def lost(self) -> None:
         """The connection is gone: what it had begun is left to others."""

@@ -17,6 +17,7 @@ from sglang_prfaas.clock import Clock, Deadline
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ChecksumError, LocalError, PeerGoneError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint
+from sglang_prfaas.transport.codec.session import RAW, SessionCodec, obstacle, offered
 from sglang_prfaas.transport.health import REFUSALS, Contact
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.lookup import DirectoryClient
@@ -90,6 +91,7 @@ class ReceiveMover:
         self._lock = threading.Lock()
         self._sessions: dict[tuple[str, int], PeerSession] = {}
         self._closing = False
+        self._offers = offered(config.accept_codecs)
         self._security = load_security(config)
         self._server_keys = ServerKeys(self._security.server_keys)
         self._data = DataReceiver(config, self._security, clock, lose=self._lose, complete=self._tell_done)
@@ -214,6 +216,7 @@ class ReceiveMover:
             config.chunk_bytes,
             self._instance,
             self._rank,
+            self._offers,
         )
         if len(encode(hello)) + ENVELOPE.size > MAX_REQUEST_BYTES:
             self._lose(session, f"the layout of this rank takes more than the {MAX_REQUEST_BYTES} bytes of a message")
@@ -311,6 +314,12 @@ class ReceiveMover:
             return
         if isinstance(message, Welcome):
             if not session.instance:
+                layout = session.view.layout
+                why = obstacle(message.codec, layout, self._offers, self._config.chunk_bytes)
+                if message.codec != RAW and why:
+                    self._lose(session, f"it would encode KVCache as {message.codec}: {why}")
+                    return
+                session.codec = SessionCodec(message.codec, layout)
                 session.instance = message.instance
                 self._data.dial(session, host, message)
             elif message.instance != session.instance:
@@ -419,6 +428,7 @@ class ReceiveMover:
         counts = tuple(len(values) for values in checked)
         transfer = IncomingTransfer(room, next(self._ids), session.view.layout, counts, self._clock)
         item = Incoming(transfer, checked, session)
+        transfer.codec = session.codec.name
         with session.lock:
             if session.failure:
                 raise PeerGoneError(session.failure)

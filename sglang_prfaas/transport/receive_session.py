@@ -10,6 +10,7 @@ import zmq
 
 from sglang_prfaas.clock import Deadline
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.health import Health
 from sglang_prfaas.transport.mailbox import Mailbox
@@ -66,6 +67,8 @@ class PeerSession:
         self.hello: Hello | None = None
         self.instance = b""
         """Of the process that has let us in; empty before."""
+        self.codec = SessionCodec()
+        """Set before the data connections are dialled."""
         self.connected = False
         """Whether the control connection stands."""
         self.was_connected = False

@@ -165,7 +165,8 @@ class DataSender:
             if self._config.zero_copy:
                 connection.may_lend()
             chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
-            lane = SendLane(session.view.memory, min(chunk_bytes, session.hello.chunk_bytes), self._abort)
+            chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
+            lane = SendLane(session.view.memory, chunk_bytes, self._abort, session.codec)
             while tasks := self._batch(session, link, lane):
                 delay_s = self._pacer.reserve(lane.batch_bytes)
                 if delay_s:
@@ -173,7 +174,7 @@ class DataSender:
                 self._send(session, connection, lane)
                 for task in tasks:
                     with task.transfer.lock:
-                        task.transfer.sent(task.span.length, again=task.attempts > 1)
+                        task.transfer.sent(task.span.length, task.wire_bytes, again=task.attempts > 1)
                 if connection.used_up:
                     self._renew(link)
                     return  # decode closes it, once it has read and acknowledged all of it

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
+from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.framing import ChunkHeader, pack_header
-from sglang_prfaas.transport.memory import Bytes, RankMemory
+from sglang_prfaas.transport.memory import Bytes, RankMemory, TorchBuffer
 from sglang_prfaas.transport.outbox import Task
 from sglang_prfaas.transport.session import OutgoingTransfer
 
@@ -28,12 +30,20 @@ class SendLane:
     the checksum wrong. Where items moved after their checksum was made, and something else was written to their old
     slots before they left, the peer finds it wrong too, and the chunk is sent again from the new ones."""
 
-    def __init__(self, memory: RankMemory, chunk_bytes: int, failed: Callable[[OutgoingTransfer, str], None]) -> None:
+    def __init__(
+        self,
+        memory: RankMemory,
+        chunk_bytes: int,
+        failed: Callable[[OutgoingTransfer, str], None],
+        codec: SessionCodec | None = None,
+    ) -> None:
         self._memory = memory
         self._chunk_bytes = chunk_bytes
         self._failed = failed
+        self._codec = codec or SessionCodec()
         self._staging: Bytes | None = None
         self._staged = 0
+        self._raw: Bytes | None = None
         self._views: list[memoryview] = []
         self._owners: list[OutgoingTransfer | None] = []
         """Of each view; None for bytes of the lane's own."""
@@ -68,11 +78,16 @@ class SendLane:
             if not transfer.pin():
                 return False
             try:
-                header = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
+                plain = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
                 moves = -1
                 while moves != transfer.moves:  # what a move left may be written over while it is read
                     moves = transfer.moves
-                    views, owner = self._payload(task)
+                    encoded = self._encoded(task, plain)
+                    if encoded is not None:
+                        (header, views), owner = encoded, None
+                    else:
+                        header = plain
+                        views, owner = self._payload(task)
                     head = pack_header(header, *views)
             finally:
                 transfer.unpin()
@@ -83,8 +98,30 @@ class SendLane:
         self._views += [memoryview(head), *views]
         self._owners += [None, *([owner] * len(views))]
         self._lendable += [False, *([owner is not None and span.length >= MIN_LENT_BYTES] * len(views))]
-        self.batch_bytes += span.length
+        self.batch_bytes += header.length
+        task.wire_bytes = header.length
         return True
+
+    def _encoded(self, task: Task, header: ChunkHeader) -> tuple[ChunkHeader, list[memoryview]] | None:
+        """A chunk's items encoded, with the header that says so; None where its bytes are sent as they are."""
+        span = task.span
+        codec = self._codec.of(span.component, span.buffer)
+        if codec is None or span.offset % codec.item_bytes or span.length % codec.item_bytes:
+            return None
+        buffer = self._memory.components[span.component][span.buffer]
+        if isinstance(buffer, TorchBuffer):
+            raw = buffer.rows(task.indices, task.first_item, span.offset, span.length)
+        else:
+            if self._raw is None:
+                self._raw = np.empty(self._chunk_bytes, np.uint8)
+            raw = self._raw[: span.length]
+            buffer.gather(task.indices, task.first_item, span.offset, raw)
+            raw = raw.reshape(-1, codec.item_bytes)
+        payload = codec.encode(raw)
+        if payload is None:
+            return None
+        first_item, items = span.offset // codec.item_bytes, span.length // codec.item_bytes
+        return msgspec.structs.replace(header, offset=first_item, items=items, length=len(payload)), [payload.data]
 
     def _payload(self, task: Task) -> tuple[list[memoryview], OutgoingTransfer | None]:
         """A chunk's bytes, and the transfer whose pages they lie in: None for a copy."""

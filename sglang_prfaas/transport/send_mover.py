@@ -15,6 +15,7 @@ from sglang_prfaas.errors import ChecksumError, LocalError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.addresses import endpoint, resolve
+from sglang_prfaas.transport.codec.session import RAW, CodecChoice, SessionCodec, obstacle
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.handshake import refusal
@@ -69,7 +70,8 @@ class SendMover:
     do not fit. Methods may be called from any thread.
 
     links: as configured, by the site they lead to. report: called with the state of every link, from a thread of the
-    mover, every `link_sample_interval_s`.
+    mover, every `link_sample_interval_s`. codecs: how full-attention KVCache goes to which site; `config.codec` to all
+    where left out.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class SendMover:
         first_port: int = 0,
         links: Mapping[str, LinkConfig] | None = None,
         report: Report | None = None,
+        codecs: CodecChoice | None = None,
     ) -> None:
         self.layout = layout
+        self._codecs = codecs or CodecChoice(config.codec)
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -310,18 +314,34 @@ class SendMover:
             return
         known = self._sessions.get(identity)
         if known is not None and known.hello == hello:
-            self._reply(identity, Welcome(known.token, self.data_port, self._instance))  # the first one was lost
+            self._reply(identity, self._welcome(known))  # the first one was lost
             return
         for old in self._replaced(identity, hello):
             restarted = old.hello.instance != hello.instance
             self._lose(old, "its process has restarted" if restarted else "the decode server opened a new session")
         view = prefill_view(self.layout, self._memory, hello.layout)
-        session = SendSession(identity, hello, self._config, self._clock.now_s(), view, site)
+        codec = self._codec(who, hello, site or hello.site, view.layout)
+        session = SendSession(identity, hello, self._config, self._clock.now_s(), view, site, codec)
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session
         logger.info("prfaas: decode %s connects with %d data connections", who, hello.connections)
-        self._reply(identity, Welcome(session.token, self.data_port, self._instance))
+        self._reply(identity, self._welcome(session))
+
+    def _welcome(self, session: SendSession) -> Welcome:
+        return Welcome(session.token, self.data_port, self._instance, session.codec.name)
+
+    def _codec(self, who: str, hello: Hello, site: str, layout: Layout) -> SessionCodec:
+        """How full-attention KVCache goes to a decode rank: as its site is to get it, where both ends can."""
+        wanted = self._codecs.of(site)
+        if wanted == RAW:
+            return SessionCodec()
+        why = obstacle(wanted, layout, hello.codecs, min(self._config.chunk_bytes, hello.chunk_bytes))
+        if why:
+            logger.warning("prfaas: KVCache to decode %s is not encoded as %s: %s", who, wanted, why)
+            return SessionCodec()
+        logger.info("prfaas: full-attention KVCache to decode %s is encoded as %s", who, wanted)
+        return SessionCodec(wanted, layout)
 
     def _replaced(self, identity: bytes, hello: Hello) -> list[SendSession]:
         """The sessions that a new one takes the place of: of the same rank of the same server, where it has a name."""
@@ -356,6 +376,7 @@ class SendMover:
                 if transfer.expect(message):
                     link = self.links.admission(session.hello.site)
                     transfer.goes_over(link, session.view.layout.request_bytes(message.counts))
+                    transfer.codec = session.codec.name
                 else:
                     reason = transfer.reason
         if reason:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import ReceiptReader
 from sglang_prfaas.transport.health import Health
@@ -135,12 +136,14 @@ class SendSession:
         now_s: float,
         view: SessionView,
         site: str = "",
+        codec: SessionCodec | None = None,
     ) -> None:
         self.identity = identity
         self.hello = hello
         self.view = view
         self.site = site
         """The site that the decode rank has proved to be of; empty without keys."""
+        self.codec = codec or SessionCodec()
         self.token = secrets.token_bytes(16)
         self.opened_s = now_s
         self.links: dict[int, DataLink] = {}

@@ -68,7 +68,11 @@ class Transfer:
         self.peer_knows = False
         """Whether the peer has been told of a failure, or told us of it."""
         self.bytes = 0
-        """Bytes sent or received so far, payload only, each counted once."""
+        """Bytes sent or received so far, payload only and as they lie in memory, each counted once."""
+        self.wire_bytes = 0
+        """The same as they were on the wire: fewer where they were encoded."""
+        self.codec = "raw"
+        """Encoding of full-attention items in its session."""
         self.moves = 0
         """How often items have moved to other slots since they were queued. Outgoing transfers only."""
         self.resent_chunks = 0
@@ -141,12 +145,13 @@ class Transfer:
         assert state in TRANSITIONS[self._state], f"{self._state} to {state}"
         self._state = state
 
-    def _progress(self, length: int) -> None:
+    def _progress(self, length: int, wire_bytes: int | None) -> None:
         now = self._clock.now_s()
         if not self.first_byte_s:
             self.first_byte_s = now
         self.last_byte_s = self.progress_s = now
         self.bytes += length
+        self.wire_bytes += length if wire_bytes is None else wire_bytes
 
 
 class OutgoingTransfer(Transfer):
@@ -240,13 +245,14 @@ class OutgoingTransfer(Transfer):
         if self._state is State.SENDING and self._missing():
             self.fail(self._missing())
 
-    def sent(self, length: int, *, again: bool = False) -> None:
-        """A chunk left for the socket, for the first time or `again`."""
+    def sent(self, length: int, wire_bytes: int | None = None, *, again: bool = False) -> None:
+        """A chunk left for the socket, for the first time or `again`: its bytes in memory, and on the wire where they
+        are others."""
         if again:
             self.resent_chunks += 1
             return
         self._sent += 1
-        self._progress(length)
+        self._progress(length, wire_bytes)
 
     def acknowledged(self, length: int) -> None:
         """Decode has a chunk in place."""
@@ -361,6 +367,11 @@ class IncomingTransfer(Transfer):
         if self.expected_bytes == 0:
             self._enter(State.DONE)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of the bytes expected, those of full-attention items."""
+        return sum(self._sizes[0])
+
     def check(self, header: ChunkHeader) -> None:
         """Raise ProtocolError for a chunk outside of what was expected, before any of its bytes is placed."""
         if header.component >= len(self._sizes) or header.buffer >= len(self._sizes[header.component]):
@@ -409,14 +420,15 @@ class IncomingTransfer(Transfer):
             self._claims.remove(claim)
             claim.revoked = True
 
-    def received(self, claim: Claim) -> bool:
-        """The claim's bytes are in place and were checked. Returns whether they were the last ones missing."""
+    def received(self, claim: Claim, wire_bytes: int | None = None) -> bool:
+        """The claim's bytes are in place and were checked. Returns whether they were the last ones missing.
+        wire_bytes: what they took on the wire, where that is another number."""
         self.give_up(claim)
         if not self.live:
             return False
         header = claim.header
         ranges = self._ranges.setdefault((header.component, header.buffer), RangeSet())
-        self._progress(ranges.add(header.offset, header.offset + header.length))
+        self._progress(ranges.add(header.offset, header.offset + header.length), wire_bytes)
         if self._state is State.EXPECTING:
             self._enter(State.RECEIVING)
         return self.bytes == self.expected_bytes and self._end(State.DONE)

@@ -24,6 +24,13 @@ class TransferRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
     peer: str = ""
     bytes: int = 0
+    """As they lie in memory."""
+    wire_bytes: int = 0
+    """The same as they were sent: fewer where full-attention pages were encoded."""
+    kv_bytes: int = 0
+    """decode: of the bytes expected, those of full-attention pages."""
+    codec: str = "raw"
+    """How full-attention pages were encoded."""
     pages: int = 0
     ahead_bytes: int = 0
     """prefill: handed to the mover layer by layer, while a chunk was computed."""

@@ -6,7 +6,13 @@ import pytest
 
 from sglang_prfaas import env
 from sglang_prfaas.config.schema import LinkConfig, TransportConfig
-from sglang_prfaas.env import port_from_env, transport_from_env, transport_to_env
+from sglang_prfaas.env import (
+    link_codecs_from_env,
+    link_codecs_to_env,
+    port_from_env,
+    transport_from_env,
+    transport_to_env,
+)
 from sglang_prfaas.errors import ConfigError
 
 
@@ -25,6 +31,23 @@ def test_nothing_set_means_defaults() -> None:
 def test_a_bad_value_names_its_variable(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: .*{value}"):
         transport_from_env({name: value})
+
+
+def test_codecs_of_links() -> None:
+    links = [LinkConfig(to_site="far", capacity_gbps=1, codec="fp8"), LinkConfig(to_site="near", capacity_gbps=1)]
+    assert link_codecs_to_env(links[1:]) == {}
+    assert link_codecs_from_env(
+        link_codecs_to_env([*links, LinkConfig(to_site="b", capacity_gbps=1, codec="raw")])
+    ) == {
+        "far": "fp8",
+        "b": "raw",
+    }
+    assert link_codecs_from_env({}) == {}
+    for text in ("far", "far=zip", "=fp8", "far=fp8;near=raw"):
+        with pytest.raises(ConfigError, match=r"PRFAAS_LINK_CODECS: expected SITE=raw\|fp8\|int8\|shuffle, got"):
+            link_codecs_from_env({"PRFAAS_LINK_CODECS": text})
+    with pytest.raises(ConfigError, match=r"PRFAAS_CODEC: .*zip"):
+        transport_from_env({"PRFAAS_CODEC": "zip"})
 
 
 def test_ports() -> None:

@@ -26,6 +26,8 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 #: Groups whose magnitudes are all below this count as zeros, so that no scale is subnormal.
 TINY = 2.0**-100
 SCALE_BYTES = 4
+#: Smallest subnormal of float8_e4m3fn.
+SMALLEST_E4M3 = 2.0**-9
 
 
 def scales_offset_bytes(elements: int) -> int:
@@ -55,16 +57,18 @@ def encode_rows(x: torch.Tensor, *, width: int, code: torch.dtype) -> torch.Tens
     rows, elements = x.shape
     data = torch.zeros(rows, encoded_row_bytes(elements, width), dtype=torch.uint8, device=x.device)
     groups = x.float().reshape(rows, elements // width, width)
-    largest = groups.abs().amax(-1)
-    finite = torch.isfinite(groups).all(-1)
+    largest = groups.abs().amax(-1)  # NaN where an element is
+    finite = torch.isfinite(largest)
     usual = finite & (largest >= TINY)
     scale = torch.where(usual, largest / LARGEST[code], torch.where(finite, 1.0, torch.nan))
-    quotient = torch.where(usual.unsqueeze(-1), groups / scale.unsqueeze(-1), 0.0)
+    quotient = groups / scale.unsqueeze(-1)
+    if not bool(usual.all()):
+        quotient = torch.where(usual.unsqueeze(-1), quotient, 0.0)
     if code == torch.int8:
-        codes = (quotient + 0.5).floor().to(torch.int8).view(torch.uint8)
+        codes = quotient.add_(0.5).floor_().to(torch.int8).view(torch.uint8)
     else:
-        codes = quotient.to(torch.float8_e4m3fn).view(torch.uint8)
-        codes = torch.where(codes == 0x80, 0, codes)
+        # What is not above half of the smallest subnormal becomes zero, which then has no sign.
+        codes = torch.nn.functional.hardshrink(quotient, SMALLEST_E4M3 / 2).to(code).view(torch.uint8)
     data[:, :elements] = codes.reshape(rows, elements)
     data[:, scales_offset_bytes(elements) :] = scale.view(torch.uint8)
     return data
@@ -83,4 +87,15 @@ def decode_rows(
         raise ValueError(f"expected uint8 rows of {size} bytes, got {data.dtype} {tuple(data.shape)}")
     codes = data[:, :elements].contiguous().view(code).reshape(rows, elements // width, width)
     scales = data[:, scales_offset_bytes(elements) :].contiguous().view(torch.float32)
-    return (codes.float() * scales.unsqueeze(-1)).to(dtype).reshape(rows, elements)
+    values = codes.float() if code == torch.int8 or data.device.type != "cpu" else _e4m3_values(codes)
+    return values.mul_(scales.unsqueeze(-1)).to(dtype).reshape(rows, elements)
+
+
+def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:
+    """`codes.float()` for float8_e4m3fn, several times as fast on a CPU: their bits, moved to those of a float16 of
+    another exponent bias, whose conversion is vectorised."""
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    values = bits.view(torch.float16).float().mul_(256.0)
+    if values.numel() and bool(values.abs().amax() > LARGEST[torch.float8_e4m3fn]):
+        return codes.float()  # there is a NaN among them
+    return values

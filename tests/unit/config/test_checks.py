@@ -278,5 +278,7 @@ def test_what_a_fixed_threshold_does_not_use(write: WriteToml) -> None:
 def test_links_of_a_router(write: WriteToml) -> None:
     finding = only(router_findings(router(write, LINKED.replace('to_site = "pd"', 'to_site = "elsewhere"'))))
     assert "which is no pd site of this router; it has pd" in finding.text
+    coded = LINKED.replace('to_site = "pd"', 'to_site = "pd"\ncodec = "fp8"')
+    assert "a router moves no KVCache" in only(router_findings(router(write, coded))).text
     twice = LINKED + '[[sites.links]]\nto_site = "pd"\ncapacity_gbps = 10\n'
     assert "2 links lead to site 'pd'" in only(router_findings(router(write, twice))).text

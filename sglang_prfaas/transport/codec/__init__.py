@@ -1,0 +1,1 @@
+"""Codecs: full-attention KVCache made smaller for the wire, item by item."""

@@ -64,10 +64,9 @@ class CacheFigures(Struct):
 class PrefixIndex:
     """`PrefixLookup` over a `GlobalIndex`. Belongs to the event loop."""
 
-    fetches = False
-
     def __init__(self, config: RouterConfig) -> None:
         settings = config.prefix_index
+        self.fetches = config.policy.fetch_prefixes
         self.index = GlobalIndex(settings.max_blocks, 2 * settings.max_servers)
         self.figures = CacheFigures()
         self.by_site: dict[str, CacheFigures] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
-from sglang_prfaas.config.schema import PrefixIndexConfig, RouterConfig, RouterSection, RouterSite
+from sglang_prfaas.config.schema import PolicyConfig, PrefixIndexConfig, RouterConfig, RouterSection, RouterSite
 from sglang_prfaas.prefix_cache.block_hash import PromptHashes
 from sglang_prfaas.prefix_cache.change_log import HolderChange
 from sglang_prfaas.prefix_cache.changes import Stored
@@ -52,7 +52,7 @@ def test_no_model_is_asked_of_the_network(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len(asked) == 1
 
 
-def index(tmp_path: Path) -> PrefixIndex:
+def index(tmp_path: Path, policy: PolicyConfig | None = None) -> PrefixIndex:
     (tmp_path / "config.json").write_text(json.dumps(dict(FAMILIES["qwen3"].config)))
     site = RouterSite(name="a", role="pd", agent_url="http://h:1", reports_port=2)
     return PrefixIndex(
@@ -60,8 +60,14 @@ def index(tmp_path: Path) -> PrefixIndex:
             router=RouterSection(model=str(tmp_path), served_model_name="tiny"),
             sites=[site],
             prefix_index=PrefixIndexConfig(min_tokens=8, max_blocks=1000),
+            policy=policy or PolicyConfig(),
         )
     )
+
+
+def test_prefixes_are_fetched_where_the_configuration_says_so(tmp_path: Path) -> None:
+    assert not index(tmp_path).fetches
+    assert index(tmp_path, PolicyConfig(fetch_prefixes=True)).fetches
 
 
 def body(**fields: Any) -> ParsedBody:

@@ -9,7 +9,10 @@ import concurrent.futures
 import datetime
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from msgspec import Struct, field
 from sglang_prfaas import env
 from sglang_prfaas.config import load
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig, SiteLimits
+from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.site import Site, Supervisor, running
 from sglang_prfaas.site.commands import ServerCommand, plain_command
 from sglang_prfaas.site.free_ports import HeldPort
@@ -31,7 +35,8 @@ MODEL_NAME = "tiny"
 STARTUP_TIMEOUT_S = 900.0
 HEARTBEAT_TIMEOUT_S = 120.0
 """Generous: on a busy machine with few cores a process may be without a processor for a while."""
-
+_LOOK_S = 10.0
+_LOOK_INTERVAL_S = 0.05
 
 HICACHE_ARGS = ("--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct", "--hicache-ratio", "1.5")
 """What HiCache needs on the CPU platform."""
@@ -198,10 +203,13 @@ def run_deployment(deployment: LocalDeployment, progress: Progress | None = None
             starting.result()
         stack.callback(lambda: helper.run(router.stop(at_once=True)))
         helper.run(router.start())
+        router_url = f"http://127.0.0.1:{deployment.router.port}"
+        names = {name for running_site in running_sites.values() for name in running_site.site.servers}
+        wait_until_seen(router_url, names)
         cluster = LocalCluster(
             deployment=deployment,
             sites=running_sites,
-            router_url=f"http://127.0.0.1:{deployment.router.port}",
+            router_url=router_url,
             reference_url=f"http://127.0.0.1:{deployment.reference.port}",
         )
         for running_site in running_sites.values():
@@ -210,6 +218,40 @@ def run_deployment(deployment: LocalDeployment, progress: Progress | None = None
         cluster.logs["reference"] = logs / "reference.log"
         cluster.logs["router"] = logs / "router.log"
         yield cluster
+
+
+def alive_servers(router_url: str) -> dict[str, str]:
+    """Roles of the servers that a router takes to be alive, by name; none while it does not answer."""
+    try:
+        with urllib.request.urlopen(f"{router_url}/health", timeout=_LOOK_S) as answer:
+            body = answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            body = error.read()
+    except OSError:
+        return {}
+    health = msgspec.json.decode(body, type=_Health)
+    return {server.name: server.role for server in health.servers if server.alive}
+
+
+def wait_until_seen(router_url: str, names: Set[str]) -> None:
+    """Wait until a router has all of `names` as alive: it is healthy already with one prefill and one decode server.
+    Raises LaunchError."""
+    deadline_s = time.monotonic() + STARTUP_TIMEOUT_S
+    while missing := names - alive_servers(router_url).keys():
+        if time.monotonic() > deadline_s:
+            raise LaunchError(f"The router {router_url} did not see {', '.join(sorted(missing))}. Look into its log.")
+        time.sleep(_LOOK_INTERVAL_S)
+
+
+class _Server(Struct):
+    name: str
+    role: str
+    alive: bool
+
+
+class _Health(Struct):
+    servers: list[_Server]
 
 
 def _router_environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sglang_prfaas.launch.demo_client import Answer, complete
-from sglang_prfaas.launch.local_deployment import MODEL_NAME, LocalCluster
+from sglang_prfaas.launch.local_deployment import MODEL_NAME, LocalCluster, alive_servers
 from sglang_prfaas.site.free_ports import HeldPort
 from sglang_prfaas.transport import transfer_log
 from sglang_prfaas.transport.transfer_log import TransferRecord
@@ -23,6 +23,7 @@ from sglang_prfaas.transport.transfer_log import TransferRecord
 DEADLINE_S = 300.0
 PRFAAS, PD = "prfaas", "pd"
 REMOTE, LOCAL, DECODE = "prfaas-prefill-0", "pd-prefill-0", "pd-decode-0"
+ROLES = {REMOTE: "prefill", LOCAL: "prefill", DECODE: "decode"}
 
 T = TypeVar("T")
 
@@ -71,8 +72,8 @@ def _decoded(data: bytes) -> Any:
 
 
 @contextlib.contextmanager
-def another_router(file: Path, log: Path, *flags: str) -> Iterator[str]:
-    """One more router on the sites of a router's file, with flags of its own; gives its URL once it has servers."""
+def another_router(file: Path, log: Path, *flags: str, roles: Mapping[str, str] = ROLES) -> Iterator[str]:
+    """One more router on a router's file, with flags of its own; gives its URL once `roles` are all there."""
     port = HeldPort()
     port.release()
     argv = [sys.executable, "-m", "sglang_prfaas.launch", "router", str(file), "--router.port", str(port.port), *flags]
@@ -83,9 +84,7 @@ def another_router(file: Path, log: Path, *flags: str) -> Iterator[str]:
 
             def serves() -> bool:
                 assert process.poll() is None, log.read_text()[-4000:]
-                with contextlib.suppress(OSError):
-                    return fetch(f"{url}/health")[0] == 200
-                return False
+                return alive_servers(url) == roles
 
             wait_for(f"the router of {file.name}", serves)
             yield url
@@ -181,14 +180,7 @@ class Driver:
 
     def wait_usual_roles(self) -> None:
         """Wait until the router sees every server in the role it was started in, and alive."""
-        usual = {(REMOTE, "prefill"), (LOCAL, "prefill"), (DECODE, "decode")}
-
-        def seen() -> bool:
-            _, _, answer = fetch(f"{self.router_url}/health")
-            servers = answer["servers"] if isinstance(answer, dict) else []
-            return {(s["name"], s["role"]) for s in servers if s["alive"]} == usual
-
-        wait_for("the router to see the usual roles", seen)
+        wait_for("the router to see the usual roles", lambda: alive_servers(self.router_url) == ROLES)
 
     def log_size(self, name: str) -> int:
         """Length of a server's log now, in bytes."""

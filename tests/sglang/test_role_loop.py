@@ -12,6 +12,7 @@ import pytest
 
 from sglang_prfaas.config import load
 from sglang_prfaas.launch.demo_client import Answer, complete
+from sglang_prfaas.launch.local_deployment import alive_servers
 from sglang_prfaas.site import Site, running
 from sglang_prfaas.site.free_ports import HeldPort
 from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
@@ -97,7 +98,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ports = _ports(8)
     args = [*cpu_server_args(FAMILY), "--chunked-prefill-size", "512", "--enable-metrics", "--enable-pd-role-switch"]
     args += ["--max-total-tokens", str(KV_TOKENS), "--disable-radix-cache"]
-    roles = (("p0", "prefill"), ("d0", "decode"), ("d1", "decode"))
+    roles = {"p0": "prefill", "d0": "decode", "d1": "decode"}
     values: dict[str, Any] = {
         "model": make_tiny_model(FAMILY, directory / "model"),
         "name": NAME,
@@ -106,7 +107,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "env": "\n".join(f'{key} = "{value}"' for key, value in cpu_server_env(FAMILY).items()),
         "servers": "".join(
             _SERVER.format(name=name, role=role, port=ports[2 * index], bootstrap=ports[2 * index + 1])
-            for index, (name, role) in enumerate(roles)
+            for index, (name, role) in enumerate(roles.items())
         ),
         "agent": ports[6],
         "reports": ports[7],
@@ -117,18 +118,13 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     flags = [word for key, value in ROLES.items() for word in (f"--policy.roles.{key}", value)]
     with (
         running(Site(load.load_site(site))),
-        another_router(router, directory / "router.log", *flags) as url,
+        another_router(router, directory / "router.log", *flags, roles=roles) as url,
     ):
-        wait_for("all servers", lambda: _servers(url) == {"p0": "prefill", "d0": "decode", "d1": "decode"})
         yield url
 
 
-def _servers(url: str) -> dict[str, str]:
-    return {one["name"]: one["role"] for one in get(f"{url}/health")["servers"] if one["alive"]}
-
-
 def _roles(url: str) -> tuple[int, int]:
-    roles = list(_servers(url).values())
+    roles = list(alive_servers(url).values())
     return roles.count("prefill"), roles.count("decode")
 
 

@@ -167,3 +167,4 @@ def test_close_without_a_publisher() -> None:
     subscriber = KvEventSubscriber([source], lambda holder, changes: None)
     subscriber.close()
     subscriber.close()
+    assert not subscriber._thread.is_alive()

@@ -14,7 +14,17 @@ import pytest
 
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import ChecksumError, PeerError, ProtocolError
-from sglang_prfaas.transport.framing import RENEWAL, ChunkHeader, Receipt, ReceiptReader, pack_header, unpack_preface
+from sglang_prfaas.transport.framing import (
+    DATA_VERSION,
+    PREFACE,
+    PREFACE_MAGIC,
+    RENEWAL,
+    ChunkHeader,
+    Receipt,
+    ReceiptReader,
+    pack_header,
+    unpack_preface,
+)
 from sglang_prfaas.transport.mailbox import Mailbox, seal, unseal
 from sglang_prfaas.transport.messages import (
     PROTOCOL_VERSION,
@@ -185,8 +195,13 @@ def test_messages(decode: Callable[[bytes], object]) -> None:
 
 def test_prefaces() -> None:
     rng = random.Random(SEED)
+    starts = (PREFACE_MAGIC + DATA_VERSION.to_bytes(2, "big"), PREFACE_MAGIC + bytes(2), bytes(6))
     for _ in range(COUNT):
+        start = rng.choice(starts)
+        data = start + rng.randbytes(PREFACE.size - len(start))
         try:
-            unpack_preface(rng.choice((b"PFD1\0\2", b"PFD1", b"")).ljust(24, b"\0")[:6] + rng.randbytes(18))
+            preface = unpack_preface(data)
         except ProtocolError:
+            assert start != starts[0]
             continue
+        assert preface.pack() == data

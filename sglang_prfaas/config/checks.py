@@ -237,6 +237,13 @@ def _security(config: SiteConfig) -> Iterator[_Raw]:
 
 def _reports(config: SiteConfig) -> Iterator[_Raw]:
     agent, transport = config.agent, config.transport
+    if agent.tls and not transport.keys_dir:
+        yield "agent.tls", "needs keys; write transport.keys_dir, this site's directory as `launch keys` makes it", True
+    if agent.tls and transport.security == "off":
+        yield "agent.tls", 'needs keys, and transport.security is "off"; remove one of the two', True
+    if agent.port and not agent.tls and transport.keys_dir and beyond_this_machine(agent.host):
+        text = "prompts and answers cross in clear; write true, unless the network or a proxy protects them"
+        yield "agent.tls", text, False
     if agent.reports_port and not agent.port:
         yield "agent.port", "routers with reports need the agent's HTTP port too; write for example port = 9000", True
     if not agent.reports_port or not beyond_this_machine(agent.host):

@@ -98,12 +98,16 @@ def _router_sites(sites: Mapping[str, SiteConfig], routers: Mapping[str, RouterC
 def _router_targets(source: str, path: str, entry: RouterSite, site: SiteConfig) -> Iterator[Finding]:
     if entry.agent_url:
         port = urlsplit(entry.agent_url).port
+        scheme = "https" if site.agent.tls else "http"
         if not site.agent.port:
             text = "that site's file starts no agent; write agent.port there, or list its servers here"
             yield Finding(source, f"{path}.agent_url", text)
         elif port != site.agent.port:
             text = f"leads to port {port}, the site's agent listens on {site.agent.port}; right only behind a proxy"
             yield Finding(source, f"{path}.agent_url", text, fatal=False)
+        elif not entry.agent_url.startswith(f"{scheme}:"):
+            text = f"that site says tls = {str(site.agent.tls).lower()}; write {scheme}://; else only behind a proxy"
+            yield Finding(source, f"{path}.agent_url", text, fatal=site.agent.tls)
     if entry.reports_port and entry.reports_port != site.agent.reports_port:
         there = f"the site's file says {site.agent.reports_port}" if site.agent.reports_port else "the site has none"
         text = f"is {entry.reports_port}, {there} (agent.reports_port); right only behind a port forwarding"

@@ -311,6 +311,13 @@ class AgentConfig(_Config, frozen=True):
 
     host: Annotated[str, Meta(description="Address the agent listens on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="HTTP port of the agent. 0: no agent endpoint.")] = 0
+    tls: Annotated[
+        bool,
+        Meta(
+            description="HTTPS at `port`, with the keys of [transport], for clients with a certificate of a site in "
+            "peers.toml only: routers then have an https agent_url. Otherwise prompts and answers cross in clear."
+        ),
+    ] = False
     reports_port: Annotated[
         int,
         Meta(

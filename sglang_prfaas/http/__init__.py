@@ -1,7 +1,7 @@
 """HTTP/1.1 on httptools and asyncio protocols: a server, a pooled client, and a relay between them.
 
     server = HttpServer(handler, ServerLimits(max_body_bytes=...))      # async def handler(request, response)
-    port = await server.start(host, 0, ssl_context=None)
+    port = await server.start(host, 0, ssl_context=None)                # or peers=TlsPeers: mutual TLS
     client = Client(ClientLimits(connect_timeout_s=...))
     upstream = client.upstream("http://127.0.0.1:30000")                # a path in the URL prefixes every target
 
@@ -32,6 +32,7 @@ from sglang_prfaas.http.errors import (
 )
 from sglang_prfaas.http.exchange import Exchange, ResponseSink
 from sglang_prfaas.http.messages import Framing, Headers, Request, ResponseHead
+from sglang_prfaas.http.peers import TlsPeers
 from sglang_prfaas.http.relay import RelaySink, relay
 from sglang_prfaas.http.response import Response
 from sglang_prfaas.http.server import HttpServer, ServerLimits
@@ -51,6 +52,7 @@ __all__ = [
     "ResponseHead",
     "ResponseSink",
     "ServerLimits",
+    "TlsPeers",
     "Upstream",
     "UpstreamClosedError",
     "UpstreamConnectError",

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.errors import ConfigError, PeerError
 from sglang_prfaas.http.client_connection import ClientConnection
 from sglang_prfaas.http.errors import UpstreamConnectError, UpstreamError, UpstreamProtocolError, UpstreamStaleError
 from sglang_prfaas.http.exchange import DecodingExchange, Exchange, ResponseSink
 from sglang_prfaas.http.messages import Headers, ResponseHead, encode_headers, encode_request_head
+from sglang_prfaas.http.peers import TlsPeers
 
 _SWEEP_S = 0.25
 
@@ -43,10 +44,17 @@ class Client:
     def __init__(self, limits: ClientLimits | None = None, *, ssl_context: ssl.SSLContext | None = None) -> None:
         self.limits = limits or ClientLimits()
         self.ssl_context = ssl_context
+        self.peers: dict[tuple[str, int], TlsPeers] = {}
+        """By host and port: whom https connections there have to reach, and what they show."""
         self.loop = asyncio.get_running_loop()
         self._upstreams: dict[str, Upstream] = {}
         self._exchanges: set[Exchange] = set()
         self._sweep: asyncio.TimerHandle | None = self.loop.call_later(_SWEEP_S, self._sweep_deadlines)
+
+    def require(self, url: str, peers: TlsPeers) -> None:
+        """From now on, https connections to the host and port of a URL are for `peers` only. Raises ConfigError."""
+        where = Upstream(self, url)
+        self.peers[where.host, where.port] = peers
 
     def upstream(self, url: str) -> Upstream:
         """The upstream of a base URL (http or https, a path is a prefix of every target). Raises ConfigError."""
@@ -195,7 +203,7 @@ class Upstream:
         timeout_s = self.client.limits.connect_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                _, connection = await self.client.loop.create_connection(
+                transport, connection = await self.client.loop.create_connection(
                     lambda: ClientConnection(self), self.host, self.port, ssl=self._ssl()
                 )
         except TimeoutError:
@@ -205,6 +213,12 @@ class Upstream:
             why = getattr(exc, "strerror", None) or exc
             exchange.fail(UpstreamConnectError(f"no connection to {self.url}: {why}"))
             return
+        try:
+            self._check_peer(transport)
+        except PeerError as exc:
+            connection.abandon()
+            exchange.fail(UpstreamConnectError(f"what answers at {self.url} is not who it should be: {exc}"))
+            return
         self._open.add(connection)
         if exchange.done or not connection.usable:
             connection.abandon()
@@ -212,9 +226,17 @@ class Upstream:
             return
         connection.run(exchange, request)
 
+    def _check_peer(self, transport: asyncio.BaseTransport) -> None:
+        peers = self.client.peers.get((self.host, self.port))
+        if self.tls and peers is not None:
+            peers.check(transport.get_extra_info("ssl_object").getpeercert(binary_form=True) or b"")
+
     def _ssl(self) -> ssl.SSLContext | None:
         if not self.tls:
             return None
+        peers = self.client.peers.get((self.host, self.port))
+        if peers is not None:
+            return peers.context()
         if self.client.ssl_context is None:
             self.client.ssl_context = ssl.create_default_context()
         return self.client.ssl_context

@@ -10,9 +10,11 @@ from msgspec import Struct
 
 from sglang_prfaas.errors import LocalError
 from sglang_prfaas.http.errors import HttpError
+from sglang_prfaas.http.peers import TlsPeers
 from sglang_prfaas.http.server_connection import Handler, ServerConnection
 
 _SWEEP_S = 1.0
+_HANDSHAKE_S = 10.0
 
 
 class ServerLimits(Struct, frozen=True, kw_only=True):
@@ -42,12 +44,25 @@ class HttpServer:
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._draining = False
+        self._peers: TlsPeers | None = None
 
-    async def start(self, host: str, port: int, *, ssl_context: ssl.SSLContext | None = None) -> int:
-        """Listen; port 0 takes any free one. Returns the port. Raises LocalError when the address is taken."""
+    async def start(
+        self, host: str, port: int, *, ssl_context: ssl.SSLContext | None = None, peers: TlsPeers | None = None
+    ) -> int:
+        """Listen; port 0 takes any free one. With `peers`, only those are served, over TLS. Returns the port.
+
+        Raises LocalError when the address is taken, ConfigError for certificates that do not fit."""
+        self._peers = peers
+        if peers is not None:
+            ssl_context = peers.context()
         try:
             self._server = await self.loop.create_server(
-                lambda: ServerConnection(self), host or None, port, ssl=ssl_context, backlog=2048
+                lambda: ServerConnection(self),
+                host or None,
+                port,
+                ssl=ssl_context,
+                backlog=2048,
+                ssl_handshake_timeout=_HANDSHAKE_S if ssl_context is not None else None,
             )
         except OSError as exc:
             raise LocalError(f"cannot listen on {host}:{port}: {exc.strerror or exc}") from exc
@@ -101,6 +116,11 @@ class HttpServer:
             await asyncio.wait(tasks)
 
     # --- called by connections --------------------------------------------------------------------------------------
+
+    def check_peer(self, transport: asyncio.BaseTransport) -> None:
+        """Raises PeerError for an end whose certificate is not let in."""
+        if self._peers is not None:
+            self._peers.check(transport.get_extra_info("ssl_object").getpeercert(binary_form=True) or b"")
 
     def admit(self, connection: ServerConnection) -> bool:
         """Whether a new connection is within max_connections."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 
+from sglang_prfaas.errors import PeerError
 from sglang_prfaas.http.errors import HttpError
 from sglang_prfaas.http.messages import Headers, Request, strip_authority
 from sglang_prfaas.http.response import Response
@@ -83,6 +84,12 @@ class ServerConnection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
         peer = transport.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) >= 2 else ""
+        try:
+            self._server.check_peer(transport)
+        except PeerError as exc:
+            log.warning("HTTP connection from %s refused: %s", self.peer, exc)
+            self._transport.abort()
+            return
         if not self._server.admit(self):
             self._refuse(HttpError(503, "The server holds its maximum number of connections.", code="too_busy"))
             return

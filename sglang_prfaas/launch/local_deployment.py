@@ -60,7 +60,7 @@ class Choices(Struct, frozen=True, kw_only=True):
     transport: Mapping[str, Mapping[str, str | float]] = {}
     """Keys of [transport], by site."""
     keys: bool = False
-    """Whether KVCache moves with CURVE and TLS."""
+    """Whether KVCache moves with CURVE and TLS, and the router reaches the other site by HTTPS."""
     prefix_caches: bool = False
     """Whether each site has a prefix cache on disk, and the PrfaaS site fetches from the PD site's. The prefill servers
     then need `HICACHE_ARGS`."""
@@ -136,6 +136,8 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         "threshold": choices.threshold_tokens,
         "startup": f"{STARTUP_TIMEOUT_S:g}",
         "heartbeat": f"{HEARTBEAT_TIMEOUT_S:g}",
+        "prfaas_tls": _toml(choices.keys),
+        "prfaas_scheme": "https" if choices.keys else "http",
         **{f"p{index}": port for index, port in enumerate(ports)},
     }
     keys = directory / "keys"
@@ -300,6 +302,7 @@ capacity_gbps = {capacity}
 
 [agent]
 port = {p2}
+tls = {prfaas_tls}
 reports_port = {p8}
 commands_from = ["prfaas", "pd"]
 
@@ -394,7 +397,7 @@ keys_dir = {keys_pd}
 [[sites]]
 name = "prfaas"
 role = "prfaas"
-agent_url = "http://127.0.0.1:{p2}"
+agent_url = "{prfaas_scheme}://127.0.0.1:{p2}"
 reports_port = {p8}
 
 [[sites]]

@@ -97,10 +97,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
+    from sglang_prfaas.config import load
     from sglang_prfaas.http import Client
     from sglang_prfaas.profiler.model_config import read_model
     from sglang_prfaas.profiler.run import Profiler, Settings
     from sglang_prfaas.profiler.targets import Role, find_targets, places_of
+    from sglang_prfaas.router.agent_tls import require_agents
+    from sglang_prfaas.transport.security import SiteTls, load_security
 
     named: list[tuple[Role, str]] = [("prefill", text) for text in args.prefill]
     named += [("decode", text) for text in args.decode]
@@ -123,6 +126,17 @@ async def _run(args: argparse.Namespace) -> int:
         allow_busy=args.allow_busy,
     )
     client = Client()
+    for file in args.files:
+        if load.kind_of(file) == "router":
+            router = load.load_router(file)
+            require_agents(client, router.sites, router.reports)
+            continue
+        site = load.load_site(file)
+        if site.agent.port and site.agent.tls:
+            peers = SiteTls(load_security(site.transport), listens=False, site=site.site.name)
+            for place in found.places:
+                if place.site == site.site.name:
+                    client.require(place.url, peers)
     try:
         targets = await find_targets(client, found.places, _headers(args.header))
         path = args.model_config or found.model or targets[0].info.model_path

@@ -124,7 +124,8 @@ def places_of(files: Sequence[str], named: Sequence[tuple[Role, str]], hardware:
 def _site_places(config: SiteConfig) -> list[Place]:
     site, agent = config.site.name, config.agent
     if agent.port:
-        return [Place(site=site, hardware=site, url=f"http://{_reachable(agent.host)}:{agent.port}")]
+        scheme = "https" if agent.tls else "http"
+        return [Place(site=site, hardware=site, url=f"{scheme}://{_reachable(agent.host)}:{agent.port}")]
     return [
         Place(
             site=site,

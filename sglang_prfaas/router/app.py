@@ -29,6 +29,7 @@ from sglang_prfaas.monitor.load_source import LoadSource
 from sglang_prfaas.monitor.reports import SiteState
 from sglang_prfaas.router.access_log import AccessLog
 from sglang_prfaas.router.agent_links import AgentLinks
+from sglang_prfaas.router.agent_tls import require_agents
 from sglang_prfaas.router.body import new_request_id
 from sglang_prfaas.router.cache_feed import CacheFeed, is_fed
 from sglang_prfaas.router.filters import (
@@ -84,6 +85,7 @@ class Router:
                 idle_timeout_s=limits.idle_timeout_s,
             )
         )
+        require_agents(self.client, config.sites, config.reports)
         self.registry = Registry(config, self.client)
         self.agents = AgentLinks(config.sites, config.reports, on_state=self._reported, on_cache=self._cache_updated)
         self.health = HealthMonitor(config, self.registry, self.agents.reports.fresh)

@@ -23,8 +23,19 @@ import msgspec
 
 from sglang_prfaas.clock import Clock, MonotonicClock
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.config.security import beyond_this_machine
 from sglang_prfaas.errors import PrfaasError
-from sglang_prfaas.http import Client, ClientLimits, HttpError, HttpServer, Request, Response, ServerLimits, relay
+from sglang_prfaas.http import (
+    Client,
+    ClientLimits,
+    HttpError,
+    HttpServer,
+    Request,
+    Response,
+    ServerLimits,
+    TlsPeers,
+    relay,
+)
 from sglang_prfaas.monitor.link_channel import LinkReceiver, LinkViews
 from sglang_prfaas.monitor.reports import Command, ServerState, SiteState
 from sglang_prfaas.site import metrics, operator_control
@@ -36,6 +47,7 @@ from sglang_prfaas.site.load_watch import LoadWatch
 from sglang_prfaas.site.report_server import ReportServer
 from sglang_prfaas.site.reporter import Reporter
 from sglang_prfaas.site.server import Server
+from sglang_prfaas.transport.security import SiteTls, load_security
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +131,20 @@ class Agent:
         self._draining = value
         self.changed()
 
+    def _peers(self) -> TlsPeers | None:
+        """Whom the HTTP port serves, None for everybody. Raises ConfigError."""
+        agent = self._config.agent
+        if agent.tls:
+            return SiteTls(load_security(self._config.transport), listens=True)
+        if beyond_this_machine(agent.host):
+            logger.warning(
+                "the agent's port %s:%d speaks plain HTTP: who can read the traffic reads prompts and answers; set "
+                "agent.tls = true, unless the network or a proxy protects it",
+                agent.host,
+                agent.port,
+            )
+        return None
+
     async def start(self) -> int:
         """Listen; returns the HTTP port. Raises LocalError when an address is taken, ConfigError for keys that do not
         fit."""
@@ -126,7 +152,7 @@ class Agent:
         self._server = HttpServer(self._handle, _LIMITS)
         agent = self._config.agent
         try:
-            port = await self._server.start(agent.host, agent.port)
+            port = await self._server.start(agent.host, agent.port, peers=self._peers())
             if self._link_reports:
                 self._link_receiver = LinkReceiver(self._link_reports)
             self._caches.start()

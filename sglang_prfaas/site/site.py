@@ -70,7 +70,8 @@ class Site:
         if not agent.port:
             return ""
         host = listening_host(agent.host)
-        return f"http://[{host}]:{agent.port}" if ":" in host else f"http://{host}:{agent.port}"
+        scheme = "https" if agent.tls else "http"
+        return f"{scheme}://[{host}]:{agent.port}" if ":" in host else f"{scheme}://{host}:{agent.port}"
 
     async def start(self) -> None:
         """Check that every port is free, start agent and servers, wait until all are ready.

@@ -100,6 +100,10 @@ class Security:
             raise PeerError(f"its certificate {fingerprint(der)} is not in peers.toml")
         return site
 
+    def context(self, *, listens: bool) -> ssl.SSLContext:
+        """For the side that is dialled, or the one that dials; with the files of now. Only with keys."""
+        return self._current_contexts()[0 if listens else 1]
+
     def _current_contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         """Server's and client's, made anew where the files have changed; the old ones hold where that fails."""
         assert self.keys is not None

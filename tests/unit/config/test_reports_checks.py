@@ -35,6 +35,7 @@ def test_right_ones_have_no_findings(write: WriteToml) -> None:
     [
         ({"port = 9000\n": "port = 0\n"}, "agent.port", "need the agent's HTTP port too", True),
         ({"reports_port": 'host = "10.0.0.1"\nreports_port'}, "agent.reports_port", "without keys", True),
+        ({"reports_port": "tls = true\nreports_port"}, "agent.tls", "needs keys; write transport.keys_dir", True),
         ({"reports_port = 9001": "reports_port = 30001"}, "agent.reports_port", "wants port 30001", True),
     ],
 )
@@ -74,3 +75,23 @@ def test_a_router_and_a_site_that_differ(write: WriteToml) -> None:
     assert [f.text for f in found] == [
         "is 9001, the site's file says 9002 (agent.reports_port); right only behind a port forwarding"
     ]
+
+
+def test_an_agent_in_clear_beside_keys_is_a_warning(write: WriteToml) -> None:
+    keys = '\n[transport]\nkeys_dir = "/keys"\n'
+    (finding,) = of_site(write, REPORTS.replace("reports_port", 'host = "10.0.0.1"\nreports_port') + keys)
+    assert (finding.path, finding.fatal) == ("agent.tls", False)
+    assert of_site(write, REPORTS.replace("reports_port", 'host = "10.0.0.1"\ntls = true\nreports_port') + keys) == []
+    off = keys + 'security = "off"\n'
+    findings = of_site(write, REPORTS.replace("reports_port", "tls = true\nreports_port") + off)
+    assert [f.text for f in findings if f.fatal] == [
+        'needs keys, and transport.security is "off"; remove one of the two'
+    ]
+
+
+@pytest.mark.parametrize(("tls", "scheme", "fatal"), [("true", "http", True), ("false", "https", False)])
+def test_the_routers_scheme_is_the_agents(write: WriteToml, tls: str, scheme: str, fatal: bool) -> None:
+    pd = load_site(write("pd.toml", REPORTS.replace("reports_port", f"tls = {tls}\nreports_port")), check=False)
+    router = load_router(write("r.toml", DIALLED.replace("http://127.0.0.1:9000", f"{scheme}://127.0.0.1:9000")))
+    found = [f for f in deployment_findings({"pd.toml": pd}, {"r.toml": router}) if f.path == "sites.pd.agent_url"]
+    assert [(f.fatal, f"tls = {tls}" in f.text) for f in found] == [(fatal, True)]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from sglang_prfaas.errors import LocalError
+from sglang_prfaas.errors import LocalError, PeerError
 from sglang_prfaas.http.errors import HttpError
 from sglang_prfaas.http.peers import TlsPeers
 from sglang_prfaas.http.server_connection import Handler, ServerConnection
@@ -117,10 +117,10 @@ class HttpServer:
 
     # --- called by connections --------------------------------------------------------------------------------------
 
-    def check_peer(self, transport: asyncio.BaseTransport) -> None:
-        """Raises PeerError for an end whose certificate is not let in."""
+    def check_peer(self, connection: ServerConnection) -> None:
+        """Raises PeerError for an end whose certificate is not let in, or not any more."""
         if self._peers is not None:
-            self._peers.check(transport.get_extra_info("ssl_object").getpeercert(binary_form=True) or b"")
+            self._peers.check(connection.certificate)
 
     def admit(self, connection: ServerConnection) -> bool:
         """Whether a new connection is within max_connections."""
@@ -137,9 +137,13 @@ class HttpServer:
             self._on_refused(error)
 
     def _sweep_deadlines(self) -> None:
-        """Close connections that were idle, or took too long to send a request."""
+        """Close connections that were idle, took too long to send a request, or are of peers not let in any more."""
         now_s = self.loop.time()
         for connection in list(self._connections):
+            try:
+                self.check_peer(connection)
+            except PeerError as exc:
+                connection.refuse_peer(exc)
             if connection.deadline_s is not None and now_s > connection.deadline_s:
                 connection.close()
         self._sweep = self.loop.call_later(_SWEEP_S, self._sweep_deadlines)

@@ -50,6 +50,7 @@ class ServerConnection(asyncio.Protocol):
         "_task",
         "_transport",
         "_url",
+        "certificate",
         "closing_after_response",
         "deadline_s",
         "peer",
@@ -75,6 +76,8 @@ class ServerConnection(asyncio.Protocol):
         self.closing_after_response = False
         self.writable = True
         self.peer = ""
+        self.certificate = b""
+        """What the client has shown (DER), empty without."""
         self.deadline_s: float | None = None
 
     # --- transport callbacks ----------------------------------------------------------------------------------------
@@ -84,16 +87,24 @@ class ServerConnection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
         peer = transport.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) >= 2 else ""
+        session = transport.get_extra_info("ssl_object")
+        if session is not None:
+            self.certificate = session.getpeercert(binary_form=True) or b""
         try:
-            self._server.check_peer(transport)
+            self._server.check_peer(self)
         except PeerError as exc:
-            log.warning("HTTP connection from %s refused: %s", self.peer, exc)
-            self._transport.abort()
+            self.refuse_peer(exc)
             return
         if not self._server.admit(self):
             self._refuse(HttpError(503, "The server holds its maximum number of connections.", code="too_busy"))
             return
         self._await_request()
+
+    def refuse_peer(self, why: PeerError) -> None:
+        """Cut the connection, whatever it has in work."""
+        log.warning("HTTP connection from %s refused: %s", self.peer, why)
+        if self._transport is not None:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._discarding:

@@ -42,6 +42,9 @@ class Rig:
 
     def __init__(self, keyring: Keyring, server: HttpServer, served: list[str]) -> None:
         self.keyring, self.server, self.served = keyring, server, served
+        self.gate = asyncio.Event()
+        """Answers wait for it."""
+        self.gate.set()
 
     @property
     def url(self) -> str:
@@ -65,12 +68,14 @@ async def serving(keyring: Keyring, site: str = "prfaas") -> AsyncIterator[Rig]:
 
     async def handle(request: Request, response: Response) -> None:
         served.append(request.path)
+        await rig.gate.wait()
         response.send(200, b"yes")
 
     server = HttpServer(handle)
     await server.start("127.0.0.1", 0, peers=SiteTls(load_security(keyring.config(site)), listens=True))
+    rig = Rig(keyring, server, served)
     try:
-        yield Rig(keyring, server, served)
+        yield rig
     finally:
         await server.close()
 
@@ -130,6 +135,19 @@ async def test_files_that_change(keyring: Keyring, caplog: pytest.LogCaptureFixt
 def _own(keyring: Keyring, site: str) -> str:
     text = (keyring.directory / site / "site.crt").read_text()
     return fingerprint(ssl.PEM_cert_to_DER_cert(text))
+
+
+@in_loop
+async def test_a_site_that_is_taken_out_is_cut(keyring: Keyring) -> None:
+    async with serving(keyring) as rig:
+        rig.gate.clear()
+        answer = asyncio.ensure_future(rig.ask(keyring))
+        async with asyncio.timeout(DEADLINE_S):
+            while not rig.served:
+                await asyncio.sleep(0.01)
+        peers = keyring.directory / "prfaas" / "peers.toml"
+        peers.write_text(peers.read_text().replace(_own(keyring, "pd"), "sha256:" + "0" * 64))
+        assert "closed" in await refused(lambda: answer)
 
 
 @in_loop

@@ -23,6 +23,7 @@ OrderMode = Literal["auto", "ordered", "off"]
 CodecName = Literal["raw", "fp8", "int8", "shuffle"]
 PrefixCacheBackend = Literal["off", "local", "mooncake"]
 CheckpointMode = Literal["auto", "on", "off"]
+InnerRailKind = Literal["none", "mooncake"]
 
 
 class _Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -160,6 +161,13 @@ class TransportConfig(_Config, frozen=True):
             "it. off: after each prefill chunk."
         ),
     ] = "auto"
+    inner_rail: Annotated[
+        InnerRailKind,
+        Meta(
+            description="How KVCache goes from a prefill to a decode server of this site. none: as between sites. mooncake: "
+            "over SGLang's Mooncake backend (RDMA, or what MOONCAKE_PROTOCOL says), which has no keys of its own."
+        ),
+    ] = "none"
     link_sample_interval_s: Annotated[
         float, Meta(ge=0.01, le=1, description="Seconds between two looks at the connections of a link (TCP_INFO).")
     ] = 0.1

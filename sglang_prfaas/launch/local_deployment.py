@@ -53,6 +53,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
     capacity_gbps: float = 10.0
+    env: Mapping[str, str] = {}
+    """Environment variables of all servers of both sites."""
     decode_env: Mapping[str, str] = {}
     """Environment variables of the decode server, over those of all servers."""
     model_changes: Mapping[str, Any] = {}
@@ -121,7 +123,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     ports = _free_ports(13)
     common = [*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), "--enable-metrics"]
     common += ["--enable-pd-role-switch", *choices.args]
-    variables = {**cpu_server_env(family), env.TRANSFER_LOG: str(log)}
+    variables = {**cpu_server_env(family), env.TRANSFER_LOG: str(log), **choices.env}
     values = {
         "family": family,
         "model": _toml(str(model)),

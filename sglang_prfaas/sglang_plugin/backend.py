@@ -10,6 +10,7 @@ from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_prfaas import env
+from sglang_prfaas.sglang_plugin import inner_rail
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.receiver import PrfaasKVReceiver
 from sglang_prfaas.sglang_plugin.sender import PrfaasKVSender
@@ -33,9 +34,20 @@ class PrfaasKVBootstrapServer(BaseKVBootstrapServer):
         self._server.close()
 
 
-CLASSES: dict[str, Any] = {
-    "manager": PrfaasKVManager,
-    "sender": PrfaasKVSender,
-    "receiver": PrfaasKVReceiver,
-    "bootstrap_server": PrfaasKVBootstrapServer,
-}
+def _classes() -> dict[str, Any]:
+    sender: Any = PrfaasKVSender
+    receiver: Any = PrfaasKVReceiver
+    if env.transport_from_env(os.environ).inner_rail != inner_rail.NONE:
+        from sglang_prfaas.sglang_plugin.inner_rail.receiver import RailedReceiver
+        from sglang_prfaas.sglang_plugin.inner_rail.sender import RailedSender
+
+        sender, receiver = RailedSender, RailedReceiver
+    return {
+        "manager": PrfaasKVManager,
+        "sender": sender,
+        "receiver": receiver,
+        "bootstrap_server": PrfaasKVBootstrapServer,
+    }
+
+
+CLASSES = _classes()

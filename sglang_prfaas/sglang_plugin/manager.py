@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get
 from sglang_prfaas import env
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.sglang_plugin import inner_rail
 from sglang_prfaas.sglang_plugin.kv_pages import layout_of, memory_of, model_identity
 from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.sglang_plugin.ranks import split_address
@@ -27,6 +28,7 @@ from sglang_prfaas.transport.send_mover import SendMover
 from sglang_prfaas.transport.transfer_log import TransferRecord
 
 if TYPE_CHECKING:
+    from sglang_prfaas.sglang_plugin.inner_rail.rail import Rail
     from sglang_prfaas.sglang_plugin.layerwise import LayerwiseSending
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,14 @@ class PrfaasKVManager(BaseKVManager):
         self.receive_mover: ReceiveMover | None = None
         self.layerwise: LayerwiseSending | None = None
         """Set once the model is at hand, where SGLang's mode permits it."""
+        self.rail: Rail | None = None
+        """The site's inner rail, where it has one."""
+        if self.config.inner_rail != inner_rail.NONE:
+            from sglang_prfaas.sglang_plugin.inner_rail.rail import Rail
+
+            self.rail = Rail(
+                self.config.inner_rail, self.site, args, disaggregation_mode, server_args, is_mla_backend
+            )
         self._registration: Registration | None = None
         self._link_reports: LinkReports | None = None
         self.prefill_info_table = _AnyPrefillTable()
@@ -150,7 +160,14 @@ class PrfaasKVManager(BaseKVManager):
         self._registration = Registration(
             directory_host,
             get_disagg().disaggregation_bootstrap_port,
-            RankInfo(self.dp_rank, self.tp_rank, 0, advertised, self.send_mover.control_port),
+            RankInfo(
+                self.dp_rank,
+                self.tp_rank,
+                0,
+                advertised,
+                self.send_mover.control_port,
+                self.rail.announcement() if self.rail is not None else None,
+            ),
             self.clock,
             dp_size=int(parallel.dp_size),
             tp_size=int(parallel.attn_tp_size),
@@ -171,6 +188,16 @@ class PrfaasKVManager(BaseKVManager):
             "use --disaggregation-decode-retraction-backup cpu_tensor or host_pool"
         )
 
+    def deregister_buffer_to_engine(self) -> None:
+        """SGLang frees the KVCache for a while."""
+        if self.rail is not None:
+            self.rail.manager.deregister_buffer_to_engine()
+
+    def register_buffer_to_engine(self) -> None:
+        """SGLang has the KVCache again."""
+        if self.rail is not None:
+            self.rail.manager.register_buffer_to_engine()
+
     def teardown(self) -> None:
         """Release every port, thread and connection, for a change of role."""
         if self.layerwise is not None:
@@ -184,6 +211,9 @@ class PrfaasKVManager(BaseKVManager):
             self._link_reports = None
         if self.receive_mover is not None:
             self.receive_mover.close("the decode server changed its role")
+        if self.rail is not None:
+            self.rail.close()
+            self.rail = None
 
     def log_transfer(self, **values: Any) -> None:
         """Append to the transfer log, where one is asked for."""

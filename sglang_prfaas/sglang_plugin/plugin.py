@@ -14,11 +14,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sglang_prfaas.errors import LaunchError
-from sglang_prfaas.sglang_plugin import hooks
+from sglang_prfaas.sglang_plugin import hooks, inner_rail
+from sglang_prfaas.sglang_plugin.inner_rail.packages import require
 from sglang_prfaas.sglang_plugin.linear_attention import hooks as linear_attention
 
 ALLOW_UNTESTED = "PRFAAS_ALLOW_UNTESTED_SGLANG"
 """Set to 1 to run with an SGLang version this release was not tested with."""
+
+
+INNER_RAIL = "PRFAAS_INNER_RAIL"
+"""`transport.inner_rail`, as the launcher hands it on."""
 
 
 class Feature(NamedTuple):
@@ -45,6 +50,20 @@ def register() -> None:
     """Install every feature. Ends the process with a message where one was asked for and cannot be had."""
     for feature in FEATURES:
         _register(feature)
+    if _asked_for(FEATURES[0].flag, sys.argv):
+        _require_inner_rail()
+
+
+def _require_inner_rail() -> None:
+    """End a server's first process at once where the rail that its site is to have cannot be had."""
+    kind = os.environ.get(INNER_RAIL, inner_rail.NONE)
+    if kind == inner_rail.NONE:
+        return
+    try:
+        require(kind)
+    except LaunchError as error:
+        print(f"sglang_prfaas: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(3) from error
 
 
 def _register(feature: Feature) -> None:

@@ -12,6 +12,7 @@ from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.ranks import find_ranks, split_address
 from sglang_prfaas.sglang_plugin.sender import TransferFailedError
 from sglang_prfaas.transport.fan_out import joint_reason, joint_state
+from sglang_prfaas.transport.messages import Directory, RankInfo
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession
 from sglang_prfaas.transport.session import State
 
@@ -30,7 +31,8 @@ class PrfaasKVReceiver(BaseKVReceiver):
 
     def __init__(self, mgr: PrfaasKVManager, bootstrap_addr: str, bootstrap_room: int | None = None):
         assert mgr.receive_mover is not None, "a receiver needs a decode manager"
-        self.kv_mgr = mgr
+        self.kv_mgr: Any = mgr
+        self._manager = mgr
         self.bootstrap_addr = bootstrap_addr
         self.bootstrap_room = bootstrap_room or 0
         self.conclude_state: int | None = None
@@ -38,6 +40,8 @@ class PrfaasKVReceiver(BaseKVReceiver):
         self.abort_notified = False
         self.bootstrap_infos: list[Any] = []
         self._mover = mgr.receive_mover
+        self._directory: Directory | None = None
+        self._ranks: list[RankInfo] = []
         self._sessions: list[PeerSession] = []
         self._items: list[Incoming] = []
         self._dp_rank: int | None = None
@@ -56,7 +60,7 @@ class PrfaasKVReceiver(BaseKVReceiver):
         """Take the handshake one step further: directory, ranks, sessions."""
         if self._sessions or self._failure or self._dp_rank is None:
             return
-        now_s = self.kv_mgr.clock.now_s()
+        now_s = self._manager.clock.now_s()
         if now_s < self._next_lookup_s:
             return
         self._next_lookup_s = now_s + LOOKUP_INTERVAL_S
@@ -70,19 +74,20 @@ class PrfaasKVReceiver(BaseKVReceiver):
             self._failure = self._mover.directory_problem(host, port)
             if self._failure:
                 return
-            limit_s = self.kv_mgr.config.handshake_timeout_s
+            limit_s = self._manager.config.handshake_timeout_s
             if now_s - self._created_s > limit_s:
                 self._failure = (
                     f"no complete prefill server at bootstrap address {self.bootstrap_addr} within {limit_s:g} s; "
                     "is it up, is it in the prefill role, and does it use the prfaas transfer backend?"
                 )
             return
-        layout = self.kv_mgr.layout
+        layout = self._manager.layout
         ranks = find_ranks(directory, self.bootstrap_room, self._dp_rank, layout.tp_rank, layout.tp_size)
         if isinstance(ranks, str):
             self._failure = ranks
             self._mover.forget(host, port)
             return
+        self._directory, self._ranks = directory, ranks
         self._sessions = [
             self._mover.session(
                 f"{host}:{port}",
@@ -129,11 +134,11 @@ class PrfaasKVReceiver(BaseKVReceiver):
             return self._conclude(KVPoll.Failed)
         if not self._sessions or not all(session.up for session in self._sessions):
             return KVPoll.Bootstrapping
-        self._up_s = self._up_s or self.kv_mgr.clock.now_s()
+        self._up_s = self._up_s or self._manager.clock.now_s()
         return KVPoll.WaitingForInput
 
     def _poll_transfers(self) -> int:
-        config = self.kv_mgr.config
+        config = self._manager.config
         transfers = [item.transfer for item in self._items]
         for item in self._items:
             late = item.transfer.poll_timeout(config.waiting_timeout_s, config.transfer_timeout_s)
@@ -188,7 +193,7 @@ class PrfaasKVReceiver(BaseKVReceiver):
         begun = [transfer for transfer in transfers if transfer.first_byte_s]
         first_byte_s = min((transfer.first_byte_s for transfer in begun), default=0.0)
         last_byte_s = max((transfer.last_byte_s for transfer in begun), default=0.0)
-        self.kv_mgr.log_transfer(
+        self._manager.log_transfer(
             role="decode",
             room=self.bootstrap_room,
             status=status,

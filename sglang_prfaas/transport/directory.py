@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 
+import msgspec
 import zmq
 
 from sglang_prfaas.clock import Clock, MonotonicClock
@@ -60,12 +61,14 @@ class RankTable:
         if held is not None and held[0] == message.boot_id:
             del self._ranks[_key(message.rank)]
 
-    def directory(self) -> Directory:
-        """The answer to a lookup."""
+    def directory(self, *, with_rails: bool = True) -> Directory:
+        """The answer to a lookup. with_rails: whether the asking rank may know of inner rails."""
         if self._last is None or not self._ranks:
             return Directory(False, 0, 0, 0, True, ())
         dp, tp, pp = _sizes(self._last)
         ranks = tuple(rank for _, rank in self._ranks.values())
+        if not with_rails:
+            ranks = tuple(msgspec.structs.replace(rank, rail=None) for rank in ranks)
         return Directory(len(ranks) == dp * tp * pp, dp, tp, pp, self._last.follow_bootstrap_room, ranks)
 
 
@@ -127,7 +130,8 @@ class DirectoryServer:
             self._refusals.warn(f"directory: {error}")
             return
         if isinstance(message, Lookup):
-            self._socket.send_multipart([peer.bytes, encode(self.table.directory())], zmq.NOBLOCK)
+            own = self._security.keys is None or str(body.get("User-Id")) == self._security.site
+            self._socket.send_multipart([peer.bytes, encode(self.table.directory(with_rails=own))], zmq.NOBLOCK)
             return
         refusal = self._refusal(body)
         if refusal:

@@ -143,6 +143,15 @@ class Pong(_Message, frozen=True):
 # --- bootstrap directory ----------------------------------------------------------------------------------------------
 
 
+class InnerRail(_Message, frozen=True):
+    """Where a prefill rank is reached by decode ranks of its own site over another mover."""
+
+    kind: Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z0-9_-]*\Z")]
+    site: ShortText
+    host: ShortText
+    port: PortNumber
+
+
 class RankInfo(_Message, frozen=True):
     """Where one prefill rank listens. An empty host means: where the directory itself was reached."""
 
@@ -151,6 +160,8 @@ class RankInfo(_Message, frozen=True):
     pp_rank: Rank
     host: ShortText
     control_port: PortNumber
+    rail: InnerRail | None = None
+    """For ranks of its own site only; a directory with keys tells no others."""
 
 
 class Register(_Message, frozen=True):

@@ -31,6 +31,8 @@ class TransferRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """decode: of the bytes expected, those of full-attention pages."""
     codec: str = "raw"
     """How full-attention pages were encoded."""
+    rail: str = "prfaas"
+    """What moved it: prfaas, or the inner rail of its site."""
     pages: int = 0
     ahead_bytes: int = 0
     """prefill: handed to the mover layer by layer, while a chunk was computed."""

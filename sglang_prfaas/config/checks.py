@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
+from sglang_prfaas.config.inner_rail import inner_rail_findings
 from sglang_prfaas.config.prefix_cache import prefix_cache_findings
 from sglang_prfaas.config.schema import (
     PolicyConfig,
@@ -55,6 +56,7 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
             *_security(config),
             *_reports(config),
             *prefix_cache_findings(config),
+            *inner_rail_findings(config),
             *_model("site.model", config.site.model, exists),
             *_port_clashes(config),
         )

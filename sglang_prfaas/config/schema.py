@@ -164,8 +164,8 @@ class TransportConfig(_Config, frozen=True):
     inner_rail: Annotated[
         InnerRailKind,
         Meta(
-            description="How KVCache goes from a prefill to a decode server of this site. none: as between sites. mooncake: "
-            "over SGLang's Mooncake backend (RDMA, or what MOONCAKE_PROTOCOL says), which has no keys of its own."
+            description="How KVCache goes from a prefill to a decode server of this site. none: as between sites. "
+            "mooncake: over SGLang's Mooncake backend (RDMA, or what MOONCAKE_PROTOCOL says), which knows no keys."
         ),
     ] = "none"
     link_sample_interval_s: Annotated[

@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import get_device, get_disagg, get_parallel, get
 from sglang_prfaas import env
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import ConfigError
-from sglang_prfaas.sglang_plugin import inner_rail
+from sglang_prfaas.sglang_plugin import inner_rail, transfer_metrics
 from sglang_prfaas.sglang_plugin.kv_pages import layout_of, memory_of, model_identity
 from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.sglang_plugin.ranks import split_address
@@ -93,9 +93,7 @@ class PrfaasKVManager(BaseKVManager):
         if self.config.inner_rail != inner_rail.NONE:
             from sglang_prfaas.sglang_plugin.inner_rail.rail import Rail
 
-            self.rail = Rail(
-                self.config.inner_rail, self.site, args, disaggregation_mode, server_args, is_mla_backend
-            )
+            self.rail = Rail(self.config.inner_rail, self.site, args, disaggregation_mode, server_args, is_mla_backend)
         self._registration: Registration | None = None
         self._link_reports: LinkReports | None = None
         self.prefill_info_table = _AnyPrefillTable()
@@ -216,7 +214,11 @@ class PrfaasKVManager(BaseKVManager):
             self.rail = None
 
     def log_transfer(self, **values: Any) -> None:
-        """Append to the transfer log, where one is asked for."""
+        """Count a finished transfer, and append it to the transfer log, where that is asked for."""
+        if self.server_args.enable_metrics:
+            transfer_metrics.count(
+                values["role"], values.get("rail", "prfaas"), str(values["status"]), values.get("bytes", 0)
+            )
         path = os.environ.get(env.TRANSFER_LOG, "")
         if not path:
             return

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import http.client
 import importlib.util
-import math
 import random
 from typing import Any
 
@@ -33,22 +34,26 @@ RAIL = Choices(
 )
 
 
-def through(cluster: Driver, prefill: str, decode: str, prompt: list[int], **options: Any) -> list[TransferRecord]:
+def pair_of(cluster: Driver, prefill: str, prompt: list[int], room: int) -> dict[str, Any]:
+    """A request as both servers get it."""
+    site = cluster.cluster.sites["prfaas" if prefill == REMOTE else "pd"]
+    port = site.server(prefill).command.bootstrap_port
+    return {**body(prompt), "bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": room}
+
+
+def through(cluster: Driver, prefill: str, decode: str, prompt: list[int], samples: int = 1) -> list[TransferRecord]:
     """A prompt through two servers of our choice, compared with the single server; what both noted of its transfer."""
     room = random.getrandbits(63)
-    site = cluster.cluster.sites["prfaas" if prefill == REMOTE else "pd"]
-    pair = {
-        **body(prompt),
-        "bootstrap_host": "127.0.0.1",
-        "bootstrap_port": site.server(prefill).command.bootstrap_port,
-        "bootstrap_room": room,
-    }
+    pair = pair_of(cluster, prefill, prompt, room)
+    pair["sampling_params"]["n"] = samples
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         legs = [pool.submit(post, f"{cluster.url(name)}/generate", pair) for name in (prefill, decode)]
     (p_status, _, p_answer), (d_status, _, answer) = (leg.result() for leg in legs)
     assert (p_status, d_status) == (200, 200), (p_answer, answer)
-    assert_equal(answer, post(f"{cluster.reference_url}/generate", body(prompt))[2])
-    return cluster.records(room)
+    expected = post(f"{cluster.reference_url}/generate", body(prompt))[2]
+    for sample in answer if samples > 1 else [answer]:
+        assert_equal(sample, expected)
+    return cluster.records(room, 2 * samples)
 
 
 def prompt_of(seed: str, length: int) -> list[int]:
@@ -65,3 +70,66 @@ class TestInnerRail:
                 records = through(family_cluster, prefill, DECODE, prompt)
                 assert [(r.status, r.rail) for r in records] == [("done", rail)] * 2, records
                 assert all(r.bytes for r in records)
+
+    def test_samples_of_one_prompt_share_a_room(self, family_cluster: Driver) -> None:
+        records = through(family_cluster, LOCAL, DECODE, prompt_of("samples", 200), samples=3)
+        assert {(r.status, r.rail) for r in records} == {("done", "mooncake")}, records
+
+    def test_metrics_tell_the_rails_apart(self, family_cluster: Driver) -> None:
+        _, _, text = fetch(f"{family_cluster.url(DECODE)}/metrics")
+        counted = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines()}
+        for rail in ("mooncake", "prfaas"):
+            assert counted[f'prfaas_transfers_total{{rail="{rail}",role="decode",status="done"}}'] >= 4
+            assert counted[f'prfaas_transfer_bytes_total{{rail="{rail}",role="decode",status="done"}}'] > 0
+
+    def test_an_abort_of_either_leg_frees_its_server(self, family_cluster: Driver) -> None:
+        """The decode leg alone waits for prefill on the rail, the prefill leg alone for decode on both."""
+        cluster = family_cluster
+        for name, waits in ((DECODE, "transfer"), (LOCAL, "bootstrap")):
+            pair = pair_of(cluster, LOCAL, prompt_of(f"aborted {name}", 300), random.getrandbits(63))
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                leg = pool.submit(post, f"{cluster.url(name)}/generate", pair)
+                wait_for(f"the request to wait in {name}", lambda name=name, waits=waits: waiting(cluster, name, waits))
+                post(f"{cluster.url(name)}/abort_request", {"abort_all": True})
+                leg.result()
+            cluster.wait_idle(name)
+        through(cluster, LOCAL, DECODE, prompt_of("after the aborts", 300))
+
+    def test_roles_change_with_the_rail(self, family_cluster: Driver) -> None:
+        """The server that was decode sends over the rail to the one that was prefill, which takes from the other site
+        too; and back, where both rails have begun anew."""
+        cluster = family_cluster
+        for prefill, decode in ((DECODE, LOCAL), (LOCAL, DECODE)):
+            cluster.switch_role(prefill, "prefill")
+            cluster.switch_role(decode, "decode")
+            for sender, rail in ((prefill, "mooncake"), (REMOTE, "prfaas")):
+                records = through(cluster, sender, decode, prompt_of(f"{sender} to {decode}", 600))
+                assert [(r.status, r.rail) for r in records] == [("done", rail)] * 2, records
+
+    def test_a_killed_prefill_server_fails_its_requests_with_a_reason(self, family_cluster: Driver) -> None:
+        cluster = family_cluster
+        pair = pair_of(cluster, LOCAL, prompt_of("killed", 8000), random.getrandbits(63))
+        offset = cluster.log_size(LOCAL)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            pool.submit(_post_to_killed, f"{cluster.url(LOCAL)}/generate", pair)
+            leg = pool.submit(post, f"{cluster.url(DECODE)}/generate", pair)
+            wait_for("a prefill under way", lambda: cluster.prefill_batches_since(LOCAL, offset))
+            cluster.cluster.sites["pd"].kill(LOCAL)
+            status, _, answer = leg.result()
+        assert status == 500, answer
+        assert "its process has ended" in str(answer)
+        record = next(r for r in cluster.records(pair["bootstrap_room"], 1) if r.role == "decode")
+        assert (record.status, record.rail) == ("failed", "mooncake")
+        cluster.wait_idle(DECODE)
+        through(cluster, REMOTE, DECODE, prompt_of("after the kill", 300))
+
+
+def waiting(cluster: Driver, name: str, queue: str) -> bool:
+    """Whether a server has a request in a queue of disaggregation."""
+    queues = cluster.loads(name)["disaggregation"]
+    return any(value for key, value in queues.items() if queue in key and key.endswith("_reqs"))
+
+
+def _post_to_killed(url: str, body: Any) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        post(url, body)

@@ -14,6 +14,7 @@ from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.transport.directory import DirectoryServer
 from sglang_prfaas.transport.messages import (
     Directory,
+    InnerRail,
     Lookup,
     RankInfo,
     Register,
@@ -127,6 +128,28 @@ def test_only_the_own_site_may_register(keyring: Keyring, caplog: pytest.LogCapt
         own.send(encode(REGISTER))
         own.recv()
         assert directory.table.directory().complete
+    finally:
+        context.destroy(linger=0)
+        directory.close()
+
+
+def test_only_the_own_site_is_told_of_inner_rails(keyring: Keyring) -> None:
+    directory = DirectoryServer("127.0.0.1", 0, config=keyring.prfaas)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    rail = InnerRail("mooncake", "prfaas", "10.0.0.1", 9000)
+    try:
+        other, own = (keyring.dealer(context, site, "prfaas") for site in ("pd", "prfaas"))
+        for sock in (other, own):
+            sock.connect(f"tcp://127.0.0.1:{directory.port}")
+        own.send(encode(Register(RankInfo(0, 0, 0, "", 7000, rail), "boot", 1, 1, 1, True)))
+        own.recv()
+        told = {}
+        for site, sock in (("pd", other), ("prfaas", own)):
+            sock.send(encode(Lookup()))
+            answer = decode_from_directory(sock.recv())
+            assert isinstance(answer, Directory)
+            told[site] = [(rank.control_port, rank.rail) for rank in answer.ranks]
+        assert told == {"pd": [(7000, None)], "prfaas": [(7000, rail)]}
     finally:
         context.destroy(linger=0)
         directory.close()

@@ -1,7 +1,8 @@
 """The rail of one rank: SGLang's manager, sender and receiver of it, told of each other by prfaas's directory.
 
-SGLang's own way is an HTTP registry without keys at the bootstrap port. Here ranks are found through prfaas's directory,
-and whether a prefill server lives is told by the prfaas session with it; so the registry and its heartbeats are left out.
+SGLang's own way is an HTTP registry without keys at the bootstrap port. Here ranks are found through prfaas's
+directory, and whether a prefill server lives is told by the prfaas session with it; so the registry and its heartbeats
+are left out.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ class Rail:
 
     Raises LaunchError where the rail's package or its device is missing, ConfigError without a name of the site."""
 
-    def __init__(self, kind: str, site: str, args: Any, mode: Any, server_args: Any, is_mla_backend: bool | None) -> None:
+    def __init__(
+        self, kind: str, site: str, args: Any, mode: Any, server_args: Any, is_mla_backend: bool | None
+    ) -> None:
         if not site:
             raise ConfigError(f"transport.inner_rail is {kind}, which needs the name of the site: set {env.SITE}")
         require(kind)
@@ -111,8 +114,8 @@ class Rail:
         self.manager = manager_class(args, mode, server_args, is_mla_backend)
         self.manager.ranks_of = self._ranks_of
         logger.warning(
-            "prfaas: inner rail %s of site %s listens on %s without keys: whoever reaches it can read and write KVCache; "
-            "keep that network to the site",
+            "prfaas: inner rail %s of site %s listens on %s without keys: whoever reaches it can read and write "
+            "KVCache; keep that network to the site",
             kind,
             site,
             self.manager.local_ip,

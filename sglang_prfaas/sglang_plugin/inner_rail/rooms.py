@@ -14,8 +14,8 @@ class _Room(Struct):
 
 
 class RailRooms:
-    """SGLang gives the samples of one prompt (`n` above 1) one room. Both ends number those they hold, in the order they
-    come, and name the i-th alike: any of prefill's may go to any of decode's, as their prompts are the same."""
+    """SGLang gives the samples of one prompt (`n` above 1) one room. Both ends number those they hold, in the order
+    they come, and name the i-th alike: any of prefill's may go to any of decode's, as their prompts are the same."""
 
     def __init__(self) -> None:
         self._rooms: dict[int, _Room] = {}

@@ -9,7 +9,7 @@ import pytest
 from sglang_prfaas.errors import LocalError, ProtocolError
 from sglang_prfaas.transport.addresses import dialable, endpoint, is_numeric, resolve
 from sglang_prfaas.transport.directory import RankTable, is_local
-from sglang_prfaas.transport.messages import Deregister, RankInfo, Register
+from sglang_prfaas.transport.messages import Deregister, InnerRail, RankInfo, Register
 
 
 def rank(tp: int = 0, dp: int = 0, port: int = 7000) -> RankInfo:
@@ -48,6 +48,15 @@ def test_a_restarted_rank_takes_the_place_of_the_old_one() -> None:
     assert table.directory().complete, "the old process cannot take the new one's entry away"
     table.deregister(Deregister(rank(0), "new"))
     assert not table.directory().complete
+
+
+def test_inner_rails_are_told_to_whom_they_may_be() -> None:
+    table = RankTable()
+    rail = InnerRail("mooncake", "pd", "10.0.0.1", 9000)
+    info = RankInfo(0, 0, 0, "", 7000, rail)
+    table.register(register(info, tp_size=1))
+    assert table.directory().ranks == (info,)
+    assert table.directory(with_rails=False).ranks == (rank(0),)
 
 
 def test_other_sizes_drop_the_ranks_of_the_old_ones() -> None:

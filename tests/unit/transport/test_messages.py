@@ -31,11 +31,15 @@ tokens = st.binary(min_size=16, max_size=16)
 short = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=256)
 long = st.text(max_size=300)
 counts = st.lists(st.integers(0, (1 << 31) - 1), max_size=64).map(tuple)
+rails = st.builds(
+    messages.InnerRail, st.sampled_from(("mooncake", "nixl")), short, host=short, port=st.integers(1, 65535)
+)
 ranks = st.builds(
     messages.RankInfo,
     *[st.integers(0, 65535)] * 3,
     host=short,
     control_port=st.integers(1, 65535),
+    rail=st.none() | rails,
 )
 sizes = st.integers(1, 65536)
 layouts = st.builds(

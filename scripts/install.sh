@@ -172,10 +172,13 @@ else
     else
         say "installing SGLang and this project into $VENV: about 4 GB to download, 11 GB on disk, 4 minutes or more"
     fi
-    progress "${installer[@]}" -c constraints.txt -e ".[sglang,dev]"
+    progress "${installer[@]}" -c constraints.txt -e ".[sglang,mooncake,dev]"
 fi
 rm -rf "$VENV/tmp"
 "$python" -c 'import msgspec, zmq, torch, sglang_prfaas; from importlib.metadata import version; version("sglang")' >>"$log" 2>&1 || explain
 echo "$key $root" >"$stamp"
 rm -f "$begun"
 say "done: $VENV"
+if command -v ldconfig >/dev/null && [[ $(ldconfig -p) != *libibverbs.so.1* ]]; then
+    say "libibverbs.so.1 is missing, so tests with Mooncake are skipped; Debian and Ubuntu: apt install libibverbs1"
+fi

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from sglang_prfaas.sglang_plugin.hooks import HOOKS
+from sglang_prfaas.sglang_plugin.inner_rail.overrides import OVERRIDES
 from sglang_prfaas.sglang_plugin.linear_attention import hooks as linear_attention
 from sglang_prfaas.tiny_models import cpu_server_env
 
@@ -38,7 +39,9 @@ for module in (disagg_service, decode, prefill):
             assert ours.__module__.startswith("sglang_prfaas."), ours
             assert fake is None or not fake.__module__.startswith("sglang_prfaas."), fake
 from sglang_prfaas.sglang_plugin import hooks
+from sglang_prfaas.sglang_plugin.inner_rail.overrides import OVERRIDES
 assert hooks.unapplied() == []
+assert hooks.problems_with(OVERRIDES) == []
 print("all in place")
 """
 
@@ -50,7 +53,7 @@ def test_every_entry_fits_the_installed_sglang() -> None:
 
 
 def test_every_entry_has_a_reason_and_is_checked() -> None:
-    hooks = (*HOOKS, *linear_attention.ENTRY, *linear_attention.KERNELS)
+    hooks = (*HOOKS, *linear_attention.ENTRY, *linear_attention.KERNELS, *OVERRIDES)
     assert all(hook.reason and hook.target.startswith("sglang.srt.") for hook in hooks)
     assert len({hook.target for hook in hooks}) == len(hooks)
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import http.client
-import importlib.util
 import random
 from typing import Any
 
 import pytest
 
+from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.launch.local_deployment import Choices
+from sglang_prfaas.sglang_plugin.inner_rail.packages import require
 from sglang_prfaas.transport.transfer_log import TransferRecord
 
 from .driving import DECODE, LOCAL, REMOTE, Driver, fetch, post, wait_for
 from .prefill_by_prfaas import assert_equal, body
 
-pytestmark = [
-    pytest.mark.sglang,
-    pytest.mark.skipif(
-        importlib.util.find_spec("mooncake") is None,
-        reason="mooncake is not installed: pip install 'sglang-prfaas[mooncake]'",
-    ),
-]
+pytestmark = pytest.mark.sglang
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _mooncake() -> None:
+    """Skips where Mooncake does not load, and says what to install."""
+    try:
+        require("mooncake")
+    except LaunchError as error:
+        pytest.skip(str(error))
+
 
 RAIL = Choices(
     family="kimi-linear",
@@ -108,6 +113,7 @@ class TestInnerRail:
 
     def test_a_killed_prefill_server_fails_its_requests_with_a_reason(self, family_cluster: Driver) -> None:
         cluster = family_cluster
+        cluster.cluster.sites["pd"].wait_ready(LOCAL)
         pair = pair_of(cluster, LOCAL, prompt_of("killed", 8000), random.getrandbits(63))
         offset = cluster.log_size(LOCAL)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -17,48 +17,13 @@ from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 
 from sglang_prfaas import env
 from sglang_prfaas.errors import ConfigError, LaunchError, LocalError
-from sglang_prfaas.sglang_plugin.hooks import Hook, problems_with
+from sglang_prfaas.sglang_plugin.hooks import problems_with
+from sglang_prfaas.sglang_plugin.inner_rail.overrides import OVERRIDES
 from sglang_prfaas.sglang_plugin.inner_rail.packages import require
 from sglang_prfaas.sglang_plugin.inner_rail.rooms import RailRooms
 from sglang_prfaas.transport.messages import Directory, InnerRail
 
 logger = logging.getLogger(__name__)
-
-_COMMON = "sglang.srt.disaggregation.common.conn."
-
-OVERRIDES = (
-    Hook(
-        _COMMON + "CommonKVManager.register_to_bootstrap",
-        "override",
-        ("self",),
-        "ranks of the rail are found through prfaas's directory",
-    ),
-    Hook(
-        _COMMON + "CommonKVManager._start_heartbeat_checker_thread",
-        "override",
-        ("self",),
-        "the prfaas session tells whether prefill lives",
-    ),
-    Hook(
-        _COMMON + "CommonKVManager._resolve_rank_mapping",
-        "override",
-        ("self", "info"),
-        "maps the ranks of prfaas's directory",
-    ),
-    Hook(
-        _COMMON + "CommonKVManager._handle_node_failure",
-        "override",
-        ("self", "failed_bootstrap_addr"),
-        "drops what is known of a prefill server that has restarted",
-    ),
-    Hook(
-        _COMMON + "CommonKVReceiver._get_bootstrap_info_from_server",
-        "override",
-        ("self", "prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"),
-        "ranks of the rail are found through prfaas's directory",
-    ),
-)
-"""What of SGLang's backends is replaced or called here beyond their interfaces; checked where a rail is started."""
 
 
 class _ManagerParts:

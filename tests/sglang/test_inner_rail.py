@@ -96,8 +96,9 @@ class TestInnerRail:
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 leg = pool.submit(post, f"{cluster.url(name)}/generate", pair)
                 wait_for(f"the request to wait in {name}", lambda name=name, waits=waits: waiting(cluster, name, waits))
-                post(f"{cluster.url(name)}/abort_request", {"abort_all": True})
-                leg.result()
+                wait_for(f"the end of the leg in {name}", lambda name=name, leg=leg: aborted(cluster, name, leg))
+            (record,) = cluster.records(pair["bootstrap_room"], 1)
+            assert record.status == "failed", record
             cluster.wait_idle(name)
         through(cluster, LOCAL, DECODE, prompt_of("after the aborts", 300))
 
@@ -135,6 +136,12 @@ def waiting(cluster: Driver, name: str, queue: str) -> bool:
     """Whether a server has a request in a queue of disaggregation."""
     queues = cluster.loads(name)["disaggregation"]
     return any(value for key, value in queues.items() if queue in key and key.endswith("_reqs"))
+
+
+def aborted(cluster: Driver, name: str, leg: concurrent.futures.Future[Any]) -> bool:
+    """Abort whatever a server has; whether a request to it has ended."""
+    post(f"{cluster.url(name)}/abort_request", {"abort_all": True})
+    return leg.done()
 
 
 def _post_to_killed(url: str, body: Any) -> None:

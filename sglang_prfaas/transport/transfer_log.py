@@ -48,9 +48,9 @@ class TransferRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     prefill_s: float = 0.0
     """prefill: from the first forward pass until the last chunk was handed over."""
     wait_s: float = 0.0
-    """decode: from the reservation until the first byte."""
+    """decode: from the reservation until the first byte; over an inner rail until the last."""
     transfer_s: float = 0.0
-    """From the first byte to the last."""
+    """From the first byte to the last. decode, over an inner rail: 0, as it does not see the first."""
     exposed_s: float = 0.0
     """prefill: from the last chunk handed over until decode had every byte: the transfer prefill could not hide."""
 

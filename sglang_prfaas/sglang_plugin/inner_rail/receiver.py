@@ -158,5 +158,5 @@ class RailedReceiver(PrfaasKVReceiver):
             pages=self._counts[KV],
             cached_prefix_tokens=self._cached_prefix_tokens,
             handshake_s=max(0.0, self._up_s - self._created_s),
-            transfer_s=self._manager.clock.now_s() - self._asked_s,
+            wait_s=self._manager.clock.now_s() - self._asked_s,
         )

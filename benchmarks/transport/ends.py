@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from benchmarks.transport.workload import RECEIVE_SEED, Memory, digest
 FAILED = "failed"
 """Key of an answer that says why there is no other."""
 REASON_CHARACTERS = 300
+PR_SET_PDEATHSIG = 1
+"""include/uapi/linux/prctl.h"""
 
 
 def sending_end(job: Job, path: str, pipe: Connection, log: str) -> None:
@@ -61,7 +65,9 @@ def receiving_end(job: Job, path: str, pipe: Connection, log: str) -> None:
 
 def _guarded(job: Job, run: Callable[[], None], pipe: Connection, log: str) -> None:
     """What movers write goes to a log; an error is the answer that the other side of the pipe waits for. The process
-    ends without the destructors of libraries, which may wait for a peer that is gone."""
+    ends without the destructors of libraries, which may wait for a peer that is gone. It also ends when the run does,
+    however that ends, and although it may be stopped then."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -36,8 +36,9 @@ FULL = (
     Study("loopback", "small-serial", 7, 1, WITH_TLS),
     Study("veth-1gbit", "block", 3, 0, WITH_IPERF3),
     Study("veth-1gbit", "hybrid", 3, 0, MOVERS),
-    Study("rtt-50ms", "block", 3, 0, WITH_IPERF3),
+    Study("rtt-50ms", "block", 2, 0, WITH_IPERF3),
     Study("rtt-50ms", "hybrid", 3, 0, ("prfaas", "plain")),
+    Study("rtt-50ms", "dense", 2, 0, ("prfaas", "plain")),
 )
 QUICK = (
     Study("loopback", "block", 3, 1, (*WITH_IPERF3, TUNED, "prfaas+tls")),

@@ -18,6 +18,7 @@ from benchmarks.transport.movers import MOVERS, why_absent
 from benchmarks.transport.movers.base import Mover
 
 TIMEOUT_S = 240
+REPOSITORY = Path(__file__).parents[2]
 KEYS = {"mover", "workload", "link", "gb_per_s", "cpu_s_per_gb", "gb_per_s_min", "gb_per_s_max", "rounds", "verified"}
 
 
@@ -25,7 +26,7 @@ def test_every_installed_mover_has_a_verified_row(tmp_path: Path) -> None:
     json, page = tmp_path / "out.json", tmp_path / "out.md"
     command = [sys.executable, "-m", "benchmarks.transport", "--quick", "--rounds", "1", "--links", "loopback"]
     command += ["--workloads", "quick", "--json", str(json), "--markdown", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = msgspec.json.decode(json.read_bytes())
     absent = {item["what"]: item for item in result["absent"]}

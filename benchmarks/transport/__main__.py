@@ -128,7 +128,7 @@ def _versions(missing: set[str]) -> dict[str, str]:
     versions = {
         "sglang-prfaas": sglang_prfaas.__version__,
         "python": platform.python_version(),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "openssl": ssl.OPENSSL_VERSION,
     }
     for name in ("pyzmq", "numpy", "xxhash"):

@@ -41,9 +41,9 @@ FULL = (
     Study("rtt-50ms", "dense", 2, 0, ("prfaas", "plain")),
 )
 QUICK = (
-    Study("loopback", "block", 3, 1, (*WITH_IPERF3, TUNED, "prfaas+tls")),
-    Study("loopback", "dense", 1, 0, MOVERS),
-    Study("loopback", "hybrid", 2, 0, (*WITH_TLS, "prfaas+256")),
+    Study("loopback", "block", 2, 1, WITH_IPERF3),
+    Study("loopback", "dense", 1, 1, MOVERS),
+    Study("loopback", "hybrid", 2, 1, (*MOVERS, "prfaas+tls", "prfaas+256")),
     Study("loopback", "small", 5, 1, MOVERS),
     Study("loopback", "small-serial", 1, 1, MOVERS),
     Study("veth-1gbit", "block", 1, 0, WITH_IPERF3),

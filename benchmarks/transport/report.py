@@ -35,9 +35,9 @@ movers.
   while 256 more connections are open. `plain`: Python sockets, `sendall` and `recv_into`, 4 streams. `iperf3`: 4
   streams, no page lists, no comparison.
 - `mooncake`: Transfer Engine over TCP, defaults but for the length of its queues, which refuse these page lists
-  otherwise. `mooncake+1mib`: slices of 1 MiB too, the best setting we found. `nixl`: UCX over TCP; the sender
-  polls, without NIXL's progress thread, which is faster here; while it is not its turn it is stopped, because its
-  receiver spins.
+  otherwise. `mooncake+1mib`: also with slices of 1 MiB instead of 64 KiB. `nixl`: UCX over TCP; the sender polls,
+  without NIXL's progress thread, which is faster here; while it is not its turn it is stopped, because its receiver
+  spins.
 - `fraction`: of the link with all headers; on loopback of `plain`, the median of each round's ratio.
 
 How much of a long prefill's transfer is exposed after its last layer: [architecture.md](../architecture.md).

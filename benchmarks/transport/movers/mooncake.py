@@ -18,7 +18,7 @@ ENVIRONMENT = {
 }
 """With the default of 1,024 transfers it refuses the page lists here."""
 LARGE_SLICES = {"MC_TCP_SLICE_SIZE": str(1 << 20)}
-"""Instead of 64 KiB: the best of the settings that we tried, for pages that are larger than a slice."""
+"""Instead of 64 KiB, for pages that are larger than a slice."""
 
 
 def _engine(host: str, memory: Memory):  # type: ignore[no-untyped-def]

@@ -71,14 +71,15 @@ def main() -> int:
 def measure(args: argparse.Namespace, studies: Sequence[plan.Study], directory: Path) -> int:
     """Run the studies, write and print the result. directory: an empty one, for keys and logs."""
     make.make_keys(directory / "keys", {"bench": ()}, now=datetime.datetime.now(datetime.UTC))
-    absent = _absent({name for study in studies for name in study.movers}, {study.link for study in studies})
+    movers = {name.partition("+")[0] for study in studies for name in study.movers}
+    absent = _absent(movers, {study.link for study in studies})
     for item in absent:
         print(f"{item['what']} is not measured: {item['reason']} {item['install']}", flush=True)
     missing = {item["what"] for item in absent}
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.transport", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": _versions(missing),
+        "versions": _versions(movers - missing),
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "absent": absent,
@@ -110,10 +111,10 @@ def measure(args: argparse.Namespace, studies: Sequence[plan.Study], directory: 
     return int(bool(result["failed"]))
 
 
-def _absent(arms: set[str], links: set[str]) -> list[dict[str, str]]:
+def _absent(movers: set[str], links: set[str]) -> list[dict[str, str]]:
     """What cannot be measured here, why, and how to install it."""
     found = []
-    for name in sorted({arm.partition("+")[0] for arm in arms}):
+    for name in sorted(movers):
         reason = iperf3.why_absent() if name == "iperf3" else why_absent(MOVERS[name])
         install = iperf3.INSTALL if name == "iperf3" else MOVERS[name].install
         if reason:
@@ -124,7 +125,7 @@ def _absent(arms: set[str], links: set[str]) -> list[dict[str, str]]:
     return found
 
 
-def _versions(missing: set[str]) -> dict[str, str]:
+def _versions(movers: set[str]) -> dict[str, str]:
     versions = {
         "sglang-prfaas": sglang_prfaas.__version__,
         "python": platform.python_version(),
@@ -134,9 +135,9 @@ def _versions(missing: set[str]) -> dict[str, str]:
     for name in ("pyzmq", "numpy", "xxhash"):
         versions[name] = importlib.metadata.version(name)
     for name, mover in MOVERS.items():
-        if mover.package and name not in missing:
+        if mover.package and name in movers:
             versions[mover.package] = importlib.metadata.version(mover.package)
-    if "iperf3" not in missing:
+    if "iperf3" in movers:
         versions["iperf3"] = iperf3.version()
     return versions
 

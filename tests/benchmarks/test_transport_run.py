@@ -51,6 +51,17 @@ def test_every_installed_mover_has_a_verified_row(tmp_path: Path) -> None:
     assert "`prfaas+tls`" in page.read_text()
 
 
+def test_a_run_of_one_mover_asks_for_no_other(tmp_path: Path) -> None:
+    json = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.transport", "--quick", "--rounds", "1", "--links", "loopback"]
+    command += ["--workloads", "quick", "--movers", "plain", "--json", str(json)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = msgspec.json.decode(json.read_bytes())
+    assert [row["mover"] for row in result["rows"]] == ["plain"]
+    assert result["absent"] == []
+
+
 def test_a_mover_that_cannot_be_imported_is_absent_with_the_reason() -> None:
     broken = Mover(MOVERS["plain"].sender, MOVERS["plain"].receiver, modules=("no_such_mover",))
     assert why_absent(broken) == "ModuleNotFoundError: No module named 'no_such_mover'"

@@ -1,186 +1,152 @@
-"""The mover beside plain sockets on loopback: GB/s and CPU seconds per GB, arms interleaved in one run.
+"""The mover beside Mooncake, NIXL, plain sockets and iperf3 over TCP, in one interleaved run.
 
-    python -m benchmarks.transport --json OUT [--quick] [--rounds N] [--connections 1,4] [--congestion cubic]
-                                   [--movers prfaas,prfaas+keys,plain] [--workloads hybrid,dense,block,small]
-                                   [--idle 256]
+    python -m benchmarks.transport --json OUT [--quick] [--markdown OUT] [--rounds N] [--connections N]
+                                   [--congestion cubic] [--links loopback,veth-1gbit,rtt-50ms]
+                                   [--workloads block,dense,hybrid,small,small-serial]
+                                   [--movers prfaas,mooncake,nixl,plain,iperf3,prfaas+tls,prfaas+256,
+                                             mooncake+1mib]
 
-Two processes, one per end. A round moves one request: a prefill rank's pages and states, which lie scattered in its
-memory, to other places of a decode rank's. `prfaas` is the mover, with its checksums; `prfaas+keys` the same with
-CURVE and mutual TLS 1.3, `tls` in the result the cipher; `plain` sends the same items one
-by one with sendall and receives them in place with recv_into, over as many connections. GB are 1e9 bytes; the time is
-the receiver's, from its request to its last byte; CPU seconds are those of both processes. Every round's bytes are
-compared. Exits 1 where some differ.
+Prints a line for each arm and, at the end, which bars are reached. What cannot run here (a mover that is not installed,
+a link without the rights for it) is named with its reason and left out. docs/benchmarks/transport.md says what is
+measured, and is written by --markdown. Exits 1 where bytes differ or a mover failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import multiprocessing
+import importlib.metadata
 import os
 import platform
+import shlex
 import ssl
-import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy
-import xxhash
-import zmq
 
-from benchmarks.transport.ends import receiving_end, sending_end
-from benchmarks.transport.workload import WORKLOADS
+import sglang_prfaas
+from benchmarks.transport import figures, iperf3, plan, report
+from benchmarks.transport.compare import run_study
+from benchmarks.transport.links import LINKS, opened, why_not
+from benchmarks.transport.movers import MOVERS, why_absent
+from benchmarks.transport.shared_memory import SharedMemory
+from benchmarks.transport.workload import SEND_SEED, WORKLOADS, fill
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.transport import page_pipe
 from sglang_prfaas.transport.security import make
 
-MOVERS = ("prfaas", "prfaas+keys", "plain")
+ALL_WORKLOADS = ("block", "dense", "hybrid", "small", "small-serial")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, metavar="OUT", help="file for the results")
-    parser.add_argument("--quick", action="store_true", help="a smaller request and fewer rounds")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds of every arm (default 7, quick 3)")
-    parser.add_argument("--connections", default="1,4", help="numbers of connections to try (default %(default)s)")
-    parser.add_argument("--congestion", default="", help="TCP congestion control (default: the system's)")
-    parser.add_argument("--chunk-bytes", type=int, default=TransportConfig().chunk_bytes, help="default %(default)s")
-    parser.add_argument(
-        "--workloads", default="hybrid,dense,block,small,small-serial", help="which of them (default %(default)s)"
-    )
-    parser.add_argument("--idle", type=int, default=0, help="connections opened beside those used, in 64s (default 0)")
-    parser.add_argument("--movers", default=",".join(MOVERS), help="which of them (default %(default)s)")
-    args = parser.parse_args()
-    movers = args.movers.split(",")
-    if unknown := set(movers) - set(MOVERS):
-        parser.error(f"--movers: {', '.join(sorted(unknown))} unknown, there are {', '.join(MOVERS)}")
-    workloads = ["quick"] if args.quick else args.workloads.split(",")
-    if unknown := set(workloads) - set(WORKLOADS):
-        parser.error(f"--workloads: {', '.join(sorted(unknown))} unknown, there are {', '.join(WORKLOADS)}")
-    with tempfile.TemporaryDirectory() as keys:
-        return compare(args, movers, workloads, Path(keys))
-
-
-def compare(args: argparse.Namespace, movers: list[str], workloads: list[str], keys: Path) -> int:
-    """Run all arms of all workloads, write and print the result. keys: an empty directory for keys."""
-    make.make_keys(keys, {"bench": ()}, now=datetime.datetime.now(datetime.UTC))
-    numbers = [int(text) for text in args.connections.split(",")]
-    rounds = args.rounds or (3 if args.quick else 7)
-    configs = {
-        (mover, n): TransportConfig(
-            connections=n,
-            congestion_control=args.congestion,
-            chunk_bytes=args.chunk_bytes,
-            keys_dir=str(keys / "bench") if mover == "prfaas+keys" else "",
+    parser.add_argument("--markdown", metavar="OUT", help="file for the results as a page of the documentation")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer arms on slow links")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of every study (default: as planned)")
+    parser.add_argument("--connections", type=int, default=TransportConfig().connections, help="default %(default)s")
+    parser.add_argument("--congestion", default="cubic", help="TCP congestion control (default %(default)s)")
+    for name, choices in (("links", LINKS), ("workloads", (*ALL_WORKLOADS, "quick")), ("movers", plan.ARMS)):
+        everything = [choice for choice in choices if choice != "quick"]
+        parser.add_argument(
+            f"--{name}",
+            default=everything,
+            type=lambda text, choices=choices: _some(text, choices),
+            help=f"which of them (default {','.join(everything)})",
         )
-        for n in numbers
-        for mover in movers
-    }
-    rows: list[dict[str, Any]] = []
-    wrong = 0
-    about: dict[str, str] = {}
-    for name in workloads:
-        found, about, bad = run(name, configs, rounds, args.idle)
-        rows += found
-        wrong += bad
-        report(name, found, rounds)
-    result = {
-        "command": " ".join([sys.executable.rpartition("/")[2], "-m", "benchmarks.transport", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "pyzmq": zmq.__version__,
-            "numpy": numpy.__version__,
-            "xxhash": xxhash.VERSION,
-            "openssl": ssl.OPENSSL_VERSION,
-            "kernel": platform.release(),
-        },
+    args = parser.parse_args()
+    studies = list(plan.QUICK if args.quick else plan.FULL)
+    if "quick" in args.workloads:
+        studies.append(plan.Study("loopback", "quick", 3, 1, plan.ARMS))
+    studies = plan.chosen(studies, args.links, args.workloads, args.movers, args.rounds)
+    if not studies:
+        parser.error("nothing is left to measure; name more links, workloads or movers")
+    with tempfile.TemporaryDirectory() as directory:
+        return measure(args, studies, Path(directory))
+
+
+def measure(args: argparse.Namespace, studies: Sequence[plan.Study], directory: Path) -> int:
+    """Run the studies, write and print the result. directory: an empty one, for keys and logs."""
+    make.make_keys(directory / "keys", {"bench": ()}, now=datetime.datetime.now(datetime.UTC))
+    movers = {name.partition("+")[0] for study in studies for name in study.movers}
+    absent = _absent(movers, {study.link for study in studies})
+    for item in absent:
+        print(f"{item['what']} is not measured: {item['reason']} {item['install']}", flush=True)
+    missing = {item["what"] for item in absent}
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.transport", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": _versions(movers - missing),
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "congestion_control": about["congestion"],
-        "tls": about["tls"],
-        "zero_copy": page_pipe.available(),
-        "chunk_bytes": args.chunk_bytes,
-        "idle_connections": args.idle,
-        "rounds": rounds,
-        "wrong": wrong,
-        "rows": rows,
+        "absent": absent,
+        "rows": [],
+        "failed": [],
     }
+    nbytes = max(WORKLOADS[study.workload].total_bytes for study in studies)
+    memory = SharedMemory("senders", nbytes), SharedMemory("receivers", nbytes)
+    fill(memory[0].flat, SEND_SEED)
+    for name in dict.fromkeys(study.link for study in studies if study.link not in missing):
+        with opened(name, args.congestion) as link:
+            for study in (study for study in studies if study.link == name):
+                names = [name for name in study.movers if name.partition("+")[0] not in missing]
+                arms = [plan.arm_of(name, args.connections, str(directory / "keys" / "bench")) for name in names]
+                workload = WORKLOADS[study.workload]
+                outcomes = run_study(link, workload, arms, study.rounds, study.warmups, memory, directory)
+                rows = figures.rows_of(link, workload, outcomes)
+                print(report.heading(link.name, workload.name, workload.total_bytes, study.rounds))
+                print("\n".join(report.line_of(row) for row in rows), flush=True)
+                result["rows"] += rows
+                result["failed"] += figures.failures(link.name, workload.name, outcomes)
+    for shared in memory:
+        shared.close()
+    result["bars"] = figures.judged(result["rows"])
     Path(args.json).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    print(f"congestion control {about['congestion']}, TLS {about['tls'] or 'not used'}, wrong: {wrong}")
-    return int(wrong > 0)
+    if args.markdown:
+        Path(args.markdown).write_text(report.markdown(result), encoding="utf-8")
+    print("\n".join([*report.bar_lines(result["bars"]), *(f"FAILED: {failure}" for failure in result["failed"])]))
+    return int(bool(result["failed"]))
 
 
-def run(
-    name: str, configs: dict[tuple[str, int], TransportConfig], rounds: int, idle: int
-) -> tuple[list[dict[str, Any]], dict[str, str], int]:
-    """All arms of a workload, interleaved. Returns their rows, what is known of the connections, and how many requests
-    arrived wrong."""
-    arms = list(configs)
-    spawn = multiprocessing.get_context("spawn")
-    send_pipe, send_end = spawn.Pipe()
-    receive_pipe, receive_end = spawn.Pipe()
-    sender = spawn.Process(target=sending_end, args=(name, configs, send_end), daemon=True)
-    sender.start()
-    addresses = send_pipe.recv()
-    receiver = spawn.Process(target=receiving_end, args=(name, configs, addresses, receive_end, idle), daemon=True)
-    receiver.start()
-    receive_pipe.recv()
-    about = send_pipe.recv()
-    samples: dict[tuple[str, int], list[dict[str, float]]] = {arm: [] for arm in arms}
-    workload = WORKLOADS[name]
-    gigabytes = workload.total_bytes / 1e9
-    wrong = 0
-    for round_ in range(rounds + 1):  # the first warms up
-        for index, (mover, connections) in enumerate(arms):
-            command = (mover, connections, 1 + round_ * len(arms) + index)
-            receive_pipe.send(command)
-            send_pipe.send(command)
-            received, sent = receive_pipe.recv(), send_pipe.recv()
-            wrong += received["digest"] != addresses["digest"]
-            if round_:
-                samples[mover, connections].append(
-                    {
-                        "gb_per_s": gigabytes / received["wall_s"],
-                        "pages_per_s": workload.layers * workload.pages / received["wall_s"],
-                        "cpu_s_per_gb": (received["cpu_s"] + sent["cpu_s"]) / gigabytes,
-                        "send_cpu_s_per_gb": sent["cpu_s"] / gigabytes,
-                        "receive_cpu_s_per_gb": received["cpu_s"] / gigabytes,
-                    }
-                )
-    for pipe, process in ((receive_pipe, receiver), (send_pipe, sender)):
-        pipe.send(None)
-        process.join(30.0)
-    return [row(name, mover, n, samples[mover, n]) for mover, n in arms], about, wrong
+def _absent(movers: set[str], links: set[str]) -> list[dict[str, str]]:
+    """What cannot be measured here, why, and how to install it."""
+    found = []
+    for name in sorted(movers):
+        reason = iperf3.why_absent() if name == "iperf3" else why_absent(MOVERS[name])
+        install = iperf3.INSTALL if name == "iperf3" else MOVERS[name].install
+        if reason:
+            found.append({"what": name, "reason": reason, "install": install})
+    for name in sorted(links):
+        if reason := why_not(name):
+            found.append({"what": name, "reason": reason, "install": ""})
+    return found
 
 
-def report(name: str, rows: list[dict[str, Any]], rounds: int) -> None:
-    """Print the rows of a workload."""
-    print(f"{name}: {WORKLOADS[name].total_bytes / 1e9:.3f} GB per request, {rounds} rounds")
-    for r in rows:
-        print(
-            f"{r['mover']:>11} x{r['connections']:<2} {r['gb_per_s']:6.2f} GB/s ({r['gb_per_s_min']:.2f} to "
-            f"{r['gb_per_s_max']:.2f})  {r['cpu_s_per_gb']:5.3f} CPU s/GB (send {r['send_cpu_s_per_gb']:.3f}, receive "
-            f"{r['receive_cpu_s_per_gb']:.3f})  {r['pages_per_s']:7.0f} pages/s",
-            flush=True,
-        )
-
-
-def row(workload: str, mover: str, connections: int, samples: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians of an arm, and the spread of its speed."""
-    speeds = [sample["gb_per_s"] for sample in samples]
-    medians = {key: round(statistics.median(sample[key] for sample in samples), 4) for key in samples[0]}
-    return {
-        "mover": mover,
-        "workload": workload,
-        "link": "loopback",
-        "connections": connections,
-        **medians,
-        "gb_per_s_min": round(min(speeds), 4),
-        "gb_per_s_max": round(max(speeds), 4),
+def _versions(movers: set[str]) -> dict[str, str]:
+    versions = {
+        "sglang-prfaas": sglang_prfaas.__version__,
+        "python": platform.python_version(),
+        "kernel": platform.release().partition("-")[0],
+        "openssl": ssl.OPENSSL_VERSION,
     }
+    for name in ("pyzmq", "numpy", "xxhash"):
+        versions[name] = importlib.metadata.version(name)
+    for name, mover in MOVERS.items():
+        if mover.package and name in movers:
+            versions[mover.package] = importlib.metadata.version(mover.package)
+    if "iperf3" in movers:
+        versions["iperf3"] = iperf3.version()
+    return versions
+
+
+def _some(text: str, choices: Sequence[str]) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(choices):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} unknown, there are {', '.join(choices)}")
+    return names
 
 
 if __name__ == "__main__":

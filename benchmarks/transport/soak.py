@@ -20,14 +20,15 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from benchmarks.transport.ends import DEADLINE_S, HOST, RECEIVE_SEED, SEND_SEED, digest, until
-from benchmarks.transport.workload import WORKLOADS, Memory
+from benchmarks.transport.movers.base import DEADLINE_S, until
+from benchmarks.transport.workload import RECEIVE_SEED, SEND_SEED, WORKLOADS, Memory, digest
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
 from sglang_prfaas.transport.session import State
 
+HOST = "127.0.0.1"
 COMPARE_EVERY = 50
 GROWTH_BYTES = 16 << 20
 """Resident memory may be so much above its median of the second tenth of the run, in the last tenth."""
@@ -68,7 +69,7 @@ def grown(samples: list[Sample]) -> list[str]:
 def soak(minutes: float, config: TransportConfig, reset_every_s: float, sample_s: float) -> list[Sample]:
     """Move requests until the time is up. Raises RuntimeError for one that fails or arrives wrong."""
     workload = WORKLOADS["quick"]
-    source, target = Memory(workload, 1), Memory(workload, None)
+    source, target = Memory.private(workload, 1), Memory.private(workload, None)
     ours, theirs = source.slots(SEND_SEED), target.slots(RECEIVE_SEED)
     expected = digest(source, SEND_SEED)
     sender = SendMover(workload.layout, source.rank, config, MonotonicClock(), host=HOST)

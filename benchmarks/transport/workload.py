@@ -1,4 +1,4 @@
-"""What is moved: the shapes of requests, as buffers full of random bytes."""
+"""What is moved: the shapes of requests, as memory full of random bytes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from msgspec import Struct
 
 from sglang_prfaas.transport.layout import Component, Layout
 from sglang_prfaas.transport.memory import HostBuffer, RankMemory
 
 Bytes = npt.NDArray[np.uint8]
+
+SEND_SEED, RECEIVE_SEED = 1, 2
+"""Of the order in which a request's pages lie in either end's memory."""
 
 
 class Workload(Struct, frozen=True):
@@ -46,6 +50,10 @@ class Workload(Struct, frozen=True):
     def total_bytes(self) -> int:
         return self.layout.request_bytes((self.pages, 1))
 
+    @property
+    def items(self) -> int:
+        return self.layers * self.pages + self.states
+
 
 WORKLOADS = {
     "hybrid": Workload("hybrid", 16, 512, 73_728, 48, 2 << 20),
@@ -56,28 +64,44 @@ WORKLOADS = {
     "quick": Workload("quick", 4, 128, 73_728, 8, 2 << 20),
 }
 """hybrid: a 32K-token request of a model with 16 MLA layers and 48 linear-attention states, 705 MB. dense: 1.6 GB.
-small: 1,000 pages of 16 KiB, all handed over at once; small-serial: one after another."""
+small: 1,000 pages of 16 KiB, all handed over at once; small-serial: one after another. quick: a hybrid of 55 MB."""
+
+
+def fill(flat: Bytes, seed: int) -> None:
+    """Random bytes, all of them: two pages are never equal."""
+    words = len(flat) // 8
+    rng = np.random.default_rng(seed)
+    step = 1 << 20
+    for first in range(0, words, step):
+        last = min(words, first + step)
+        flat[first * 8 : last * 8] = rng.integers(0, 1 << 64, last - first, dtype=np.uint64).view(np.uint8)
 
 
 class Memory:
-    """A rank's memory of a workload; `seed` None leaves zeros. Every page is touched once before it is measured."""
+    """A rank's memory of a workload, in the first `total_bytes` of `flat`."""
 
-    def __init__(self, workload: Workload, seed: int | None) -> None:
+    def __init__(self, workload: Workload, flat: Bytes) -> None:
         self.workload = workload
-        rng = np.random.default_rng(seed)
-
-        def buffer(items: int, item_bytes: int) -> Bytes:
-            array = np.empty((items, item_bytes), np.uint8)
-            array[:] = 0 if seed is None else rng.integers(0, 256, item_bytes, dtype=np.uint8)
-            if seed is not None:
-                array[:, :8] = rng.integers(0, 256, (items, 8), dtype=np.uint8)
-            return array
-
-        self.kv = [buffer(workload.pages, workload.page_bytes) for _ in range(workload.layers)]
-        self.states = [buffer(1, workload.state_bytes) for _ in range(workload.states)]
+        self.flat = flat[: workload.total_bytes]
+        kv_bytes = workload.pages * workload.page_bytes
+        self.kv = [
+            flat[layer * kv_bytes :][:kv_bytes].reshape(workload.pages, workload.page_bytes)
+            for layer in range(workload.layers)
+        ]
+        states = flat[workload.layers * kv_bytes :]
+        size = workload.state_bytes
+        self.states = [states[i * size : (i + 1) * size].reshape(1, size) for i in range(workload.states)]
         self.rank = RankMemory(
             [[HostBuffer(a.ctypes.data, a.nbytes, a.shape[1]) for a in part] for part in (self.kv, self.states)]
         )
+
+    @classmethod
+    def private(cls, workload: Workload, seed: int | None) -> Memory:
+        """Memory of this process alone; `seed` None leaves zeros."""
+        flat = np.zeros(workload.total_bytes, np.uint8)
+        if seed is not None:
+            fill(flat, seed)
+        return cls(workload, flat)
 
     def slots(self, seed: int) -> list[npt.NDArray[np.int64]]:
         """Where a request's items lie: pages in random order."""
@@ -93,6 +117,30 @@ class Memory:
         for state in self.states:
             yield state[0].data
 
+    def places(self, seed: int) -> tuple[list[int], list[int]]:
+        """Addresses and lengths of `items`."""
+        base = self.flat.ctypes.data
+        offsets, lengths = extents(self.workload, seed)
+        return (offsets + base).tolist(), lengths.tolist()
+
     def clear(self) -> None:
-        for array in [*self.kv, *self.states]:
-            array[:] = 0
+        self.flat[:] = 0
+
+
+def extents(workload: Workload, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Offsets and lengths of a request's items in its memory, in the order that both ends share."""
+    pages = np.random.default_rng(seed).permutation(workload.pages).astype(np.int64)
+    kv_bytes = workload.pages * workload.page_bytes
+    kv = (np.arange(workload.layers)[:, None] * kv_bytes + pages[None, :] * workload.page_bytes).ravel()
+    states = workload.layers * kv_bytes + np.arange(workload.states) * workload.state_bytes
+    lengths = np.repeat([workload.page_bytes, workload.state_bytes], [len(kv), len(states)])
+    return np.concatenate([kv, states]), lengths
+
+
+def digest(memory: Memory, seed: int) -> int:
+    """Of a request's items, in order."""
+    state = xxhash.xxh3_64()
+    for item in memory.items(seed):
+        state.update(item)
+    result: int = state.intdigest()
+    return result

@@ -14,6 +14,7 @@ from prfaas_kernels.common.dispatch import obstacle as kernel_obstacle
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 CHUNK = 64
 """Grid of the states that SGLang asks for at the starts of chunks."""
 
@@ -98,7 +99,7 @@ def lightning_obstacle(
 
 def longest_tokens(lengths_cpu: Sequence[int] | torch.Tensor | None) -> int | None:
     """The longest of a batch's new lengths, which SGLang keeps on the host; None where they are not at hand there."""
-    if lengths_cpu is None or len(lengths_cpu) == 0 or (torch.is_tensor(lengths_cpu) and lengths_cpu.is_cuda):
+    if lengths_cpu is None or len(lengths_cpu) == 0 or getattr(lengths_cpu, "device", CPU) != CPU:
         return None
     return int(max(lengths_cpu))
 

@@ -172,9 +172,9 @@ def test_log_decay_and_activated_beta():
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_width_all_gates(gate, dtype):
-    lengths = [130, 64, 17]
-    sizes = {"heads": (2, 4), "widths": (128, 128)}
-    x, pool = inputs(sum(lengths), gate=gate, dtype=dtype, **sizes), pool_of(5, 4, (128, 128))
+    lengths, heads = [130, 64, 17], (2, 4) if gate == "usual" else (1, 1)
+    x = inputs(sum(lengths), gate=gate, dtype=dtype, heads=heads, widths=(128, 128))
+    pool = pool_of(5, heads[1], (128, 128))
     want, want_state = truth(x, marks(lengths), pool[[3, 1, 2]], gate)
     out, _ = run(x, marks(lengths), pool, [3, 1, 2], gate)
     limit = FULL_LIMIT if dtype == torch.float32 else HALF_LIMIT

@@ -1,4 +1,4 @@
-"""Inside kernels: the tokens of a chunk, and the normalisation of its queries and keys."""
+"""Inside kernels: a chunk's tokens, the normalisation of its queries and keys, a sequence's first state."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ def row_scales(q_rows, k_rows, mask, scale, C: tl.constexpr, K: tl.constexpr, BK
         q_scale = scale * (1.0 / tl.sqrt(q_norm))
         k_scale = 1.0 / tl.sqrt(k_norm)
     return q_scale, k_scale
+
+
+@triton.jit
+def resume_state(home, warm, n, slot, K: tl.constexpr, BV: tl.constexpr, HAS_WARM: tl.constexpr):
+    """State ``[K, BV]`` float32 of sequence ``n``: what ``home`` points to where ``slot`` holds one, else zeros."""
+    state = tl.zeros([K, BV], tl.float32)
+    resume = slot >= 0
+    if HAS_WARM:
+        resume = resume & (tl.load(warm + n).to(tl.int32) != 0)
+    if resume:
+        state = tl.load(home).to(tl.float32)
+    return state

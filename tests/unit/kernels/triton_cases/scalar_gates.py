@@ -142,3 +142,28 @@ def test_lightning_ragged_batch_cold_and_warm_with_a_tracked_state():
     rows = slice(sum(lengths) - 200, sum(lengths) - 200 + 128)
     _, tracked = recurrent_lightning(*(x[rows] for x in cpu), SLOPES, initial_state=initial[3:4])
     assert error(pool[5], tracked[0]) < FULL_LIMIT
+
+
+@pytest.mark.parametrize("cut", [64, 100])
+def test_split_prefills_in_a_strided_pool_equal_one(cut):
+    """GDN and Lightning; slots lie among those of other layers."""
+    rng = torch.Generator().manual_seed(0)
+    x = gdn_inputs(130)
+    qkv = [on_device(torch.randn(130, HV, K, generator=rng)) for _ in range(3)]
+
+    def gdn_part(rows, pool):
+        piece = {name: value[:, rows] for name, value in x.items()}
+        return run_gdn(piece, marks([rows.stop - rows.start]), pool, [1])[0][0]
+
+    def lightning_part(rows, pool):
+        return run_lightning([y[rows] for y in qkv], marks([rows.stop - rows.start]), pool, [1])
+
+    for part, widths in ((gdn_part, (V, K)), (lightning_part, (K, K))):
+        whole = pool_of(3, HV, *widths)
+        wide = on_device(torch.full((3, 2, HV, *widths), float("nan")))
+        wide[:, 1] = whole
+        want = part(slice(0, 130), whole)
+        got = torch.cat([part(rows, wide[:, 1]) for rows in (slice(0, cut), slice(cut, 130))])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(wide[:, 1], whole, rtol=1e-4, atol=1e-5)
+        assert wide[:, 0].isnan().all()

@@ -112,8 +112,12 @@ def run_part(part: str, args: argparse.Namespace, budget: Budget, report: Report
     return True
 
 
+@torch.inference_mode()
 def run(args: argparse.Namespace, budget: Budget) -> int:
-    """All parts, whatever becomes of the one before; then tuning. Returns the exit status."""
+    """All parts, whatever becomes of the one before; then tuning. Returns the exit status.
+
+    In inference mode, as a server runs, and as fla-core demands for cutting long sequences into segments.
+    """
     dispatched, report, status = Dispatched(), Report(args.out, add=args.add), 0
     dispatched.attach()
     report.set(

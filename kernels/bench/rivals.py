@@ -5,10 +5,12 @@ Each is a function and its arguments, so that a test can hold them against the i
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     arguments: dict[str, Any]
     restore: Callable[[], object] = lambda: None
+    label: str = ""
 
     def as_arm(self) -> Arm:
         """Its results as a tuple, o ``[1, T, H, V]`` first."""
@@ -36,7 +39,7 @@ class Call(NamedTuple):
             out = out if isinstance(out, tuple) else (out,)
             return out if out[0].dim() == 4 else (out[0].unsqueeze(0), *out[1:])
 
-        return Arm(f"{self.package} {importlib.metadata.version(self.package)}", run, self.restore)
+        return Arm(f"{self.package} {importlib.metadata.version(self.package)}{self.label}", run, self.restore)
 
 
 def _load(module: str, name: str) -> Any:
@@ -52,7 +55,16 @@ def _fla(module: str, name: str, case: Case, **arguments: Any) -> Call:
         "cu_seqlens": case.cu.long(),
         **arguments,
     }
-    return Call("fla-core", _load(module, name), arguments)
+    return Call("fla-core", _load(module, name), arguments, functools.partial(_intracard, "0"))
+
+
+def _intracard(switch: str) -> None:
+    """Whether fla-core cuts long sequences into segments; it looks at every call, and only in inference mode."""
+    os.environ["FLA_INTRACARD_CP"] = switch
+
+
+def _in_segments(call: Call) -> Call:
+    return call._replace(restore=functools.partial(_intracard, "1"), label=" in segments")
 
 
 def fla_kda(case: Case) -> Call:
@@ -73,12 +85,22 @@ def fla_kda(case: Case) -> Call:
     )
 
 
+def fla_kda_in_segments(case: Case) -> Call:
+    """The same with its context parallelism inside one GPU."""
+    return _in_segments(fla_kda(case))
+
+
 def fla_gdn(case: Case) -> Call:
     """Log decay and activated beta."""
     g, beta = gdn_gates(case)
     return _fla(
         "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", case, g=g, beta=beta, use_qk_l2norm_in_kernel=True
     )
+
+
+def fla_gdn_in_segments(case: Case) -> Call:
+    """The same with its context parallelism inside one GPU."""
+    return _in_segments(fla_gdn(case))
 
 
 def fla_lightning(case: Case) -> Call:
@@ -168,8 +190,8 @@ def sglang_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torc
 
 #: Operator -> rivals of ours.
 RIVALS: dict[str, tuple[Callable[[Case], Call], ...]] = {
-    "kda": (fla_kda, sglang_kda),
-    "gdn": (fla_gdn, sglang_gdn),
+    "kda": (fla_kda, fla_kda_in_segments, sglang_kda),
+    "gdn": (fla_gdn, fla_gdn_in_segments, sglang_gdn),
     "lightning": (fla_lightning, sglang_lightning),
 }
 

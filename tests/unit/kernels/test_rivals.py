@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MAKERS = ["fla_kda", "fla_gdn", "fla_lightning", "sglang_kda", "sglang_gdn", "sglang_lightning", "sglang_attention"]
+MAKERS = [
+    *("fla_kda", "fla_kda_in_segments", "fla_gdn", "fla_gdn_in_segments", "fla_lightning"),
+    *("sglang_kda", "sglang_gdn", "sglang_lightning", "sglang_attention"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,7 @@ def verdicts():
         env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=540,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

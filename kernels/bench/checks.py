@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from prfaas_kernels.full_attention import naive_prefill, prefill_attention
@@ -70,62 +73,123 @@ def _row(name: str, dtype: torch.dtype, o_error: float, state_error: float) -> d
     return {"check": name, "o_error": o_error, "state_error": state_error, "limit": limit, "green": green}
 
 
-def run_checks(device: str, *, width: int = 128, lengths: tuple[int, ...] = (130, 1, 64, 17)) -> list[dict[str, Any]]:
-    """One row per check: its name, both relative errors, the limit and whether it is green."""
-    from prfaas_kernels.gdn.chunk_triton import chunk_gdn
-    from prfaas_kernels.kda.chunk_triton import chunk_kda
-    from prfaas_kernels.lightning.chunk_triton import chunk_lightning
+#: Rows of one check.
+Check = Callable[[], list[dict[str, Any]]]
 
-    rows: list[dict[str, Any]] = []
-    tokens, value_heads = sum(lengths), 2
+
+class Batch(NamedTuple):
+    """Sequences over T tokens, two value heads; states ``[N + 1, 2, width, width]`` to copy a pool from."""
+
+    device: str
+    width: int
+    tokens: int
+    cu: torch.Tensor
+    slots: torch.Tensor
+    fresh: torch.Tensor
+
+    @property
+    def initial(self) -> torch.Tensor:
+        """Of each sequence."""
+        return self.fresh[self.slots.long()]
+
+
+HEADS = 2
+
+
+def _batch(device: str, width: int, lengths: tuple[int, ...]) -> Batch:
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
     slots = torch.arange(len(lengths), 0, -1, dtype=torch.int32, device=device)
-    fresh = torch.randn(len(lengths) + 1, value_heads, width, width, device=device) * 0.3
-    for dtype in LIMITS:
-        for gate, (_, _, lower_bound) in GATES.items():
-            x = kda_inputs(tokens, 1, value_heads, width, dtype, device, gate)
-            pool = fresh.clone()
-            want, states = kda_truth(x, cu, fresh[slots.long()], lower_bound)
-            out, _ = chunk_kda(
-                **x, beta_is_raw=True, lower_bound=lower_bound, state_pool=pool, cache_indices=slots, cu_seqlens=cu
-            )
-            errors = relative_error(out[0], want), relative_error(pool[slots.long()], states)
-            rows.append(_row(f"kda {gate} {dtype}", dtype, *errors))
-            pool = fresh.clone()
-            out, _ = chunk_kda(
-                **x,
-                beta_is_raw=True,
-                lower_bound=lower_bound,
-                state_pool=pool,
-                cache_indices=slots,
-                cu_seqlens=cu,
-                segment_chunks=1,
-            )
-            errors = relative_error(out[0], want), relative_error(pool[slots.long()], states)
-            rows.append(_row(f"kda in segments, {gate} {dtype}", dtype, *errors))
-        x = kda_inputs(tokens, 1, value_heads, width, dtype, device)
-        g, beta = -torch.rand(1, tokens, value_heads, device=device), x["beta"].sigmoid()
-        pool = fresh.clone()
-        want, states = recurrent_gdn(
-            x["q"][0], x["k"][0], x["v"][0], g[0], beta[0], initial_state=fresh[slots.long()], cu_seqlens=cu
-        )
-        out, _ = chunk_gdn(x["q"], x["k"], x["v"], g, beta, state_pool=pool, cache_indices=slots, cu_seqlens=cu)
-        errors = relative_error(out[0], want), relative_error(pool[slots.long()], states)
-        rows.append(_row(f"gdn {dtype}", dtype, *errors))
-        qkv = [torch.randn(tokens, value_heads, width, device=device).to(dtype) for _ in range(3)]
-        slopes, pool = torch.tensor([0.01, 1.0], device=device), fresh.clone()
-        want, states = recurrent_lightning(*qkv, slopes, initial_state=fresh[slots.long()], cu_seqlens=cu)
-        out = chunk_lightning(*qkv, slopes, state_pool=pool, cache_indices=slots, cu_seqlens=cu)
-        errors = relative_error(out, want), relative_error(pool[slots.long()], states)
-        rows.append(_row(f"lightning {dtype}", dtype, *errors))
+    fresh = torch.randn(len(lengths) + 1, HEADS, width, width, device=device) * 0.3
+    return Batch(device, width, sum(lengths), cu, slots, fresh)
 
-    rows += [_attention_row(dtype, device, width) for dtype in LIMITS]
-    rows += _pack_checks(device)
+
+def _kda_rows(batch: Batch, dtype: torch.dtype, gate: str) -> list[dict[str, Any]]:
+    """Serial and in segments."""
+    from prfaas_kernels.kda.chunk_triton import KdaInputs, chunk_kda
+
+    lower_bound = GATES[gate][2]
+    x = kda_inputs(batch.tokens, 1, HEADS, batch.width, dtype, batch.device, gate)
+    want, states = kda_truth(x, batch.cu, batch.initial, lower_bound)
+    rows = []
+    for name, segment_chunks in (("kda", None), ("kda in segments,", 1)):
+        pool = batch.fresh.clone()
+        inputs = KdaInputs(
+            **x,
+            beta_is_raw=True,
+            lower_bound=lower_bound,
+            state_pool=pool,
+            cache_indices=batch.slots,
+            cu_seqlens=batch.cu,
+        )
+        out, _ = chunk_kda(inputs, segment_chunks=segment_chunks)
+        errors = relative_error(out[0], want), relative_error(pool[batch.slots.long()], states)
+        rows.append(_row(f"{name} {gate} {dtype}", dtype, *errors))
     return rows
 
 
-def _attention_row(dtype: torch.dtype, device: str, width: int) -> dict[str, Any]:
+def _gdn_rows(batch: Batch, dtype: torch.dtype) -> list[dict[str, Any]]:
+    from prfaas_kernels.gdn.chunk_triton import GdnInputs, chunk_gdn
+
+    x = kda_inputs(batch.tokens, 1, HEADS, batch.width, dtype, batch.device)
+    given = {
+        **{name: x[name] for name in "qkv"},
+        "log_decay": -torch.rand(1, batch.tokens, HEADS, device=batch.device),
+        "beta": x["beta"].sigmoid(),
+    }
+    want, states = recurrent_gdn(*(y[0] for y in given.values()), initial_state=batch.initial, cu_seqlens=batch.cu)
+    pool = batch.fresh.clone()
+    out, _ = chunk_gdn(GdnInputs(**given, state_pool=pool, cache_indices=batch.slots, cu_seqlens=batch.cu))
+    errors = relative_error(out[0], want), relative_error(pool[batch.slots.long()], states)
+    return [_row(f"gdn {dtype}", dtype, *errors)]
+
+
+def _lightning_rows(batch: Batch, dtype: torch.dtype) -> list[dict[str, Any]]:
+    from prfaas_kernels.lightning.chunk_triton import LightningInputs, chunk_lightning
+
+    q, k, v = (torch.randn(batch.tokens, HEADS, batch.width, device=batch.device).to(dtype) for _ in range(3))
+    slopes, pool = torch.tensor([0.01, 1.0], device=batch.device), batch.fresh.clone()
+    want, states = recurrent_lightning(q, k, v, slopes, initial_state=batch.initial, cu_seqlens=batch.cu)
+    inputs = LightningInputs(
+        q=q, k=k, v=v, slopes=slopes, state_pool=pool, cache_indices=batch.slots, cu_seqlens=batch.cu
+    )
+    errors = relative_error(chunk_lightning(inputs), want), relative_error(pool[batch.slots.long()], states)
+    return [_row(f"lightning {dtype}", dtype, *errors)]
+
+
+def _guarded(name: str, dtype: torch.dtype, check: Check) -> list[dict[str, Any]]:
+    """The rows of ``check``, or a red one that says what it raised."""
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001  (a kernel that does not compile, say: red, and no end of the others)
+        return [{**_row(f"{name} {dtype}", dtype, math.nan, math.nan), "error": repr(error)[:500]}]
+
+
+def run_checks(
+    operator: str, device: str, *, width: int = 128, lengths: tuple[int, ...] = (130, 1, 64, 17)
+) -> list[dict[str, Any]]:
+    """``operator``: kda, gdn, lightning, attention or kv_pack. One row per check: its name, both relative errors, the
+    limit and whether it is green; where a check raised, it is red and ``error`` says what.
+    """
+    if operator == "kv_pack":
+        return _guarded(operator, torch.float32, lambda: _pack_checks(device))
+    batch = _batch(device, width, lengths)
+    rows: list[dict[str, Any]] = []
+    for dtype in LIMITS:
+        for name, check in _checks_of(operator, batch, dtype):
+            rows += _guarded(name, dtype, check)
+    return rows
+
+
+def _checks_of(operator: str, batch: Batch, dtype: torch.dtype) -> list[tuple[str, Check]]:
+    if operator == "kda":
+        return [(f"kda {gate}", functools.partial(_kda_rows, batch, dtype, gate)) for gate in GATES]
+    checks = {"gdn": _gdn_rows, "lightning": _lightning_rows, "attention": _attention_rows}
+    return [(operator, functools.partial(checks[operator], batch, dtype))]
+
+
+def _attention_rows(batch: Batch, dtype: torch.dtype) -> list[dict[str, Any]]:
     """40 and 3 new tokens after 0 and 50 in shuffled pages; relative error in o, none in a state."""
+    device, width = batch.device, batch.width
     q = torch.randn(43, 4, width, device=device).to(dtype)
     k, v = (torch.randn(43, 2, width, device=device).to(dtype) for _ in range(2))
     k_pool, v_pool = (torch.randn(8 * 16, 2, width, device=device).to(dtype) for _ in range(2))
@@ -137,7 +201,7 @@ def _attention_row(dtype: torch.dtype, device: str, width: int) -> dict[str, Any
     }
     want = naive_prefill(q, k, v, k_pool=k_pool, v_pool=v_pool, **options)
     got = prefill_attention(q, k, v, k_pool=k_pool, v_pool=v_pool, **options)
-    return _row(f"attention {dtype}", dtype, relative_error(got, want), 0.0)
+    return [_row(f"attention {dtype}", dtype, relative_error(got, want), 0.0)]
 
 
 def _pack_checks(device: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prfaas_kernels.common.chunk_rows import chunk_rows
 from prfaas_kernels.common.operand import narrow, operand
 
 
@@ -54,8 +55,7 @@ def delta_solve_kernel(
     n = tl.load(table + 2 * chunk)
     if n < 0:
         return
-    begin = tl.load(cu_seqlens + n).to(tl.int32) + tl.load(table + 2 * chunk + 1) * C
-    end = tl.load(cu_seqlens + n + 1).to(tl.int32)
+    token, live = chunk_rows(table, cu_seqlens, chunk, n, C)
     tile = (chunk.to(tl.int64) * heads + head) * C
     lower += tile * C
 
@@ -75,9 +75,7 @@ def delta_solve_kernel(
     full = _merge(full, whole, C, 16, MERGE_PREC)
     full = _merge(full, whole, C, 32, MERGE_PREC)
 
-    token = begin + ids
-    live = token < end
-    rate = tl.load(beta + token.to(tl.int64) * beta_t + head * beta_h, mask=live, other=0.0).to(tl.float32)
+    rate = tl.load(beta + token * beta_t + head * beta_h, mask=live, other=0.0).to(tl.float32)
     if RAW_BETA:
         rate = 1.0 / (1.0 + tl.exp(-rate))
     full = operand(full * rate[None, :], DOT)
@@ -88,7 +86,7 @@ def delta_solve_kernel(
         keys = operand(tl.load(place), DOT)
         tl.store(place, narrow(tl.dot(full, keys, input_precision=PREC), w.dtype.element_ty, DOT))
     for at in range(0, V, BLOCK):
-        place = v + token.to(tl.int64)[:, None] * v_t + head * v_h + at + part[None, :]
+        place = v + token[:, None] * v_t + head * v_h + at + part[None, :]
         values = operand(tl.load(place, mask=live[:, None], other=0.0), DOT)
         out = u + tile * V + ids[:, None] * V + at + part[None, :]
         tl.store(out, narrow(tl.dot(full, values, input_precision=PREC), u.dtype.element_ty, DOT))

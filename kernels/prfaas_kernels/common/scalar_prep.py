@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prfaas_kernels.common.chunk_rows import chunk_rows, row_scales
 from prfaas_kernels.common.operand import narrow, operand
 
 
@@ -59,14 +60,10 @@ def scalar_prep_kernel(
     n = tl.load(table + 2 * chunk)
     if n < 0:
         return
-    begin = tl.load(cu_seqlens + n).to(tl.int32) + tl.load(table + 2 * chunk + 1) * C
-    end = tl.load(cu_seqlens + n + 1).to(tl.int32)
+    token, live = chunk_rows(table, cu_seqlens, chunk, n, C)
     row = tl.arange(0, C)
     part = tl.arange(0, BK)
-    token = begin + row
-    live = token < end
     mask = live[:, None]
-    token = token.to(tl.int64)
     q_rows = q + token[:, None] * q_t + (head // GROUP) * q_h + part[None, :]
     k_rows = k + token[:, None] * k_t + (head // GROUP) * k_h + part[None, :]
     tile = chunk.to(tl.int64) * heads + head
@@ -84,20 +81,7 @@ def scalar_prep_kernel(
     causal = row[:, None] >= row[None, :]
     between = tl.exp2(tl.where(causal, (total[:, None] - total[None, :]).to(tl.float32), float("-inf")))
 
-    q_norm = tl.full([C], 1e-6, tl.float32)
-    k_norm = tl.full([C], 1e-6, tl.float32)
-    if L2NORM:
-        for at in range(0, K, BK):
-            y = tl.load(q_rows + at, mask=mask, other=0.0).to(tl.float32)
-            q_norm += tl.sum(y * y, axis=1)
-            y = tl.load(k_rows + at, mask=mask, other=0.0).to(tl.float32)
-            k_norm += tl.sum(y * y, axis=1)
-        q_scale = scale * (1.0 / tl.sqrt(q_norm))
-        k_scale = 1.0 / tl.sqrt(k_norm)
-    else:
-        q_scale = tl.full([C], 1.0, tl.float32) * scale
-        k_scale = tl.full([C], 1.0, tl.float32)
-
+    q_scale, k_scale = row_scales(q_rows, k_rows, mask, scale, C, K, BK, L2NORM)
     scores = tl.zeros([C, C], tl.float32)
     lower = tl.zeros([C, C], tl.float32)
     for at in range(0, K, BK):

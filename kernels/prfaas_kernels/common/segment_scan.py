@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prfaas_kernels.common.chunk_rows import resume_state
 from prfaas_kernels.common.operand import operand
 
 
@@ -135,13 +136,8 @@ def segment_merge_kernel(
 
     key = tl.arange(0, K)
     value = tl.program_id(0) * BV + tl.arange(0, BV)
-    state = tl.zeros([K, BV], tl.float32)
-    resume = slot >= 0
-    if HAS_WARM:
-        resume = resume & (tl.load(warm + n).to(tl.int32) != 0)
-    if resume:
-        home = pool + slot * pool_s + head * pool_h + key[:, None] * pool_k + value[None, :] * pool_v
-        state = tl.load(home).to(tl.float32)
+    home = pool + slot * pool_s + head * pool_h + key[:, None] * pool_k + value[None, :] * pool_v
+    state = resume_state(home, warm, n, slot, K, BV, HAS_WARM)
 
     origin = tl.load(first_segment + n).to(tl.int64) * heads + head
     place = key[:, None] * V + value[None, :]

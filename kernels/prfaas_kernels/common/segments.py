@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from prfaas_kernels.common.chunk_run import ChunkRun, StateIo
 from prfaas_kernels.common.chunk_table import CHUNK, ChunkTable, build_chunk_table
-from prfaas_kernels.common.precision import Precision
 from prfaas_kernels.common.segment_scan import segment_merge_kernel, segment_pass_kernel
 from prfaas_kernels.common.tuning import Settings
 
@@ -77,54 +77,37 @@ def log_plan(operator: str, heads: int, plan: SegmentPlan) -> None:
     logger.log(level, "%s scans %s: %s", operator, "in segments" if plan.chunks else "serially", plan.reason)
 
 
-def find_starts(
-    *,
-    kg: torch.Tensor,
-    w: torch.Tensor | None,
-    u: torch.Tensor,
-    decay: torch.Tensor,
-    pool: torch.Tensor,
-    pool_strides: tuple[int, int, int, int],
-    slots: torch.Tensor,
-    warm: torch.Tensor | None,
-    table: ChunkTable,
-    total_tokens: int,
-    segment_chunks: int,
-    value_width: int,
-    precision: Precision,
-    settings: Settings,
-) -> Segments:
-    """States at the start of every segment. ``kg``, ``w`` ``[chunks, H, C, K]``; ``u`` ``[chunks, H, C, V]``, without
-    W ``v`` ``[T, H, V]``; ``pool_strides``: of slot, head, key and value in ``pool``, which is only read.
-    """
-    heads, width = kg.shape[1], kg.shape[3]
+def find_starts(run: ChunkRun, v: torch.Tensor, state: StateIo, segment_chunks: int) -> Segments:
+    """States at the start of every segment; ``v`` ``[T, H, V]`` is read where there is no U. The pool is only read."""
+    table, work, settings = run.table, run.work, run.settings
+    width, value_width, heads = run.width, run.value_width, run.heads
+    u = v if work.u is None else work.u
     block = min(settings.scan_block, value_width, width)
-    segments = build_chunk_table(table.cu_seqlens, total_tokens, segment_chunks * CHUNK)
-    square = () if w is None else (width,)
-    maps = torch.empty(segments.bound, heads, width, *square, dtype=torch.float32, device=kg.device)
-    starts = torch.empty(segments.bound, heads, width, value_width, dtype=torch.float32, device=kg.device)
-    columns = value_width if w is None else value_width + width
+    segments = build_chunk_table(table.cu_seqlens, v.shape[0], segment_chunks * CHUNK)
+    square = () if work.w is None else (width,)
+    maps = torch.empty(segments.bound, heads, width, *square, dtype=torch.float32, device=v.device)
+    starts = torch.empty(segments.bound, heads, width, value_width, dtype=torch.float32, device=v.device)
+    columns = value_width if work.w is None else value_width + width
     segment_pass_kernel[(columns // block, segments.bound * heads)](
-        kg,
-        w,
+        work.kg,
+        work.w,
         u,
-        decay,
+        work.decay,
         maps,
         starts,
         table.cu_seqlens,
         table.first,
         segments.chunks,
         segment_chunks,
-        u.stride(0),
-        u.stride(1),
+        *u.stride()[:2],
         heads,
         K=width,
         V=value_width,
         C=CHUNK,
         BV=block,
-        HAS_W=w is not None,
-        DOT=precision.dot,
-        PREC=precision.prec,
+        HAS_W=work.w is not None,
+        DOT=run.precision.dot,
+        PREC=run.precision.prec,
         STAGES=settings.scan_stages,
         num_warps=settings.scan_warps,
         num_stages=settings.scan_stages,
@@ -132,21 +115,21 @@ def find_starts(
     segment_merge_kernel[(value_width // block, (table.cu_seqlens.shape[0] - 1) * heads)](
         maps,
         starts,
-        pool,
-        slots,
-        warm,
+        state.pool,
+        state.slots,
+        state.warm,
         table.cu_seqlens,
         segments.first,
         segment_chunks,
-        *pool_strides,
+        *state.strides(state.pool),
         heads,
         K=width,
         V=value_width,
         C=CHUNK,
         BV=block,
-        HAS_W=w is not None,
-        HAS_WARM=warm is not None,
-        MERGE_PREC=precision.merge_prec,
+        HAS_W=work.w is not None,
+        HAS_WARM=state.warm is not None,
+        MERGE_PREC=run.precision.merge_prec,
         num_warps=settings.merge_warps,
         num_stages=1,
     )

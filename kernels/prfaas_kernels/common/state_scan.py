@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prfaas_kernels.common.chunk_rows import resume_state
 from prfaas_kernels.common.operand import narrow, operand
 
 
@@ -96,17 +97,12 @@ def state_scan_kernel(
     key = tl.arange(0, K)
     value = tl.program_id(0) * BV + tl.arange(0, BV)
     row = tl.arange(0, C)
-    state = tl.zeros([K, BV], tl.float32)
     home = pool + slot * pool_s + head * pool_h + key[:, None] * pool_k + value[None, :] * pool_v
     if SEGMENTED:
         origin = starts + (run.to(tl.int64) * heads + head) * (K * V)
         state = tl.load(origin + key[:, None] * V + value[None, :])
     else:
-        resume = slot >= 0
-        if HAS_WARM:
-            resume = resume & (tl.load(warm + n).to(tl.int32) != 0)
-        if resume:
-            state = tl.load(home).to(tl.float32)
+        state = resume_state(home, warm, n, slot, K, BV, HAS_WARM)
     if TRACK:
         tracked = tl.load(track_index + n).to(tl.int32)
         target = n.to(tl.int64)

@@ -14,6 +14,17 @@ from prfaas_kernels.common.operand import narrow, operand
 
 
 @triton.jit
+def _load_rows(rows, live, MAIN: tl.constexpr, EXTRA: tl.constexpr, DOT: tl.constexpr):
+    """Channels MAIN and EXTRA (MAIN again where there are none) of the rows that ``rows`` points to, where ``live``."""
+    main = operand(tl.load(rows[:, None] + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0), DOT)
+    extra = main
+    if EXTRA > 0:
+        channel = MAIN + tl.arange(0, EXTRA)
+        extra = operand(tl.load(rows[:, None] + channel[None, :], mask=live[:, None], other=0.0), DOT)
+    return main, extra
+
+
+@triton.jit
 def _attend(
     acc,
     top,
@@ -36,12 +47,9 @@ def _attend(
     PREC: tl.constexpr,
 ):
     """One block of keys at rows ``spot`` ``[KEYS]`` where ``live``; ``visible`` ``[ROWS, KEYS]``, or live keys only."""
-    main = tl.arange(0, MAIN)
-    keys = operand(tl.load(k_base + spot[:, None] * k_t + main[None, :], mask=live[:, None], other=0.0), DOT)
+    keys, rest = _load_rows(k_base + spot * k_t, live, MAIN, EXTRA, DOT)
     scores = tl.dot(q_main, tl.trans(keys), input_precision=PREC)
     if EXTRA > 0:
-        extra = MAIN + tl.arange(0, EXTRA)
-        rest = operand(tl.load(k_base + spot[:, None] * k_t + extra[None, :], mask=live[:, None], other=0.0), DOT)
         scores = tl.dot(q_extra, tl.trans(rest), acc=scores, input_precision=PREC)
     scores = tl.where(visible, scores * factor, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
@@ -119,13 +127,8 @@ def prefill_attention_kernel(
     token = first_token + row // HEADS
     head = first_head + row % HEADS
     valid = (row < TOKENS * HEADS) & (token < length)
-    q_rows = q + (begin + token).to(tl.int64)[:, None] * q_t + head[:, None] * q_h
-    main = tl.arange(0, MAIN)
-    q_main = operand(tl.load(q_rows + main[None, :], mask=valid[:, None], other=0.0), DOT)
-    q_extra = q_main
-    if EXTRA > 0:
-        extra = MAIN + tl.arange(0, EXTRA)
-        q_extra = operand(tl.load(q_rows + extra[None, :], mask=valid[:, None], other=0.0), DOT)
+    q_rows = q + (begin + token).to(tl.int64) * q_t + head * q_h
+    q_main, q_extra = _load_rows(q_rows, valid, MAIN, EXTRA, DOT)
     acc = tl.zeros([ROWS, V], tl.float32)
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)

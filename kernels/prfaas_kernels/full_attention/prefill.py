@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 
 from prfaas_kernels.common.dispatch import Choice
+
+if TYPE_CHECKING:
+    from prfaas_kernels.common.tuning import Settings
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,6 +41,27 @@ def preference(gpu: str, triton_version: str, *, width: int, value_width: int) -
     return Choice("sglang", f"not measured faster on {gpu} with Triton {triton_version}, K={width}, V={value_width}")
 
 
+class Blocks(NamedTuple):
+    """How a launch is cut: ``tokens`` with ``heads`` of a group are at most ``rows`` query rows; ``keys`` at a time."""
+
+    rows: int
+    keys: int
+    heads: int
+    tokens: int
+    stages: int
+
+
+def plan_blocks(settings: Settings, dtype: torch.dtype, *, group: int, value_width: int) -> Blocks:
+    """``group``: query heads of a key head. Blocks are smaller where V is over 128, and for float32."""
+    rows, keys, stages = settings.attention_rows, settings.attention_keys, settings.attention_stages
+    if value_width > 128:
+        rows, keys = settings.attention_wide_rows, settings.attention_wide_keys
+    if dtype == torch.float32:  # twice the bytes: shared memory would run out
+        rows, keys, stages = rows // 2, keys // 2, 1
+    heads = next(n for n in range(min(group, rows), 0, -1) if group % n == 0)
+    return Blocks(rows, keys, heads, rows // heads, stages)
+
+
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, value_width: int, main: int) -> None:
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise ValueError(f"q and k must be bfloat16, float16 or float32 alike, got {q.dtype} and {k.dtype}")
@@ -47,6 +73,22 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, value_width
         raise ValueError(f"V must be a power of two of at least 16, got {value_width}")
     if any(x is not None and x.stride(-1) != 1 for x in (q, k, v)):
         raise ValueError("the innermost dimension of q, k or v is strided: make it contiguous")
+
+
+def _check_prefix(
+    v: torch.Tensor | None,
+    k_pool: torch.Tensor | None,
+    v_pool: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    prefix_lens: torch.Tensor | None,
+    page_size: int,
+) -> None:
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"page_size must be a power of two, got {page_size}")
+    if (k_pool is None) != (page_table is None) or (k_pool is None) != (prefix_lens is None):
+        raise ValueError("a prefix needs k_pool, page_table and prefix_lens together")
+    if k_pool is not None and (v is None) != (v_pool is None):
+        raise ValueError("v and v_pool must both be given, or both be None (values inside the keys)")
 
 
 def prefill_attention(
@@ -81,38 +123,21 @@ def prefill_attention(
 
     tokens, heads, width = q.shape
     main, extra = split_width(width)
-    values = main if value_width is None else value_width
-    if v is not None:
-        values = v.shape[-1]
+    values = v.shape[-1] if v is not None else main if value_width is None else value_width
     _check(q, k, v, values, main)
-    if page_size < 1 or page_size & (page_size - 1):
-        raise ValueError(f"page_size must be a power of two, got {page_size}")
-    if (k_pool is None) != (page_table is None) or (k_pool is None) != (prefix_lens is None):
-        raise ValueError("a prefix needs k_pool, page_table and prefix_lens together")
-    if k_pool is not None and (v is None) != (v_pool is None):
-        raise ValueError("v and v_pool must both be given, or both be None (values inside the keys)")
-    settings = settings_for(q.device)
-    rows, keys = settings.attention_rows, settings.attention_keys
-    if values > 128:
-        rows, keys = settings.attention_wide_rows, settings.attention_wide_keys
-    stages = settings.attention_stages
-    if q.dtype == torch.float32:  # twice the bytes: smaller blocks, or shared memory runs out
-        rows, keys, stages = rows // 2, keys // 2, 1
+    _check_prefix(v, k_pool, v_pool, page_table, prefix_lens, page_size)
+    settings, precision = settings_for(q.device), precision_of(q.dtype)
     group = heads // k.shape[1]
-    together = group
-    while together > rows:
-        together = next(n for n in range(together - 1, 0, -1) if group % n == 0)
-    block = rows // together
+    blocks = plan_blocks(settings, q.dtype, group=group, value_width=values)
     if out is None:
         out = torch.zeros(tokens, heads, values, dtype=q.dtype, device=q.device)
-    table = build_chunk_table(cu_seqlens, tokens, block)
+    table = build_chunk_table(cu_seqlens, tokens, blocks.tokens)
     if table.bound == 0:
         return out
-    precision = precision_of(q.dtype)
     v_rows = k if v is None else v
     paged_k = k if k_pool is None else k_pool
     paged_v = paged_k if v_pool is None else v_pool
-    prefill_attention_kernel[(table.bound, k.shape[1] * (group // together))](
+    prefill_attention_kernel[(table.bound, k.shape[1] * (group // blocks.heads))](
         q,
         k,
         v_rows,
@@ -132,10 +157,10 @@ def prefill_attention(
         *paged_v.stride()[:2],
         0 if page_table is None else page_table.stride(0),
         GROUP=group,
-        HEADS=together,
-        TOKENS=block,
-        ROWS=rows,
-        KEYS=keys,
+        HEADS=blocks.heads,
+        TOKENS=blocks.tokens,
+        ROWS=blocks.rows,
+        KEYS=blocks.keys,
         PAGE=page_size,
         MAIN=main,
         EXTRA=extra,
@@ -144,8 +169,8 @@ def prefill_attention(
         PREFIX=k_pool is not None,
         DOT=precision.dot,
         PREC=precision.prec,
-        STAGES=stages,
+        STAGES=blocks.stages,
         num_warps=settings.attention_warps,
-        num_stages=stages,
+        num_stages=blocks.stages,
     )
     return out

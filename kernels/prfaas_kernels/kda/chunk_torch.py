@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from prfaas_kernels.common.chunk_scan import ChunkTerms, scan_chunks, solve_delta
-from prfaas_kernels.common.maths import chunk_spans, l2_normalise, pad_to_chunks, sequence_bounds
+from prfaas_kernels.common.chunk_scan import ChunkTerms, solve_delta
+from prfaas_kernels.common.delta_torch import scan_sequences, spread_heads
+from prfaas_kernels.common.maths import chunk_spans, pad_to_chunks
+from prfaas_kernels.kda.inputs import KdaInputs
 from prfaas_kernels.kda.naive import kda_gate
 
 CHUNK = 32
-STATE_CHUNK = 64  # Grid of the intermediate states that SGLang asks for.
 
 
 def _terms(
@@ -45,70 +46,18 @@ def _terms(
     )
 
 
-def chunk_kda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    *,
-    state_pool: torch.Tensor,
-    cache_indices: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    a_log: torch.Tensor | None = None,
-    dt_bias: torch.Tensor | None = None,
-    lower_bound: float | None = None,
-    beta_is_raw: bool = False,
-    qk_l2norm: bool = True,
-    scale: float | None = None,
-    return_chunk_states: bool = False,
-    track_state: torch.Tensor | None = None,
-    track_chunk_idx: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prefill: SGLang's ``extend`` contract (srt/layers/attention/linear/kda_backend.py, 0.5.23).
+def chunk_kda(inputs: KdaInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As :func:`prfaas_kernels.kda.chunk_kda`, in float32 on any device."""
+    x = spread_heads(inputs.q[0], inputs.k[0], inputs.v[0], l2norm=inputs.qk_l2norm)
+    gate = inputs.g.reshape(inputs.tokens, inputs.heads, inputs.width).float()
+    log_decay = gate if inputs.a_log is None else kda_gate(gate, inputs.a_log, inputs.dt_bias, inputs.lower_bound)
+    beta = inputs.beta.reshape(inputs.tokens, inputs.heads).float()
+    beta = beta.sigmoid() if inputs.beta_is_raw else beta
 
-    ``q``, ``k`` ``[1, T, H, K]``, ``v`` ``[1, T, HV, V]`` of any strides; ``g`` ``[1, T, HV, K]``: raw gate if
-    ``a_log`` is given, else log decay; ``beta`` ``[1, T, HV]``: logits if ``beta_is_raw``.
-    ``state_pool`` ``[slots, HV, V, K]`` is read and updated in place at ``cache_indices`` ``[N]``; -1 means start
-    from zeros, store nothing.
-    ``track_state`` ``[N, HV, V, K]`` receives, where ``track_chunk_idx[n] >= 0``, the state at the start of that
-    64-token chunk. Returns ``o`` ``[1, T, HV, V]`` in the dtype of ``v`` and, if asked, the states at the start of
-    every 64-token chunk ``[1, chunks, HV, V, K]`` float32. Inputs are not changed.
-    """
-    heads, width = v.shape[2], k.shape[3]
-    scale = width**-0.5 if scale is None else scale
-    g = g.reshape(1, g.shape[1], heads, width)[0].float()
-    log_decay = g if a_log is None else kda_gate(g, a_log, dt_bias, lower_bound)
-    beta = beta.reshape(1, beta.shape[1], heads)[0].float()
-    beta = beta.sigmoid() if beta_is_raw else beta
-    query, key = q[0].float(), k[0].float()
-    if qk_l2norm:
-        query, key = l2_normalise(query), l2_normalise(key)
-    groups = heads // query.shape[1]
-    query, key = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (query, key))
-    value = v[0].float()
+    def terms_of(rows: slice) -> ChunkTerms:
+        return _terms(x.q[rows], x.k[rows], x.v[rows], log_decay[rows], beta[rows], inputs.score_scale)
 
-    out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    chunk_states: list[torch.Tensor] = []
-    tracked = [-1] * (cu_seqlens.shape[0] - 1) if track_chunk_idx is None else track_chunk_idx.tolist()
-    keep = return_chunk_states or any(index >= 0 for index in tracked)
-    bounds = sequence_bounds(q.shape[1], cu_seqlens)
-    for n, ((begin, end), slot) in enumerate(zip(bounds, cache_indices.tolist(), strict=True)):
-        if begin == end:
-            continue
-        rows = slice(begin, end)
-        terms = _terms(query[rows], key[rows], value[rows], log_decay[rows], beta[rows], scale)
-        state = value.new_zeros(heads, width, v.shape[3]) if slot < 0 else state_pool[slot].float().mT
-        result = scan_chunks(terms, state, keep_starts=keep)
-        out[0, rows] = result.o.flatten(1, 2)[:, : end - begin].transpose(0, 1).to(v.dtype)
-        if slot >= 0:
-            state_pool[slot] = result.state.mT.to(state_pool.dtype)
-        if keep and result.starts is not None:
-            starts = result.starts[:: STATE_CHUNK // CHUNK].mT
-            chunk_states.append(starts)
-            if tracked[n] >= 0 and track_state is not None:
-                track_state[n] = starts[tracked[n]].to(track_state.dtype)
-    return out, torch.cat(chunk_states).unsqueeze(0) if return_chunk_states and chunk_states else None
+    return scan_sequences(inputs, terms_of, chunk=CHUNK)
 
 
 def kda_step(
@@ -129,11 +78,7 @@ def kda_step(
     head), ``beta`` ``[B, HV]`` in (0, 1); pool and indices as in :func:`chunk_kda`. Rows with index -1 give zeros.
     Returns ``[B, HV, V]`` in the dtype of ``v``.
     """
-    query, key, value = q.float(), k.float(), v.float()
-    if qk_l2norm:
-        query, key = l2_normalise(query), l2_normalise(key)
-    groups = v.shape[1] // q.shape[1]
-    query, key = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (query, key))
+    query, key, value = spread_heads(q, k, v, l2norm=qk_l2norm)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     slots = cache_indices.long()
     live = slots >= 0

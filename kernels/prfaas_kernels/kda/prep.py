@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prfaas_kernels.common.chunk_rows import chunk_rows, row_scales
 from prfaas_kernels.common.operand import narrow, operand
 
 GATE_LOG_DECAY = 0
@@ -73,6 +74,23 @@ def _block_scores(
         lower += tl.where(pair, tl.dot(operand(k * rise, DOT), keys, input_precision=PREC), 0.0)
         todo = 1 - fits
     return scores, lower, todo
+
+
+@triton.jit
+def _whole_scores(scores, lower, q, k, total, last, C: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
+    """Add one slice's pair sums where the decay over the chunk fits SPAN: one product, rescaled at mid-chunk.
+
+    ``total`` G ``[C, BK]``, ``last`` G_end ``[BK]``; pairs j > i hold anything. Also 2^G and 2^(G_end - G).
+    """
+    row = tl.arange(0, C)
+    pivot = tl.sum(tl.where(row[:, None] == C // 2 - 1, total, 0.0), axis=0)
+    kept = tl.exp2(total)
+    rest = tl.exp2(last[None, :] - total)
+    tail = tl.trans(operand(k * (rest * tl.exp2(pivot - last)[None, :]), DOT))
+    lift = kept * tl.exp2(-pivot)[None, :]
+    scores = tl.dot(operand(q * lift, DOT), tail, acc=scores, input_precision=PREC)
+    lower = tl.dot(operand(k * lift, DOT), tail, acc=lower, input_precision=PREC)
+    return scores, lower, kept, rest
 
 
 @triton.jit
@@ -155,32 +173,17 @@ def kda_prep_kernel(
     if STRONG:  # noqa: SIM102  (a constexpr: the load must not be compiled otherwise)
         if tl.load(strong + chunk * heads + head) == 0:
             return
-    begin = tl.load(cu_seqlens + n).to(tl.int32) + tl.load(table + 2 * chunk + 1) * C
-    end = tl.load(cu_seqlens + n + 1).to(tl.int32)
+    token, live = chunk_rows(table, cu_seqlens, chunk, n, C)
     row = tl.arange(0, C)
     part = tl.arange(0, BK)
-    token = begin + row
-    live = token < end
     mask = live[:, None]
-    token = token.to(tl.int64)
     q_rows = q + token[:, None] * q_t + (head // GROUP) * q_h + part[None, :]
     k_rows = k + token[:, None] * k_t + (head // GROUP) * k_h + part[None, :]
     g_rows = g + token[:, None] * g_t + head * g_h + part[None, :]
     tile = chunk.to(tl.int64) * heads + head
     place = tile * (C * K) + row[:, None] * K + part[None, :]
 
-    q_scale = tl.full([C], 1.0, tl.float32) * scale
-    k_scale = tl.full([C], 1.0, tl.float32)
-    if L2NORM:
-        q_norm = tl.full([C], 1e-6, tl.float32)
-        k_norm = tl.full([C], 1e-6, tl.float32)
-        for at in range(0, K, BK):
-            x = tl.load(q_rows + at, mask=mask, other=0.0).to(tl.float32)
-            q_norm += tl.sum(x * x, axis=1)
-            x = tl.load(k_rows + at, mask=mask, other=0.0).to(tl.float32)
-            k_norm += tl.sum(x * x, axis=1)
-        q_scale = scale * (1.0 / tl.sqrt(q_norm))
-        k_scale = 1.0 / tl.sqrt(k_norm)
+    q_scale, k_scale = row_scales(q_rows, k_rows, mask, scale, C, K, BK, L2NORM)
     rate = 1.0
     if GATE > 0:
         rate = tl.exp(tl.load(a_log + head).to(tl.float32))
@@ -205,13 +208,7 @@ def kda_prep_kernel(
         else:
             least = tl.minimum(least, last)
             total = tl.cumsum(x, axis=0)
-            pivot = tl.sum(tl.where(row[:, None] == C // 2 - 1, total, 0.0), axis=0)
-            kept = tl.exp2(total)
-            rest = tl.exp2(last[None, :] - total)
-            tail = tl.trans(operand(keys * (rest * tl.exp2(pivot - last)[None, :]), DOT))
-            lift = kept * tl.exp2(-pivot)[None, :]
-            scores = tl.dot(operand(queries * lift, DOT), tail, acc=scores, input_precision=PREC)
-            lower = tl.dot(operand(keys * lift, DOT), tail, acc=lower, input_precision=PREC)
+            scores, lower, kept, rest = _whole_scores(scores, lower, queries, keys, total, last, C, DOT, PREC)
         tl.store(qg + place + at, narrow(queries * kept, qg.dtype.element_ty, DOT))
         tl.store(ke + place + at, narrow(keys * kept, ke.dtype.element_ty, DOT))
         tl.store(kg + place + at, narrow(keys * rest, kg.dtype.element_ty, DOT))

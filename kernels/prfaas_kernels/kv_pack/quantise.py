@@ -35,6 +35,24 @@ def _e4m3_value(code):
 
 
 @triton.jit
+def _row_start(addresses, strides, pool, index, kind, UNIT: tl.constexpr):
+    """Address of row ``index`` of ``pool`` as a pointer of the type of ``kind``."""
+    place = (tl.load(addresses + pool) + index * tl.load(strides + pool)).to(tl.pointer_type(kind.dtype.element_ty))
+    if UNIT == 16:
+        place = tl.multiple_of(place, 16)
+    return place
+
+
+@triton.jit
+def _elements(groups, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
+    """This program's groups ``[GROUPS]``; its elements' places in the row and which exist, ``[GROUPS, BLOCK]``."""
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = tl.arange(0, BLOCK)
+    mask = (group < groups)[:, None] & (column < WIDTH)[None, :]
+    return group, group[:, None] * WIDTH + column[None, :], mask
+
+
+@triton.jit
 def quantise_rows_kernel(
     addresses,
     strides,
@@ -65,14 +83,9 @@ def quantise_rows_kernel(
     index = tl.load(indices + row).to(tl.int64)
     if index < 0:
         return
-    place = (tl.load(addresses + pool) + index * tl.load(strides + pool)).to(tl.pointer_type(kind.dtype.element_ty))
     row_bytes = row_units * UNIT
-    if UNIT == 16:
-        place = tl.multiple_of(place, 16)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    column = tl.arange(0, BLOCK)
-    mask = (group < groups)[:, None] & (column < WIDTH)[None, :]
-    at = group[:, None] * WIDTH + column[None, :]
+    place = _row_start(addresses, strides, pool, index, kind, UNIT)
+    group, at, mask = _elements(groups, WIDTH, BLOCK, GROUPS)
     x = tl.load(place + at, mask=mask, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), 1)
     finite = tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1) == 0
@@ -110,14 +123,9 @@ def dequantise_rows_kernel(
     index = tl.load(indices + row).to(tl.int64)
     if index < 0:
         return
-    place = (tl.load(addresses + pool) + index * tl.load(strides + pool)).to(tl.pointer_type(kind.dtype.element_ty))
     row_bytes = row_units * UNIT
-    if UNIT == 16:
-        place = tl.multiple_of(place, 16)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    column = tl.arange(0, BLOCK)
-    mask = (group < groups)[:, None] & (column < WIDTH)[None, :]
-    at = group[:, None] * WIDTH + column[None, :]
+    place = _row_start(addresses, strides, pool, index, kind, UNIT)
+    group, at, mask = _elements(groups, WIDTH, BLOCK, GROUPS)
     out = pool * rows + row
     code = tl.load(codes + out * row_bytes + at, mask=mask, other=0)
     scale = tl.load(scales + out * (row_bytes // 4) + scales_word + group, mask=group < groups, other=0.0)

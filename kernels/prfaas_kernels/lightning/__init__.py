@@ -2,6 +2,7 @@
 
 from prfaas_kernels.lightning.chunk import chunk_lightning
 from prfaas_kernels.lightning.chunk_torch import lightning_step
+from prfaas_kernels.lightning.inputs import LightningInputs
 from prfaas_kernels.lightning.naive import recurrent_lightning
 
-__all__ = ["chunk_lightning", "lightning_step", "recurrent_lightning"]
+__all__ = ["LightningInputs", "chunk_lightning", "lightning_step", "recurrent_lightning"]

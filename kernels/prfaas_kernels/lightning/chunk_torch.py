@@ -6,6 +6,7 @@ import torch
 
 from prfaas_kernels.common.chunk_scan import ChunkTerms, scan_chunks
 from prfaas_kernels.common.maths import pad_to_chunks, sequence_bounds
+from prfaas_kernels.lightning.inputs import LightningInputs
 
 CHUNK = 64
 
@@ -29,50 +30,34 @@ def _terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tens
     )
 
 
-def chunk_lightning(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slopes: torch.Tensor,
-    *,
-    state_pool: torch.Tensor,
-    cache_indices: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    has_initial_state: torch.Tensor | None = None,
-    scale: float | None = None,
-    track_lens: torch.Tensor | None = None,
-    track_slots: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Prefill: the contract of SGLang's ``seg_la_fwd`` (lightning_backend.py, 0.5.23).
+def chunk_lightning(inputs: LightningInputs) -> torch.Tensor:
+    """As :func:`prfaas_kernels.lightning.chunk_lightning`, in float32 on any device.
 
-    ``q``, ``k``, ``v`` ``[T, H, D]``; ``slopes`` H values; ``state_pool`` ``[slots, H, K, V]`` is read where
-    ``has_initial_state[n]`` (None: everywhere) and updated in place at ``cache_indices`` ``[N]``; -1 means start
-    from zeros and store nothing. Where ``track_slots[n] >= 0`` the state after ``track_lens[n]`` tokens (a
-    multiple of 64) is stored in that slot too. Returns ``[T, H, D]`` in the dtype of ``q``.
+    Raises ValueError where ``track_lens`` is no multiple of 64 below a sequence's length.
     """
-    slopes = slopes.float().reshape(-1)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, pool = inputs.q, inputs.k, inputs.v, inputs.state_pool
+    slopes = inputs.slopes.float().reshape(-1)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    bounds = sequence_bounds(q.shape[0], cu_seqlens)
-    warm = [True] * len(bounds) if has_initial_state is None else [bool(x) for x in has_initial_state.tolist()]
-    targets = [-1] * len(bounds) if track_slots is None else track_slots.tolist()
-    for n, ((begin, end), slot) in enumerate(zip(bounds, cache_indices.tolist(), strict=True)):
+    bounds = sequence_bounds(q.shape[0], inputs.cu_seqlens)
+    warm = [True] * len(bounds) if inputs.has_initial_state is None else inputs.has_initial_state.tolist()
+    targets = [-1] * len(bounds) if inputs.track_slots is None else inputs.track_slots.tolist()
+    for n, ((begin, end), slot) in enumerate(zip(bounds, inputs.cache_indices.tolist(), strict=True)):
         if begin == end:
             continue
         rows = slice(begin, end)
-        terms = _terms(q[rows].float(), k[rows].float(), v[rows].float(), slopes, scale)
-        state = torch.zeros(state_pool.shape[1:], device=q.device)
+        terms = _terms(q[rows].float(), k[rows].float(), v[rows].float(), slopes, inputs.score_scale)
+        state = torch.zeros(pool.shape[1:], device=q.device)
         if slot >= 0 and warm[n]:
-            state = state_pool[slot].float()
+            state = pool[slot].float()
         result = scan_chunks(terms, state, keep_starts=targets[n] >= 0)
         out[rows] = result.o.flatten(1, 2)[:, : end - begin].transpose(0, 1).to(q.dtype)
         if slot >= 0:
-            state_pool[slot] = result.state.to(state_pool.dtype)
-        if targets[n] >= 0 and track_lens is not None and result.starts is not None:
-            length = int(track_lens[n])
+            pool[slot] = result.state.to(pool.dtype)
+        if targets[n] >= 0 and inputs.track_lens is not None and result.starts is not None:
+            length = int(inputs.track_lens[n])
             if length % CHUNK or length >= end - begin:
                 raise ValueError(f"track_lens must be a multiple of {CHUNK} below {end - begin} tokens, got {length}")
-            state_pool[targets[n]] = result.starts[length // CHUNK].to(state_pool.dtype)
+            pool[targets[n]] = result.starts[length // CHUNK].to(pool.dtype)
     return out
 
 

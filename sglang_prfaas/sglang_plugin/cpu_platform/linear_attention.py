@@ -112,12 +112,12 @@ def chunk_kda(
     assert initial_state is not None
     assert initial_state_indices is not None
     assert cu_seqlens is not None
-    out, states = kda.chunk_kda(
-        q,
-        k,
-        v,
-        g,
-        beta,
+    inputs = kda.KdaInputs(
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
         state_pool=initial_state,
         cache_indices=initial_state_indices,
         cu_seqlens=cu_seqlens,
@@ -130,8 +130,8 @@ def chunk_kda(
         return_chunk_states=output_intermediate_states,
         track_state=track_state,
         track_chunk_idx=track_chunk_idx,
-        backend="torch",
     )
+    out, states = kda.chunk_kda(inputs, backend="torch")
     return (out, states) if output_intermediate_states else out
 
 
@@ -243,12 +243,12 @@ def chunk_gated_delta_rule(
     assert initial_state is not None
     assert initial_state_indices is not None
     assert cu_seqlens is not None
-    out, states = gdn.chunk_gdn(
-        q,
-        k,
-        v,
-        g,
-        beta,
+    inputs = gdn.GdnInputs(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=g,
+        beta=beta,
         state_pool=initial_state,
         cache_indices=initial_state_indices,
         cu_seqlens=cu_seqlens,
@@ -256,8 +256,8 @@ def chunk_gated_delta_rule(
         scale=scale,
         store_state=inplace_update,
         return_chunk_states=True,
-        backend="torch",
     )
+    out, states = gdn.chunk_gdn(inputs, backend="torch")
     return out, None, states
 
 
@@ -321,11 +321,11 @@ def seg_la_fwd(
         if meta.s_scales is not None:
             s[slots[(slots >= 0) & (meta.s_scales[: slots.shape[0]] == 0)].long()] = 0
         return lightning.lightning_step(q, k, v, decay_scales, state_pool=s, cache_indices=slots, scale=softmax_scale)
-    return lightning.chunk_lightning(
-        q,
-        k,
-        v,
-        decay_scales,
+    inputs = lightning.LightningInputs(
+        q=q,
+        k=k,
+        v=v,
+        slopes=decay_scales,
         state_pool=s,
         cache_indices=meta.s_offsets,
         cu_seqlens=meta.q_offsets,
@@ -333,5 +333,5 @@ def seg_la_fwd(
         scale=softmax_scale,
         track_lens=track_lens,
         track_slots=track_state_indices,
-        backend="torch",
     )
+    return lightning.chunk_lightning(inputs, backend="torch")

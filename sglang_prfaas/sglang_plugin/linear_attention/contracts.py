@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 from prfaas_kernels.common.dispatch import obstacle as kernel_obstacle
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 CHUNK = 64
 """Grid of the states that SGLang asks for at the starts of chunks."""
 
@@ -93,6 +95,13 @@ def lightning_obstacle(
     if tuple(ssm_states.shape[1:]) != (v.shape[1], k.shape[2], v.shape[2]):
         return f"states of shape {tuple(ssm_states.shape[1:])} do not fit {v.shape[1]} heads"
     return _sequences(query_start_loc, cache_indices) or _device(q, k, v)
+
+
+def longest_tokens(lengths_cpu: Sequence[int] | torch.Tensor | None) -> int | None:
+    """The longest of a batch's new lengths, which SGLang keeps on the host; None where they are not at hand there."""
+    if lengths_cpu is None or len(lengths_cpu) == 0 or getattr(lengths_cpu, "device", CPU) != CPU:
+        return None
+    return int(max(lengths_cpu))
 
 
 def snapshot_rows(

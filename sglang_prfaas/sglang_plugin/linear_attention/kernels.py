@@ -67,22 +67,25 @@ class PrfaasKDAKernel(TritonKDAKernel):
             )
         track_state = kwargs.get("track_state")
         out, states = kda.chunk_kda(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            state_pool=ssm_states,
-            cache_indices=cache_indices,
-            cu_seqlens=query_start_loc,
-            a_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound,
-            beta_is_raw=beta_is_raw,
-            # States of all chunks cost memory and a wait for the device: only where the snapshot does not do.
-            return_chunk_states=return_intermediate_states and track_state is None,
-            track_state=track_state,
-            track_chunk_idx=kwargs.get("track_chunk_idx"),
+            kda.KdaInputs(
+                q=q,
+                k=k,
+                v=v,
+                g=g,
+                beta=beta,
+                state_pool=ssm_states,
+                cache_indices=cache_indices,
+                cu_seqlens=query_start_loc,
+                a_log=A_log,
+                dt_bias=dt_bias,
+                lower_bound=lower_bound,
+                beta_is_raw=beta_is_raw,
+                # States of all chunks cost memory and a wait for the device: only where the snapshot does not do.
+                return_chunk_states=return_intermediate_states and track_state is None,
+                track_state=track_state,
+                track_chunk_idx=kwargs.get("track_chunk_idx"),
+                max_seqlen=contracts.longest_tokens(kwargs.get("extend_seq_lens_cpu")),
+            )
         )
         return (out, states) if return_intermediate_states else out
 
@@ -134,17 +137,19 @@ class PrfaasGDNKernel(TritonGDNKernel):
                 track_state.copy_(contracts.snapshot_rows(states, track_chunk_idx, query_start_loc))
             return out, last, states
         out, _ = gdn.chunk_gdn(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            state_pool=ssm_states,
-            cache_indices=cache_indices,
-            cu_seqlens=query_start_loc,
-            store_state=inplace_update,
-            track_state=track_state,
-            track_chunk_idx=track_chunk_idx,
+            gdn.GdnInputs(
+                q=q,
+                k=k,
+                v=v,
+                log_decay=g,
+                beta=beta,
+                state_pool=ssm_states,
+                cache_indices=cache_indices,
+                cu_seqlens=query_start_loc,
+                store_state=inplace_update,
+                track_state=track_state,
+                track_chunk_idx=track_chunk_idx,
+            )
         )
         return out, None, None
 
@@ -192,15 +197,17 @@ def lightning_entry(
             track_state_indices=track_state_indices,
         )
     return lightning.chunk_lightning(
-        q,
-        k,
-        v,
-        self.tp_slope[layer.layer_id],
-        state_pool=kv_cache,
-        cache_indices=state_indices_tensor,
-        cu_seqlens=metadata.query_start_loc,
-        has_initial_state=metadata.has_initial_states,
-        scale=layer.scaling,
-        track_lens=track_lens,
-        track_slots=track_state_indices,
+        lightning.LightningInputs(
+            q=q,
+            k=k,
+            v=v,
+            slopes=self.tp_slope[layer.layer_id],
+            state_pool=kv_cache,
+            cache_indices=state_indices_tensor,
+            cu_seqlens=metadata.query_start_loc,
+            has_initial_state=metadata.has_initial_states,
+            scale=layer.scaling,
+            track_lens=track_lens,
+            track_slots=track_state_indices,
+        )
     )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import sglang.srt.model_executor.model_runner  # noqa: F401  (hooks of the CPU platform)
 import torch
+from prfaas_kernels import kda
 from prfaas_kernels.gdn import recurrent_gdn
 from prfaas_kernels.kda import kda_gate, recurrent_kda
 from prfaas_kernels.lightning import recurrent_lightning
@@ -94,9 +95,13 @@ def kda_call(dispatcher, pool, lower_bound=None, **options):
         dt_bias=dt_bias,
         lower_bound=lower_bound,
         beta_is_raw=True,
-        extend_seq_lens_cpu=LENGTHS,
         layer_id=1,
-        **{"is_spec_decode": False, "return_intermediate_states": False, **options},
+        **{
+            "extend_seq_lens_cpu": LENGTHS,
+            "is_spec_decode": False,
+            "return_intermediate_states": False,
+            **options,
+        },
     )
     assert all(torch.equal(x, y) for x, y in zip((packed, gate, beta), kept, strict=True)), "an input was changed"
     initial = pool_of(H, V, K)[[4, 3, 1, 2]]
@@ -143,6 +148,14 @@ def test_kda_states_of_chunks_and_the_tracked_one():
     assert none is None
     torch.testing.assert_close(track[[1, 3]], starts[0, [1, 5]])
     assert track[[0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("given", [LENGTHS, torch.tensor(LENGTHS), None], ids=["list", "tensor", "none"])
+def test_kda_is_told_of_the_longest_sequence(monkeypatch, given):
+    taken, run = [], kda.chunk_kda
+    monkeypatch.setattr(kda, "chunk_kda", lambda inputs: taken.append(inputs.max_seqlen) or run(inputs))
+    kda_call(kda_dispatcher(), pool_of(H, V, K), extend_seq_lens_cpu=given)
+    assert taken == [None if given is None else max(LENGTHS)]
 
 
 def test_kda_that_we_do_not_take_is_sglangs(monkeypatch, caplog):

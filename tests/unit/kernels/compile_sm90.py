@@ -18,7 +18,7 @@ from prfaas_kernels.common.segment_scan import segment_merge_kernel, segment_pas
 from prfaas_kernels.common.state_scan import state_scan_kernel
 from prfaas_kernels.common.tuning import DEFAULT
 from prfaas_kernels.full_attention.kernel import prefill_attention_kernel
-from prfaas_kernels.full_attention.prefill import split_width
+from prfaas_kernels.full_attention.prefill import plan_blocks, split_width
 from prfaas_kernels.kda.prep import kda_prep_kernel
 from prfaas_kernels.kv_pack.codec import LARGEST, TINY
 from prfaas_kernels.kv_pack.copy_rows import copy_rows_kernel
@@ -90,15 +90,14 @@ SCAN_OPTIONS = {"num_warps": DEFAULT.scan_warps, "num_stages": DEFAULT.scan_stag
 
 def attention(width, value_width, group, *, page, shared=False):
     """A row of :data:`KERNELS`: prefill attention with a prefix, heads of K = ``width`` and V = ``value_width``."""
-    wide = value_width > 128
-    rows = DEFAULT.attention_wide_rows if wide else DEFAULT.attention_rows
+    blocks = plan_blocks(DEFAULT, torch.bfloat16, group=group, value_width=value_width)
     main, extra = split_width(width)
     constants = {
         "GROUP": group,
-        "HEADS": group,
-        "TOKENS": rows // group,
-        "ROWS": rows,
-        "KEYS": DEFAULT.attention_wide_keys if wide else DEFAULT.attention_keys,
+        "HEADS": blocks.heads,
+        "TOKENS": blocks.tokens,
+        "ROWS": blocks.rows,
+        "KEYS": blocks.keys,
         "PAGE": page,
         "MAIN": main,
         "EXTRA": extra,
@@ -107,9 +106,9 @@ def attention(width, value_width, group, *, page, shared=False):
         "PREFIX": True,
         "DOT": "bf16",
         "PREC": "tf32",
-        "STAGES": DEFAULT.attention_stages,
+        "STAGES": blocks.stages,
     }
-    options = {"num_warps": DEFAULT.attention_warps, "num_stages": DEFAULT.attention_stages}
+    options = {"num_warps": DEFAULT.attention_warps, "num_stages": blocks.stages}
     return prefill_attention_kernel, constants, (), options
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from prfaas_kernels.gdn import chunk_gdn, gdn_gate, gdn_step, recurrent_gdn
+from prfaas_kernels.gdn import GdnInputs, chunk_gdn, gdn_gate, gdn_step, recurrent_gdn
 
 H, HV, K, V = 2, 4, 32, 16
 LIMIT = 1e-5
@@ -28,6 +28,10 @@ def _error(got, want):
     return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
+def _run(**options):
+    return chunk_gdn(GdnInputs(**options))
+
+
 def _truth(x, cu, initial):
     return recurrent_gdn(*(x[name][0] for name in x), initial_state=initial, cu_seqlens=cu)
 
@@ -37,7 +41,7 @@ def _truth(x, cu, initial):
 def test_one_sequence_of_any_length(tokens, gate_shift):
     x, pool, cu = _inputs(tokens, gate_shift=gate_shift), _pool(), torch.tensor([0, tokens])
     want, want_state = _truth(x, cu, pool[2:3])
-    out, _ = chunk_gdn(**x, state_pool=pool, cache_indices=torch.tensor([2]), cu_seqlens=cu)
+    out, _ = _run(**x, state_pool=pool, cache_indices=torch.tensor([2]), cu_seqlens=cu)
     assert _error(out[0], want) < LIMIT
     assert (pool[2].double() - want_state[0]).abs().max() < 1e-5
 
@@ -50,7 +54,7 @@ def test_ragged_batch_and_chunk_states():
     initial[1] = 0
     before = pool.clone()
     want, want_state = _truth(x, cu, initial)
-    out, starts = chunk_gdn(
+    out, starts = _run(
         **x,
         state_pool=pool,
         cache_indices=torch.tensor([4, -1, 1, 2]),
@@ -69,9 +73,9 @@ def test_the_tracked_state_is_that_at_its_chunks_start():
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     x, track = _inputs(sum(lengths)), torch.full((3, HV, V, K), torch.nan)
     slots = {"cache_indices": torch.tensor([4, -1, 1]), "cu_seqlens": cu}
-    _, starts = chunk_gdn(**x, state_pool=_pool(), **slots, return_chunk_states=True)
+    _, starts = _run(**x, state_pool=_pool(), **slots, return_chunk_states=True)
     options = {"track_state": track, "track_chunk_idx": torch.tensor([-1, 0, 2], dtype=torch.int32)}
-    _, none = chunk_gdn(**x, state_pool=_pool(), **slots, **options)
+    _, none = _run(**x, state_pool=_pool(), **slots, **options)
     assert none is None
     assert track[0].isnan().all()
     assert torch.equal(track[1:], starts[0, [1, 4]])
@@ -79,9 +83,9 @@ def test_the_tracked_state_is_that_at_its_chunks_start():
 
 def test_split_prefill_and_steps_equal_one_prefill():
     x, whole, parts = _inputs(130), _pool(), _pool()
-    want, _ = chunk_gdn(**x, state_pool=whole, cache_indices=torch.tensor([1]), cu_seqlens=torch.tensor([0, 130]))
+    want, _ = _run(**x, state_pool=whole, cache_indices=torch.tensor([1]), cu_seqlens=torch.tensor([0, 130]))
     head = {name: value[:, :100] for name, value in x.items()}
-    out, _ = chunk_gdn(**head, state_pool=parts, cache_indices=torch.tensor([1]), cu_seqlens=torch.tensor([0, 100]))
+    out, _ = _run(**head, state_pool=parts, cache_indices=torch.tensor([1]), cu_seqlens=torch.tensor([0, 100]))
     torch.testing.assert_close(out[0], want[0, :100], rtol=1e-4, atol=1e-5)
     for t in range(100, 130):
         row = {name: value[:, t] for name, value in x.items()}
@@ -94,5 +98,5 @@ def test_pool_is_left_alone_on_request():
     x, pool = _inputs(20), _pool()
     before = pool.clone()
     slots, cu = torch.tensor([0]), torch.tensor([0, 20])
-    chunk_gdn(**x, state_pool=pool, cache_indices=slots, cu_seqlens=cu, store_state=False)
+    _run(**x, state_pool=pool, cache_indices=slots, cu_seqlens=cu, store_state=False)
     assert torch.equal(pool, before)

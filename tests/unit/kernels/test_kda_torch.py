@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from prfaas_kernels.kda import chunk_kda, kda_gate, kda_step, recurrent_kda
+from prfaas_kernels.kda import KdaInputs, chunk_kda, kda_gate, kda_step, recurrent_kda
 
 H, HV, K, V = 2, 4, 32, 16
 LIMIT = 1e-5
@@ -39,7 +39,7 @@ def _truth(x, cu_seqlens, initial, lower_bound=None):
 
 
 def _chunked(x, cu_seqlens, pool, slots, **options):
-    return chunk_kda(
+    inputs = KdaInputs(
         **x,
         state_pool=pool,
         cache_indices=torch.tensor(slots, dtype=torch.int32),
@@ -47,6 +47,7 @@ def _chunked(x, cu_seqlens, pool, slots, **options):
         beta_is_raw=True,
         **options,
     )
+    return chunk_kda(inputs)
 
 
 def _error(got, want):

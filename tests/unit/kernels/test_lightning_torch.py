@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from prfaas_kernels.lightning import chunk_lightning, lightning_step, recurrent_lightning
+from prfaas_kernels.lightning import LightningInputs, chunk_lightning, lightning_step, recurrent_lightning
 
 H, D = 4, 16
 SLOPES = torch.tensor([0.0, 0.003, 0.5, 30.0]).view(H, 1, 1)
@@ -18,6 +18,10 @@ def _pool(slots=5):
     return torch.randn(slots, H, D, D, generator=torch.Generator().manual_seed(1))
 
 
+def _run(q, k, v, slopes, **options):
+    return chunk_lightning(LightningInputs(q=q, k=k, v=v, slopes=slopes, **options))
+
+
 def _error(got, want):
     return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
@@ -26,7 +30,7 @@ def _error(got, want):
 def test_one_sequence_of_any_length(tokens):
     qkv, pool, cu = _inputs(tokens), _pool(), torch.tensor([0, tokens])
     want, want_state = recurrent_lightning(*qkv, SLOPES, initial_state=pool[2:3])
-    out = chunk_lightning(*qkv, SLOPES, state_pool=pool, cache_indices=torch.tensor([2]), cu_seqlens=cu)
+    out = _run(*qkv, SLOPES, state_pool=pool, cache_indices=torch.tensor([2]), cu_seqlens=cu)
     assert _error(out, want) < LIMIT
     assert _error(pool[2], want_state[0]) < LIMIT
 
@@ -39,7 +43,7 @@ def test_ragged_batch_cold_and_warm_with_a_tracked_state():
     initial[[1, 2]] = 0  # slot -1, and a cold slot
     before = pool.clone()
     want, want_state = recurrent_lightning(*qkv, SLOPES, initial_state=initial, cu_seqlens=cu)
-    out = chunk_lightning(
+    out = _run(
         *qkv,
         SLOPES,
         state_pool=pool,
@@ -59,9 +63,9 @@ def test_ragged_batch_cold_and_warm_with_a_tracked_state():
 
 def test_split_prefill_and_steps_equal_one_prefill():
     qkv, whole, parts, slots = _inputs(130), _pool(), _pool(), torch.tensor([1])
-    want = chunk_lightning(*qkv, SLOPES, state_pool=whole, cache_indices=slots, cu_seqlens=torch.tensor([0, 130]))
+    want = _run(*qkv, SLOPES, state_pool=whole, cache_indices=slots, cu_seqlens=torch.tensor([0, 130]))
     head = (x[:100] for x in qkv)
-    out = chunk_lightning(*head, SLOPES, state_pool=parts, cache_indices=slots, cu_seqlens=torch.tensor([0, 100]))
+    out = _run(*head, SLOPES, state_pool=parts, cache_indices=slots, cu_seqlens=torch.tensor([0, 100]))
     torch.testing.assert_close(out, want[:100], rtol=1e-4, atol=1e-4)
     for t in range(100, 130):
         step = lightning_step(*(x[t : t + 1] for x in qkv), SLOPES, state_pool=parts, cache_indices=slots)
@@ -71,7 +75,7 @@ def test_split_prefill_and_steps_equal_one_prefill():
 
 def test_a_tracked_length_off_the_grid_is_refused():
     with pytest.raises(ValueError, match="multiple of 64 below 70 tokens, got 50"):
-        chunk_lightning(
+        _run(
             *_inputs(70),
             SLOPES,
             state_pool=_pool(),

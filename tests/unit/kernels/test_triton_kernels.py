@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CASES = Path(__file__).parent / "triton_cases"
-TIMEOUT_S = 540
+TIMEOUT_S = 900
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CASES.glob("[!_c]*.py")))

@@ -92,3 +92,12 @@ def test_snapshots_out_of_the_states_of_all_chunks():
     rows = contracts.snapshot_rows(states, torch.tensor([0, -1, 2, -1]), marks)
     assert rows.shape == (4, HV, V, K)
     assert rows[[0, 2], 0, 0, 0].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest"),
+    [([17, 64], 64), (torch.tensor([17, 64]), 64), ([], None), (torch.tensor([]), None), (None, None)],
+)
+def test_the_longest_length_is_read_where_it_is_on_the_host(lengths, longest):
+    assert contracts.longest_tokens(lengths) == longest
+    assert contracts.longest_tokens(torch.zeros(2, device="meta")) is None

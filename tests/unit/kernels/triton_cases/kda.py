@@ -3,7 +3,7 @@
 import prfaas_kernels.kda.chunk_triton as kda
 import pytest
 import torch
-from prfaas_kernels.kda import kda_gate, recurrent_kda
+from prfaas_kernels.kda import KdaInputs, kda_gate, recurrent_kda
 
 from tests.unit.kernels.triton_cases.conftest import FULL, FULL_LIMIT, HALF_LIMIT, error, marks, on_device
 
@@ -55,8 +55,8 @@ def truth(x, cu, initial, gate="usual"):
     )
 
 
-def run(x, cu, pool, slots, gate="usual", **options):
-    return kda.chunk_kda(
+def run(x, cu, pool, slots, gate="usual", *, segment_chunks=None, **options):
+    given = KdaInputs(
         **x,
         beta_is_raw=True,
         lower_bound=GATES[gate][2],
@@ -65,6 +65,7 @@ def run(x, cu, pool, slots, gate="usual", **options):
         cu_seqlens=on_device(cu),
         **options,
     )
+    return kda.chunk_kda(given, segment_chunks=segment_chunks)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 127, 130])
@@ -161,7 +162,8 @@ def test_log_decay_and_activated_beta():
     want, want_state = truth(x, cu, pool[1:2])
     x["g"] = kda_gate(x["g"], x.pop("a_log"), x.pop("dt_bias"), None)
     x["beta"] = x["beta"].sigmoid()
-    out, _ = kda.chunk_kda(**x, state_pool=pool, cache_indices=on_device(torch.tensor([1])), cu_seqlens=on_device(cu))
+    slots = on_device(torch.tensor([1]))
+    out, _ = kda.chunk_kda(KdaInputs(**x, state_pool=pool, cache_indices=slots, cu_seqlens=on_device(cu)))
     assert error(out[0], want) < FULL_LIMIT
     assert error(pool[1], want_state[0]) < FULL_LIMIT
 
@@ -170,9 +172,9 @@ def test_log_decay_and_activated_beta():
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_width_all_gates(gate, dtype):
-    lengths = [130, 64, 17]
-    sizes = {"heads": (2, 4), "widths": (128, 128)}
-    x, pool = inputs(sum(lengths), gate=gate, dtype=dtype, **sizes), pool_of(5, 4, (128, 128))
+    lengths, heads = [130, 64, 17], (2, 4) if gate == "usual" else (1, 1)
+    x = inputs(sum(lengths), gate=gate, dtype=dtype, heads=heads, widths=(128, 128))
+    pool = pool_of(5, heads[1], (128, 128))
     want, want_state = truth(x, marks(lengths), pool[[3, 1, 2]], gate)
     out, _ = run(x, marks(lengths), pool, [3, 1, 2], gate)
     limit = FULL_LIMIT if dtype == torch.float32 else HALF_LIMIT

@@ -4,8 +4,8 @@ import prfaas_kernels.gdn.chunk_triton as gdn
 import prfaas_kernels.lightning.chunk_triton as lightning
 import pytest
 import torch
-from prfaas_kernels.gdn import recurrent_gdn
-from prfaas_kernels.lightning import recurrent_lightning
+from prfaas_kernels.gdn import GdnInputs, recurrent_gdn
+from prfaas_kernels.lightning import LightningInputs, recurrent_lightning
 
 from tests.unit.kernels.triton_cases.conftest import FULL_LIMIT, HALF_LIMIT, error, marks, on_device
 
@@ -37,10 +37,23 @@ def gdn_truth(x, cu, initial):
     return recurrent_gdn(*(x[name][0].cpu() for name in x), initial_state=initial.cpu(), cu_seqlens=cu)
 
 
-def run_gdn(x, cu, pool, slots, **options):
-    return gdn.chunk_gdn(
+def run_gdn(x, cu, pool, slots, *, segment_chunks=None, **options):
+    inputs = GdnInputs(
         **x, state_pool=pool, cache_indices=on_device(torch.tensor(slots)), cu_seqlens=on_device(cu), **options
     )
+    return gdn.chunk_gdn(inputs, segment_chunks=segment_chunks)
+
+
+def run_lightning(qkv, cu, pool, slots, *, segment_chunks=None, **options):
+    inputs = LightningInputs(
+        **dict(zip("qkv", qkv, strict=True)),
+        slopes=SLOPES,
+        state_pool=pool,
+        cache_indices=on_device(torch.tensor(slots)),
+        cu_seqlens=on_device(cu),
+        **options,
+    )
+    return lightning.chunk_lightning(inputs, segment_chunks=segment_chunks)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 17, 63, 64, 65, 130])
@@ -100,9 +113,7 @@ def test_lightning_lengths(tokens, dtype):
     qkv = [on_device(torch.randn(tokens, HV, K, generator=rng).to(dtype)) for _ in range(3)]
     pool, cu = pool_of(4, HV, K, K), marks([tokens])
     want, want_state = recurrent_lightning(*(x.cpu() for x in qkv), SLOPES, initial_state=pool[2:3].cpu())
-    out = lightning.chunk_lightning(
-        *qkv, SLOPES, state_pool=pool, cache_indices=on_device(torch.tensor([2])), cu_seqlens=on_device(cu)
-    )
+    out = run_lightning(qkv, cu, pool, [2])
     limit = FULL_LIMIT if dtype == torch.float32 else HALF_LIMIT
     assert error(out, want) < limit
     assert error(pool[2], want_state[0]) < limit
@@ -116,12 +127,11 @@ def test_lightning_ragged_batch_cold_and_warm_with_a_tracked_state():
     initial[[1, 2]] = 0  # slot -1, and a cold slot
     cpu = [x.cpu() for x in qkv]
     want, want_state = recurrent_lightning(*cpu, SLOPES, initial_state=initial, cu_seqlens=cu)
-    out = lightning.chunk_lightning(
-        *qkv,
-        SLOPES,
-        state_pool=pool,
-        cache_indices=on_device(torch.tensor([4, -1, 1, 2])),
-        cu_seqlens=on_device(cu),
+    out = run_lightning(
+        qkv,
+        cu,
+        pool,
+        [4, -1, 1, 2],
         has_initial_state=on_device(torch.tensor([True, True, False, True])),
         track_lens=on_device(torch.tensor([0, 0, 0, 128])),
         track_slots=on_device(torch.tensor([-1, -1, -1, 5])),
@@ -132,3 +142,28 @@ def test_lightning_ragged_batch_cold_and_warm_with_a_tracked_state():
     rows = slice(sum(lengths) - 200, sum(lengths) - 200 + 128)
     _, tracked = recurrent_lightning(*(x[rows] for x in cpu), SLOPES, initial_state=initial[3:4])
     assert error(pool[5], tracked[0]) < FULL_LIMIT
+
+
+@pytest.mark.parametrize("cut", [64, 100])
+def test_split_prefills_in_a_strided_pool_equal_one(cut):
+    """GDN and Lightning; slots lie among those of other layers."""
+    rng = torch.Generator().manual_seed(0)
+    x = gdn_inputs(130)
+    qkv = [on_device(torch.randn(130, HV, K, generator=rng)) for _ in range(3)]
+
+    def gdn_part(rows, pool):
+        piece = {name: value[:, rows] for name, value in x.items()}
+        return run_gdn(piece, marks([rows.stop - rows.start]), pool, [1])[0][0]
+
+    def lightning_part(rows, pool):
+        return run_lightning([y[rows] for y in qkv], marks([rows.stop - rows.start]), pool, [1])
+
+    for part, widths in ((gdn_part, (V, K)), (lightning_part, (K, K))):
+        whole = pool_of(3, HV, *widths)
+        wide = on_device(torch.full((3, 2, HV, *widths), float("nan")))
+        wide[:, 1] = whole
+        want = part(slice(0, 130), whole)
+        got = torch.cat([part(rows, wide[:, 1]) for rows in (slice(0, cut), slice(cut, 130))])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(wide[:, 1], whole, rtol=1e-4, atol=1e-5)
+        assert wide[:, 0].isnan().all()

@@ -1,10 +1,8 @@
 """The scan in segments against the float64 recurrences, and against the serial scan."""
 
-import prfaas_kernels.gdn.chunk_triton as gdn
-import prfaas_kernels.kda.chunk_triton as kda
-import prfaas_kernels.lightning.chunk_triton as lightning
 import pytest
 import torch
+from prfaas_kernels.common import scan, segments
 from prfaas_kernels.lightning import recurrent_lightning
 
 from tests.unit.kernels.triton_cases import kda as kda_cases
@@ -129,32 +127,40 @@ def test_lightning_cold_and_warm(dtype):
     want, want_state = recurrent_lightning(
         *(x.cpu() for x in qkv), scalar_cases.SLOPES, initial_state=initial, cu_seqlens=cu
     )
-    out = lightning.chunk_lightning(
-        *qkv,
-        scalar_cases.SLOPES,
-        state_pool=pool,
-        cache_indices=on_device(torch.tensor([4, 3, 1])),
-        cu_seqlens=on_device(cu),
-        has_initial_state=on_device(torch.tensor([True, False, True])),
-        segment_chunks=2,
-    )
+    warm = on_device(torch.tensor([True, False, True]))
+    out = scalar_cases.run_lightning(qkv, cu, pool, [4, 3, 1], has_initial_state=warm, segment_chunks=2)
     limit = FULL_LIMIT if dtype == torch.float32 else HALF_LIMIT
     assert error(out, want) < limit
     assert error(pool[[4, 3, 1]], want_state) < limit
 
 
-@pytest.mark.parametrize("operator", [kda.chunk_kda, gdn.chunk_gdn, lightning.chunk_lightning])
-def test_every_operator_takes_a_length_and_a_segment(operator):
-    assert {"segment_chunks", "max_seqlen"} <= set(operator.__kwdefaults__)
+def test_the_longest_sequence_decides_for_every_operator(monkeypatch):
+    asked = []
+
+    def plan(**facts):
+        asked.append(facts["longest"])
+        return segments.SegmentPlan(1, "this is a test")
+
+    monkeypatch.setattr(scan, "plan_segments", plan)
+    cu, slots = marks([70, 70]), [0, 1]
+    kda_cases.run(kda_cases.inputs(140), cu, kda_cases.pool_of(), slots, max_seqlen=70)
+    heads, width = scalar_cases.HV, scalar_cases.K
+    pool = scalar_cases.pool_of(2, heads, scalar_cases.V, width)
+    scalar_cases.run_gdn(scalar_cases.gdn_inputs(140), cu, pool, slots, max_seqlen=71)
+    qkv = [on_device(torch.randn(140, heads, width)) for _ in range(3)]
+    scalar_cases.run_lightning(qkv, cu, scalar_cases.pool_of(2, heads, width, width), slots, max_seqlen=72)
+    assert asked == [70, 71, 72]
 
 
 @pytest.mark.skipif(not FULL, reason="PRFAAS_KERNEL_TESTS=full")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gate", ["usual", "strong", "spiked", "bounded"])
+@pytest.mark.parametrize(
+    ("gate", "dtype"),
+    [*((gate, torch.float32) for gate in ("usual", "strong", "spiked", "bounded")), ("usual", torch.bfloat16)],
+)
 def test_full_width(gate, dtype):
-    lengths = [520, 64, 130]
-    sizes = {"heads": (1, 2), "widths": (128, 128)}
-    x, pool = kda_cases.inputs(sum(lengths), gate=gate, dtype=dtype, **sizes), kda_cases.pool_of(5, 2, (128, 128))
+    lengths = [330, 64, 130]
+    sizes = {"heads": (1, 1), "widths": (128, 128)}
+    x, pool = kda_cases.inputs(sum(lengths), gate=gate, dtype=dtype, **sizes), kda_cases.pool_of(5, 1, (128, 128))
     want, want_state = kda_cases.truth(x, marks(lengths), pool[[3, 1, 2]], gate)
     out, _ = run_kda(x, marks(lengths), pool, [3, 1, 2], gate)
     limit = FULL_LIMIT if dtype == torch.float32 else HALF_LIMIT

@@ -54,7 +54,9 @@ def _observation(prfaas: int, pd: int, servers_in_all: int) -> Observation:
 
 
 def _live_us(prfaas: int, pd: int, servers: int, rounds: int = 500) -> tuple[float, float]:
-    """Medians of a live decision (site, threshold, servers, reason), and of a look at all servers. Microseconds."""
+    """Medians of a live decision (site, threshold, servers, reason), and of a look at all servers. Microseconds.
+
+    Lengths differ, and each request loads its servers, so that nothing is remembered of the one before."""
     profile, seen = paper.PAPER_PROFILE, _observation(prfaas, pd, servers)
     policy = LivePolicy(
         kv=profile.kv,
@@ -64,8 +66,18 @@ def _live_us(prfaas: int, pd: int, servers: int, rounds: int = 500) -> tuple[flo
     )
     for site in seen.sites:
         policy.learn(0.0, site.name, 30_000, 1.5)
-    moment, request = policy.look(1.0, seen), RequestView(l_total=30_000)
-    decision_s = _median_s(lambda: policy.decide(moment, seen, request), rounds)
+    moment, sites = policy.look(1.0, seen), {site.name: site for site in seen.sites}
+    requests = [RequestView(l_total=int(tokens)) for tokens in np.random.default_rng(2).integers(500, 120_000, rounds)]
+    seconds = []
+    for request in requests:
+        start = time.perf_counter()
+        decision = policy.decide(moment, seen, request)
+        seconds.append(time.perf_counter() - start)
+        for server in (decision.prefill, decision.decode):  # as the router does
+            assert server is not None
+            server.inflight_requests += 1
+            sites[server.site].version += 1
+    decision_s = statistics.median(seconds)
     return 1e6 * decision_s, 1e6 * _median_s(lambda: policy.look(1.0, seen), rounds)
 
 

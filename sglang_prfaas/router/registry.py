@@ -21,8 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Target(ServerView, kw_only=True, eq=False):
-    """A server as the scheduler sees it, and how the router reaches it."""
+    """A server as the scheduler sees it, and how the router reaches it.
 
+    Loads, role and state change here only, and by `LiveSource.refresh` before a look: `within.version` says so."""
+
+    within: SiteView
     upstream: Upstream
     bootstrap_host: str = ""
     bootstrap_port: int = 0
@@ -34,11 +37,28 @@ class Target(ServerView, kw_only=True, eq=False):
     foreign_wait_s: float = 0.0  # part of wait_s that reports say and we did not send
     probe_now: Any = msgspec.field(default_factory=asyncio.Event)
 
+    def add_load(self, requests: int, tokens: int = 0) -> None:
+        """Requests, and uncached prompt tokens, that it has in work from now on; negative: not any more."""
+        self.inflight_requests += requests
+        self.inflight_tokens += tokens
+        self.within.version += 1
+
+    def set_wait(self, wait_s: float) -> None:
+        """Seconds until prefill has worked off its queue."""
+        self.wait_s = wait_s
+        self.within.version += 1
+
+    def set_role(self, role: ServerRole) -> None:
+        """The role that its agent says it has."""
+        self.role = role
+        self.within.version += 1
+
     def update_alive(self) -> None:
         """Alive: offered by its agent and healthy by our checks."""
         alive = self.offered and self.healthy
         if alive != self.alive:
             self.alive = alive
+            self.within.version += 1
             why = "" if alive else f": {self.error}" if self.offered else ": not offered by its agent"
             log.log(
                 logging.INFO if alive else logging.WARNING,
@@ -154,7 +174,7 @@ class Registry:
             assert isinstance(found, Target)
             if found.role != entry.role:
                 log.info("%s/%s changed its role from %s to %s", site.name, entry.name, found.role, entry.role)
-                found.role = entry.role
+                found.set_role(entry.role)
             upstream = self.client.upstream(url)
             found.upstream = upstream
             found.bootstrap_host = entry.bootstrap_host or upstream.host
@@ -168,11 +188,14 @@ class Registry:
             log.info("%s/%s is no longer listed by its agent", site.name, gone.name)
             gone.alive = False
             view.servers.remove(gone)
+            view.version += 1
 
     def _add(self, view: SiteView, entry: AgentServer) -> None:
         upstream = self.client.upstream(entry.url)
+        view.version += 1
         view.servers.append(
             Target(
+                within=view,
                 site=view.name,
                 name=entry.name,
                 role=entry.role,

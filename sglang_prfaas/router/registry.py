@@ -13,7 +13,8 @@ from msgspec import Struct
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerRole
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.http import Client, Upstream
-from sglang_prfaas.monitor.reports import SiteState
+from sglang_prfaas.monitor.reports import ConfiguredLink, SiteState
+from sglang_prfaas.router.link_check import LinkCheck
 from sglang_prfaas.scheduler.prefill_queue import PrefillQueue
 from sglang_prfaas.scheduler.types import Observation, ServerView, SiteView
 
@@ -109,6 +110,7 @@ class AgentSite(Struct):
     servers: list[AgentServer]
     role: str = ""
     model: str = ""
+    configured_links: list[ConfiguredLink] | None = None
 
 
 class Registry:
@@ -117,6 +119,7 @@ class Registry:
     def __init__(self, config: RouterConfig, client: Client) -> None:
         self.client = client
         self._sites: dict[str, SiteView] = {}
+        self._link_check = LinkCheck()
         self.observation = Observation(sites=[], t_tokens=config.policy.threshold_tokens)
         for site in config.sites:
             view = SiteView(name=site.name, role=site.role, servers=[])
@@ -163,6 +166,8 @@ class Registry:
     def _apply(self, site: RouterSite, listed: AgentSite) -> None:
         if listed.name != site.name:
             raise PeerError(f"the agent at {site.agent_url} is of site {listed.name}, expected {site.name}")
+        if listed.configured_links is not None:
+            self._link_check.told(site, listed.configured_links)
         view = self._sites[site.name]
         known = {server.name: server for server in view.servers}
         for entry in listed.servers:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from sglang_prfaas.config.schema import RouterConfig, RouterSection, RouterSite, TargetConfig
+from sglang_prfaas.config.schema import LinkConfig, RouterConfig, RouterSection, RouterSite, TargetConfig
 from sglang_prfaas.http import Client
 from sglang_prfaas.router.registry import Registry, Target
 
@@ -66,3 +66,14 @@ def test_what_an_agent_lists_is_counted() -> None:
         versions.append(target.within.version)
     assert versions == sorted(set(versions))
     assert [server.name for server in made.targets()] == ["new"]
+
+
+def test_a_link_that_an_agent_has_otherwise_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    made, _ = registry()
+    links = [LinkConfig(to_site="elsewhere", capacity_gbps=100)]
+    site = RouterSite(name="home", role="prfaas", agent_url=AGENT, links=links)
+    answer = {"name": "home", "servers": [], "configured_links": [{"to_site": "elsewhere", "capacity_gbps": 10}]}
+    for _ in range(2):
+        made.apply_agent(site, msgspec.json.encode(answer))
+    (said,) = [text for text in caplog.messages if "capacity_gbps" in text]
+    assert "100 in the router's file, 10 in the site's" in said

@@ -164,11 +164,14 @@ class Profiler:
     ) -> None:
         """What several transfers at once get of the link, beside what one of them got."""
         settings = self._settings
+        room_tokens = min((target.info.max_tokens for target in (source, sink) if target.info.max_tokens), default=0)
+        lengths = sorted({transfer.tokens for transfer in alone})
+        together = [tokens for tokens in lengths if not room_tokens or tokens * settings.at_once <= room_tokens]
         rounds = []
         if settings.at_once > 1:
             rounds = await measure_together(
                 legs,
-                sorted({transfer.tokens for transfer in alone}),
+                together,
                 settings.transfer_log,
                 at_once=settings.at_once,
                 vocabulary=self._facts.vocabulary,
@@ -177,7 +180,7 @@ class Profiler:
                 say=self._say,
             )
             if not rounds:
-                self._note("no time was left for several transfers at once: the link may carry more")
+                self._note("no time or KVCache was left for several transfers at once: the link may carry more")
         best = link_rate(alone, rounds)
         self._links.append(
             LinkProfile(

@@ -11,10 +11,11 @@ import numpy as np
 
 from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.request import RequestView
-from sglang_prfaas.scheduler import Observation, ServerView, SiteView, decide, paper
+from sglang_prfaas.scheduler import Decision, Observation, ServerView, SiteView, decide, paper
 from sglang_prfaas.scheduler.dispatch import DispatchQueue
 from sglang_prfaas.scheduler.lengths import nodes
 from sglang_prfaas.scheduler.live import LivePolicy
+from sglang_prfaas.scheduler.short_term import LeastLoaded
 from sglang_prfaas.scheduler.solver import solve, solve_shared
 from sglang_prfaas.scheduler.threshold import LiveState, PathLoad, ThresholdController
 from sglang_prfaas.scheduler.types import LinkView
@@ -64,15 +65,32 @@ def _live_us(prfaas: int, pd: int, servers: int, rounds: int = 500) -> tuple[flo
     )
     for site in seen.sites:
         policy.learn(0.0, site.name, 30_000, 1.5)
-    moment, request = policy.look(1.0, seen), RequestView(l_total=30_000)
-    decision_s = _median_s(lambda: policy.decide(moment, seen, request), rounds)
+    moment = policy.look(1.0, seen)
+    decision_s = _decision_s(seen, lambda request: policy.decide(moment, seen, request), rounds)
     return 1e6 * decision_s, 1e6 * _median_s(lambda: policy.look(1.0, seen), rounds)
+
+
+def _decision_s(seen: Observation, decide_on: Callable[[RequestView], Decision], rounds: int = 500) -> float:
+    """Median over requests of different lengths, each of which loads its servers, as in the router: nothing that is
+    remembered of one holds for all of the next."""
+    sites = {site.name: site for site in seen.sites}
+    seconds = []
+    for tokens in np.random.default_rng(2).integers(500, 120_000, rounds):
+        request = RequestView(l_total=int(tokens))
+        start = time.perf_counter()
+        decision = decide_on(request)
+        seconds.append(time.perf_counter() - start)
+        for server in (decision.prefill, decision.decode):
+            assert server is not None
+            server.inflight_requests += 1
+            sites[server.site].version += 1
+    return statistics.median(seconds)
 
 
 def measure() -> dict[str, float]:
     """Medians: decisions with a given t (16 sites, 1,000 servers) and live ones, a threshold, the solver."""
     random = np.random.default_rng(1)
-    observation, request = _observation(8, 8, 1000), RequestView(l_total=30_000)
+    observation, least = _observation(8, 8, 1000), LeastLoaded()
     live_us, look_us = _live_us(1, 1, 100)
     live_sites_us, look_sites_us = _live_us(8, 8, 1000)
 
@@ -100,7 +118,7 @@ def measure() -> dict[str, float]:
     fleet = msgspec.structs.replace(paper.case_study_fleet(), n_prfaas=417, n_pd=833, egress_gbps=10_000.0)
     workload = paper.case_study_workload()
     return {
-        "decision_us": 1e6 * _median_s(lambda: decide(observation, request), 500),
+        "decision_us": 1e6 * _decision_s(observation, lambda request: decide(observation, request, least=least)),
         "dispatch_us": 1e6 * _median_s(take, 500),
         "live_decision_100_servers_us": live_us,
         "live_look_100_servers_us": look_us,

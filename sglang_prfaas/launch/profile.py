@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  - T_prefill(l) of each hardware: single prefills of unique prompts over a grid of lengths\n"
         "  - T_decode: time of a step against the number of concurrent streams\n"
         "  - S_kv(l): from the model's config.json, checked against the bytes that really moved\n"
-        "  - the link between the sites: rate of one transfer, round trip\n"
+        "  - the link between the sites: rate of one transfer and of several at once, round trip\n"
         "Servers should have nothing else to do. A hardware's first server stands for all of it. Plain servers (no\n"
         "PD) are measured, too. Nothing is written before all is done; Ctrl-C leaves no file behind."
     )
@@ -80,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="PRFAAS_TRANSFER_LOG of the decode servers, if it can be read here (default: as the sites' files say)",
     )
+    what.add_argument(
+        "--at-once",
+        type=int,
+        default=4,
+        metavar="N",
+        help="transfers side by side when the link is measured, beside one at a time (4)",
+    )
     what.add_argument("--model-config", metavar="PATH", help="the model's config.json (default: as the servers say)")
     result = parser.add_argument_group("results")
     result.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default: profile.json)")
@@ -119,6 +126,7 @@ async def _run(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         budget_s=args.budget_s,
         transfer_log=args.transfer_log or found.transfer_log,
+        at_once=args.at_once,
         gpus=_gpus(args.gpus),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "sglang_prfaas.launch", *sys.argv[1:]]),
@@ -162,7 +170,7 @@ def _check(args: argparse.Namespace) -> None:
             problems.append(f"{path}: {folder} is no directory that can be written to")
     if not 0 < args.min_tokens <= args.max_tokens:
         problems.append("--min-tokens must be positive and not above --max-tokens")
-    for name, low in (("max_batch", 1), ("window", 4), ("repeats", 1), ("budget_s", 1)):
+    for name, low in (("max_batch", 1), ("window", 4), ("repeats", 1), ("budget_s", 1), ("at_once", 1)):
         if getattr(args, name) < low:
             problems.append(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be at least {low}")
     if problems:

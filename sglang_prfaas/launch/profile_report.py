@@ -25,8 +25,8 @@ def print_report(profile: ProfileFile, file: str) -> None:
         print(f"  {point.tokens} tokens: {point.moved_bytes:.0f} B moved{config}")
     for link in measured.links:
         print(
-            f"link {link.from_site} to {link.to_site}: {link.gbps:.3g} Gbps for one transfer of {link.tokens} tokens, "
-            f"round trip {link.rtt_ms:.2f} ms"
+            f"link {link.from_site} to {link.to_site}: {link.gbps:.3g} Gbps for {_count(link.at_once)} of "
+            f"{link.tokens} tokens, round trip {link.rtt_ms:.2f} ms"
         )
     for note in measured.notes:
         print(f"note: {note}")
@@ -86,3 +86,7 @@ def _next_steps(profile: ProfileFile, file: str) -> list[str]:
     for link in profile.measured.links[:1]:
         flags += f" --link-gbps {link.gbps:.3g} --rtt-ms {link.rtt_ms:.3g}"
     return [f"next: python -m sglang_prfaas.launch plan {flags}"]
+
+
+def _count(at_once: int) -> str:
+    return "one transfer" if at_once == 1 else f"{at_once} transfers at once"

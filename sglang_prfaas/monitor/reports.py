@@ -116,6 +116,14 @@ class ServerState(Struct, frozen=True, kw_only=True):
     change: str = ""
 
 
+class ConfiguredLink(Struct, frozen=True, kw_only=True):
+    """A link from a site to another as the site's own file has it."""
+
+    to_site: str
+    capacity_gbps: float
+    rtt_ms: float = 0.0
+
+
 class SiteState(Struct, frozen=True, kw_only=True, tag="state"):
     """All servers of a site; sent at once when one of them changes. Epoch and sequence as in `SiteLoads`. `GET /site`
     answers the same; name: the site, under the key that routers without reports read."""
@@ -130,6 +138,8 @@ class SiteState(Struct, frozen=True, kw_only=True, tag="state"):
     draining: bool
     servers: list[ServerState]
     links: list[LinkLoad] = []
+    configured_links: list[ConfiguredLink] | None = None
+    """None: not told, by an agent of an older version."""
 
 
 class Answer(Struct, frozen=True, kw_only=True, tag="answer"):

@@ -22,7 +22,7 @@ from sglang_prfaas.profiler.summary import (
     noisy,
 )
 from sglang_prfaas.profiler.targets import Target
-from sglang_prfaas.profiler.transfers import measure_transfers, round_trip_s
+from sglang_prfaas.profiler.transfers import measure_together, measure_transfers, round_trip_s
 from sglang_prfaas.scheduler.profiles import (
     LinkProfile,
     MeasuredPoint,
@@ -47,6 +47,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     repeats: int
     budget_s: float
     transfer_log: str
+    at_once: int = 1
+    """Transfers side by side, when the link is measured."""
     gpus: Mapping[str, int]
     date: str
     command: str
@@ -143,28 +145,54 @@ class Profiler:
         chosen = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
         await self._idle(source, sink)
         self._say(f"transfers from {source.name} to {sink.name}: {_numbers(chosen)} tokens")
+        legs, between = await self._legs(sink, source), source.site != sink.site
         found = await measure_transfers(
-            await self._legs(sink, source),
+            legs,
             chosen,
             self._settings.transfer_log,
             vocabulary=self._facts.vocabulary,
             repeats=self._settings.repeats,
-            budget=budget,
+            budget=budget.share(1, 2) if between else budget,
             say=self._say,
         )
         self.transfers[f"{source.name} to {sink.name}"] = found
-        if found and source.site != sink.site:
-            gbps, tokens = link_rate(found)
-            self._links.append(
-                LinkProfile(
-                    from_site=source.site,
-                    to_site=sink.site,
-                    gbps=gbps,
-                    rtt_ms=await round_trip_s(source.api.url) * 1e3,
-                    tokens=tokens,
-                    transfers=len(found),
-                )
+        if found and between:
+            await self._measure_link(source, sink, legs, found, budget)
+
+    async def _measure_link(
+        self, source: Target, sink: Target, legs: Legs, alone: Sequence[Transfer], budget: Budget
+    ) -> None:
+        """What several transfers at once get of the link, beside what one of them got."""
+        settings = self._settings
+        room_tokens = min((target.info.max_tokens for target in (source, sink) if target.info.max_tokens), default=0)
+        lengths = sorted({transfer.tokens for transfer in alone})
+        together = [tokens for tokens in lengths if not room_tokens or tokens * settings.at_once <= room_tokens]
+        rounds = []
+        if settings.at_once > 1:
+            rounds = await measure_together(
+                legs,
+                together,
+                settings.transfer_log,
+                at_once=settings.at_once,
+                vocabulary=self._facts.vocabulary,
+                repeats=settings.repeats,
+                budget=budget,
+                say=self._say,
             )
+            if not rounds:
+                self._note("no time or KVCache was left for several transfers at once: the link may carry more")
+        best = link_rate(alone, rounds)
+        self._links.append(
+            LinkProfile(
+                from_site=source.site,
+                to_site=sink.site,
+                gbps=best.gbps,
+                rtt_ms=await round_trip_s(source.api.url) * 1e3,
+                tokens=best.tokens,
+                transfers=len(alone) + sum(one.at_once for one in rounds),
+                at_once=best.at_once,
+            )
+        )
 
     async def _measure_decode(self, target: Target, budget: Budget) -> None:
         settings = self._settings

@@ -35,6 +35,16 @@ class Transfer(Struct, frozen=True, kw_only=True):
     """From the first byte to the last."""
 
 
+class Round(Struct, frozen=True, kw_only=True):
+    """Transfers of one length that were asked for at once."""
+
+    tokens: int
+    at_once: int
+    bytes: int
+    busy_s: float
+    """In which at least one of them was under way."""
+
+
 def geometric(low: int, high: int, factor: float = 2.0) -> list[int]:
     """low, low * factor, ..., ending with high. Raises ValueError where low is above high."""
     if not 0 < low <= high or factor <= 1:
@@ -129,14 +139,35 @@ def kv_layout(moved: Mapping[int, float], config: KvLayout | None) -> tuple[KvLa
     return None, "config.json does not say it, and it takes transfers of two lengths to measure it"
 
 
-def link_rate(transfers: Sequence[Transfer]) -> tuple[float, int]:
-    """The highest median rate of a length in Gbps, and that length. Raises ValueError without any transfer that took
-    time."""
-    rates: dict[int, list[float]] = {}
+def busy_s(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of these spans, each from a time to a later one, lasted."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+class LinkRate(Struct, frozen=True, kw_only=True):
+    """What a link carried at best. at_once: of how many transfers of `tokens` tokens."""
+
+    gbps: float
+    tokens: int
+    at_once: int
+
+
+def link_rate(transfers: Sequence[Transfer], rounds: Sequence[Round] = ()) -> LinkRate:
+    """The highest median rate of a length, of one transfer or of several at once. Raises ValueError without any that
+    took time."""
+    rates: dict[tuple[int, int], list[float]] = {}
     for transfer in transfers:
         if transfer.transfer_s > 0:
-            rates.setdefault(transfer.tokens, []).append(transfer.bytes / transfer.transfer_s)
-    return max((bytes_per_s_to_gbps(statistics.median(found)), tokens) for tokens, found in rates.items())
+            rates.setdefault((transfer.tokens, 1), []).append(transfer.bytes / transfer.transfer_s)
+    for one in rounds:
+        if one.busy_s > 0:
+            rates.setdefault((one.tokens, one.at_once), []).append(one.bytes / one.busy_s)
+    rate, (tokens, at_once) = max((statistics.median(found), key) for key, found in rates.items())
+    return LinkRate(gbps=bytes_per_s_to_gbps(rate), tokens=tokens, at_once=at_once)
 
 
 def bytes_by_tokens(transfers: Iterable[Transfer]) -> dict[int, float]:

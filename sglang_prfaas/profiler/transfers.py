@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,7 +15,7 @@ from sglang_prfaas.errors import PeerError
 from sglang_prfaas.profiler.budget import SLACK_S, Budget
 from sglang_prfaas.profiler.decode import Legs
 from sglang_prfaas.profiler.sglang_api import RefusedError, unique_prompt
-from sglang_prfaas.profiler.summary import Transfer
+from sglang_prfaas.profiler.summary import Round, Transfer, busy_s
 from sglang_prfaas.transport.transfer_log import TransferRecord
 
 _LOG_S = 10.0
@@ -38,7 +39,6 @@ async def measure_transfers(
     The first of all is not counted: it opens the session. Stops at the first length that is refused, or when time is
     up. Raises PeerError where a server fails, or the log stays empty.
     """
-    assert legs.prefill is not None
     found: list[Transfer] = []
     tail = LogTail(log)
     spent_s = 0.0
@@ -46,29 +46,83 @@ async def measure_transfers(
         for repeat in range(repeats + (index == 0)):
             if found and not budget.fits(2 * spent_s):
                 return found
-            pair, started_s = legs.pair(), time.perf_counter()
-            assert pair is not None
-            prompt = unique_prompt(tokens, vocabulary)
-            both = [
-                asyncio.create_task(api.generate(prompt, 2, pair, timeout_s=budget.left_s + SLACK_S))
-                for api in (legs.prefill, legs.decode)
-            ]
+            started_s = time.perf_counter()
             try:
-                await asyncio.gather(*both)
+                room = await _send(legs, tokens, vocabulary, budget)
             except RefusedError:
                 return found
-            finally:
-                for task in both:
-                    task.cancel()
-                await asyncio.gather(*both, return_exceptions=True)
             spent_s = time.perf_counter() - started_s
-            transfer = _joined(tokens, await tail.received(pair.bootstrap_room))
+            transfer = _joined(tokens, await tail.received(room))
             if index or repeat:
                 found.append(transfer)
         if found and found[-1].transfer_s > 0:
             rate = found[-1].bytes / found[-1].transfer_s / 1e6
             say(f"{tokens} tokens: {found[-1].bytes} bytes moved, {rate:.1f} MB/s")
     return found
+
+
+async def measure_together(
+    legs: Legs,
+    lengths: Sequence[int],
+    log: str,
+    *,
+    at_once: int,
+    vocabulary: int,
+    repeats: int,
+    budget: Budget,
+    say: Callable[[str], None],
+) -> list[Round]:
+    """Send `at_once` prompts of a length together, for each length, and read from the log when how much moved.
+
+    Stops as `measure_transfers` does. Raises PeerError where a server fails, or the log stays empty.
+    """
+    found: list[Round] = []
+    tail = LogTail(log)
+    spent_s = 0.0
+    for tokens in sorted(lengths):
+        for _ in range(repeats):
+            if not budget.fits(2 * spent_s):
+                return found
+            started_s = time.perf_counter()
+            tasks = [asyncio.create_task(_send(legs, tokens, vocabulary, budget)) for _ in range(at_once)]
+            try:
+                rooms = await asyncio.gather(*tasks)
+            except RefusedError:
+                return found
+            finally:
+                await _end(tasks)
+            spent_s = time.perf_counter() - started_s
+            records = [record for room in rooms for record in await tail.received(room)]
+            moved = sum(record.bytes for record in records)
+            seconds = busy_s((record.unix_time_s - record.transfer_s, record.unix_time_s) for record in records)
+            found.append(Round(tokens=tokens, at_once=at_once, bytes=moved, busy_s=seconds))
+        if found and found[-1].busy_s > 0:
+            rate = found[-1].bytes / found[-1].busy_s / 1e6
+            say(f"{at_once} times {tokens} tokens: {found[-1].bytes} bytes moved, {rate:.1f} MB/s")
+    return found
+
+
+async def _send(legs: Legs, tokens: int, vocabulary: int, budget: Budget) -> int:
+    """One prompt through a pair; returns its room. Raises RefusedError, PeerError."""
+    pair = legs.pair()
+    assert legs.prefill is not None
+    assert pair is not None
+    prompt = unique_prompt(tokens, vocabulary)
+    both = [
+        asyncio.create_task(api.generate(prompt, 2, pair, timeout_s=budget.left_s + SLACK_S))
+        for api in (legs.prefill, legs.decode)
+    ]
+    try:
+        await asyncio.gather(*both)
+    finally:
+        await _end(both)
+    return pair.bootstrap_room
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def round_trip_s(url: str) -> float:
@@ -117,7 +171,7 @@ class LogTail:
             self._read()
             found = [r for r in self._records if r.room == room and r.role == "decode" and r.status == "done"]
             if found and len(found) == before:
-                self._records.clear()
+                self._records = [record for record in self._records if record.room != room]
                 return found
             if time.perf_counter() > deadline_s:
                 raise PeerError(

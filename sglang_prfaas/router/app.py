@@ -192,7 +192,7 @@ class Router:
             raise HttpError(503, "No decode server of a PD site to use is alive.", code="no_decode")
         target = min(decodes, key=lambda t: t.inflight_requests)
         response.extra_headers.append((b"x-prfaas-decode", f"{target.site}/{target.name}".encode()))
-        target.inflight_requests += 1
+        target.add_load(1)
         try:
             await relay(request, response, target.upstream, drop_request_headers=DROPPED_REQUEST_HEADERS)
         except HttpError as exc:
@@ -200,7 +200,7 @@ class Router:
                 target.suspect(exc.message)
             raise
         finally:
-            target.inflight_requests -= 1
+            target.add_load(-1)
 
     def _health(self, response: Response) -> None:
         """200 only while requests can be served: a decode server and any prefill server are alive."""

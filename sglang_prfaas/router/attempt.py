@@ -54,9 +54,9 @@ class Attempt:
         """Send the request to both servers."""
         self._holds_prefill = self._holds_decode = True
         for server in (self.prefill, self.decode):
-            server.inflight_requests += 1
             server.served += 1
-        self.prefill.inflight_tokens += self._tokens
+        self.prefill.add_load(1, self._tokens)
+        self.decode.add_load(1)
         sinks = PrefillSink(self), DecodeSink(self)
         if self.merge_logprobs:
             self._merging = sinks
@@ -104,15 +104,14 @@ class Attempt:
             if self._flight is not None:
                 (self._flight.prefilled if answered else self._flight.ended)(self._loop.time())
             self._holds_prefill = False
-            self.prefill.inflight_requests -= 1
-            self.prefill.inflight_tokens -= self._tokens
+            self.prefill.add_load(-1, -self._tokens)
             if self._merging is not None:
                 self._merging[1].prefill_ready()
 
     def _decode_finished(self) -> None:
         if self._holds_decode:
             self._holds_decode = False
-            self.decode.inflight_requests -= 1
+            self.decode.add_load(-1)
 
     def prefill_answer(self) -> bytes | None:
         """Prefill's whole answer, once it is there (only kept where logprobs are merged)."""

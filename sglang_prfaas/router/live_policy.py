@@ -23,7 +23,8 @@ from sglang_prfaas.router.registry import Registry, Target
 from sglang_prfaas.router.tenancy import permitted
 from sglang_prfaas.router.tokens import TokenCount
 from sglang_prfaas.scheduler import Decision
-from sglang_prfaas.scheduler.live import LivePolicy, Moment
+from sglang_prfaas.scheduler.live import LivePolicy
+from sglang_prfaas.scheduler.moment import Moment
 from sglang_prfaas.scheduler.profiles import ProfileFile
 from sglang_prfaas.scheduler.types import Observation
 
@@ -211,7 +212,7 @@ class Flight:
         prompts = max(1.0, tokens.total / max(1, tokens.longest))
         work_s *= prompts
         self._number = target.queue.add(now_s, work_s, after_s, round(to_compute * prompts))
-        target.wait_s += work_s
+        target.set_wait(target.wait_s + work_s)
         self._pair, self._bytes = pair, 0.0
         if pair is not None:
             self._bytes = prompts * policy.profile.kv.increment_bytes(tokens.longest, held)
@@ -219,7 +220,7 @@ class Flight:
 
     def prefilled(self, now_s: float) -> None:
         busy_s = self._target.queue.finish(now_s, self._number)
-        self._target.wait_s = self._target.queue.wait_s(now_s) + self._target.foreign_wait_s
+        self._target.set_wait(self._target.queue.wait_s(now_s) + self._target.foreign_wait_s)
         if busy_s is not None and self._teaches and self._policy.config.policy.correct_profile:
             self._policy.live.learn(now_s, self._target.site, float(self._tokens), busy_s)
         self._left()

@@ -17,6 +17,7 @@ from sglang_prfaas.router.registry import Registry
 from sglang_prfaas.router.tenancy import permitted
 from sglang_prfaas.router.tokens import TokenCount
 from sglang_prfaas.scheduler import Decision, decide
+from sglang_prfaas.scheduler.short_term import LeastLoaded
 
 
 class Flight(Protocol):
@@ -66,10 +67,11 @@ class FixedPolicy:
         self._observation = registry.observation
         self._settings = config.policy
         self._prefixes = PrefixWriter(registry.observation, prefixes)
+        self._least = LeastLoaded()
 
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         self._prefixes.write(body)
-        return decide(permitted(self._observation, view.sites), view)
+        return decide(permitted(self._observation, view.sites), view, least=self._least)
 
     def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight | None:
         return None

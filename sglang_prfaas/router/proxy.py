@@ -86,77 +86,25 @@ class PdProxy:
             self._account(record, response)
 
     async def _serve(self, request: Request, response: Response, endpoint: Endpoint, record: AccessRecord) -> None:
+        """Attempts, until one is answered, the client can be told why not, or there were enough."""
         tenant = self._tenants.of(request)
-        sites = self._tenants.sites(tenant)
-        body = parse_body(endpoint, request.body)
-        if tenant is not None and tenant.cache_salt:
-            body.cache_salt = tenant.cache_salt
-        if not self._models.knows(body.model):
-            await self._refresh_models()  # a LoRA adapter may have been loaded since
-            if not self._models.knows(body.model):
-                raise self._models.unknown(body.model)
-        forced = forced_route(request)
-        t, band = self._registry.observation.t_tokens, self._exact_count_band
-        tokens = None
-        if self._prefixes.wants(body, lambda: self._counter.estimate(body).longest):
-            tokens = await self._counter.token_ids(body)
-        if tokens is None:
-            tokens = await self._counter.count(body, t * (1 - band), t * (1 + band))
-        record.input_tokens = tokens.total
-        record.stream = body.stream
-        self._metrics.counts.add(("exact" if tokens.exact else "estimate",))
-
-        header_block = encode_headers(
-            [
-                *forwardable_request_headers(request.headers, DROPPED_REQUEST_HEADERS),
-                *(() if request.header(b"x-request-id") else ((b"x-request-id", record.request_id.encode("latin-1")),)),
-            ]
-        )
-        method = request.method.encode("latin-1")
+        sites, forced = self._tenants.sites(tenant), forced_route(request)
+        body = await self._body(request, endpoint, tenant)
+        tokens = await self._tokens(body, record)
+        header_block = _upstream_headers(request, record)
         avoid: frozenset[ServerKey] = frozenset()
         last: Failure | None = None
-        flight: Flight | None
         retries = stale = 0
         while True:
             view = RequestView(l_total=tokens.longest, exact=tokens.exact, forced=forced, sites=sites, avoid=avoid)
-            decision = self._policy.decide(self._loop.time(), view, body)
-            record.decision = decision
-            record.recent = DecisionRecord(time.time(), record.request_id, tokens.total, len(record.attempts), decision)
-            self.decisions.add(record.recent)
-            if self._on_routed is not None and last is None:
-                self._on_routed(decision)
-            if self._line is not None and record.held_s is None:
-                turn = await self._line.turn(decision, view, body, tokens)
-                decision, flight, record.held_s = turn.decision, turn.flight, turn.held_s
-                record.decision = record.recent.decision = decision
-                record.recent.held_s = turn.held_s
-            else:
-                flight = self._policy.begin(self._loop.time(), decision, tokens) if decision.prefill else None
+            decision, flight = await self._route(view, body, tokens, record, first=last is None)
             if decision.prefill is None or decision.decode is None:
                 raise self._unservable(decision, last, tenant)
             assert isinstance(decision.prefill, Target)
             assert isinstance(decision.decode, Target)
-            rooms = new_rooms(body)
-            injected = body.with_bootstrap(decision.prefill.bootstrap_host, decision.prefill.bootstrap_port, rooms)
-            record.room = rooms[0]
-            promised = self._promised(decision.prefill) if body.token_ids is not None else None
-            if promised is not None and not record.attempts:
-                self._prefixes.looked_up(body, any(s.affinity for s in self._registry.observation.sites))
-            response.extra_headers = self._headers(decision, tokens, rooms[0], record)
-            if promised is not None:
-                response.extra_headers.append((b"x-prfaas-cached-tokens", b"%d" % promised))
-            attempt = Attempt(
-                response,
-                decision.prefill,
-                decision.decode,
-                self._loop,
-                uncached_tokens=decision.uncached_tokens,
-                merge_logprobs=body.merges_logprobs,
-                flight=flight,
-                on_cached=None if promised is None else partial(self._told, body, decision.prefill, promised),
-            )
+            attempt, injected = self._attempt(decision, flight, body, tokens, response, record)
             try:
-                attempt.start(method, request.target, header_block, injected)
+                attempt.start(request.method.encode("latin-1"), request.target, header_block, injected)
                 outcome = await attempt.done
             finally:
                 record.first_byte_s = attempt.committed_s
@@ -181,6 +129,81 @@ class PdProxy:
                     continue
             self._give_up(response, failure, record)
             return
+
+    async def _body(self, request: Request, endpoint: Endpoint, tenant: TenantConfig | None) -> ParsedBody:
+        """The request's body, for a model that is served here. Raises HttpError."""
+        body = parse_body(endpoint, request.body)
+        if tenant is not None and tenant.cache_salt:
+            body.cache_salt = tenant.cache_salt
+        if not self._models.knows(body.model):
+            await self._refresh_models()  # a LoRA adapter may have been loaded since
+            if not self._models.knows(body.model):
+                raise self._models.unknown(body.model)
+        return body
+
+    async def _tokens(self, body: ParsedBody, record: AccessRecord) -> TokenCount:
+        """How long the prompt is: exactly where its prefix may be cached, or t is near."""
+        t, band = self._registry.observation.t_tokens, self._exact_count_band
+        tokens = None
+        if self._prefixes.wants(body, lambda: self._counter.estimate(body).longest):
+            tokens = await self._counter.token_ids(body)
+        if tokens is None:
+            tokens = await self._counter.count(body, t * (1 - band), t * (1 + band))
+        record.input_tokens = tokens.total
+        record.stream = body.stream
+        self._metrics.counts.add(("exact" if tokens.exact else "estimate",))
+        return tokens
+
+    async def _route(
+        self, view: RequestView, body: ParsedBody, tokens: TokenCount, record: AccessRecord, *, first: bool
+    ) -> tuple[Decision, Flight | None]:
+        """Decide; a request that was not held yet also waits for its turn. `first`: no attempt was made before."""
+        decision = self._policy.decide(self._loop.time(), view, body)
+        record.decision = decision
+        record.recent = DecisionRecord(time.time(), record.request_id, tokens.total, len(record.attempts), decision)
+        self.decisions.add(record.recent)
+        if self._on_routed is not None and first:
+            self._on_routed(decision)
+        if self._line is None or record.held_s is not None:
+            return decision, self._policy.begin(self._loop.time(), decision, tokens) if decision.prefill else None
+        turn = await self._line.turn(decision, view, body, tokens)
+        record.held_s = record.recent.held_s = turn.held_s
+        record.decision = record.recent.decision = turn.decision
+        return turn.decision, turn.flight
+
+    def _attempt(
+        self,
+        decision: Decision,
+        flight: Flight | None,
+        body: ParsedBody,
+        tokens: TokenCount,
+        response: Response,
+        record: AccessRecord,
+    ) -> tuple[Attempt, bytes]:
+        """An attempt that is yet to be started, and the body that both servers get."""
+        prefill, decode = decision.prefill, decision.decode
+        assert isinstance(prefill, Target)
+        assert isinstance(decode, Target)
+        rooms = new_rooms(body)
+        injected = body.with_bootstrap(prefill.bootstrap_host, prefill.bootstrap_port, rooms)
+        record.room = rooms[0]
+        promised = self._promised(prefill) if body.token_ids is not None else None
+        if promised is not None and not record.attempts:
+            self._prefixes.looked_up(body, any(s.affinity for s in self._registry.observation.sites))
+        response.extra_headers = self._headers(decision, tokens, rooms[0], record)
+        if promised is not None:
+            response.extra_headers.append((b"x-prfaas-cached-tokens", b"%d" % promised))
+        attempt = Attempt(
+            response,
+            prefill,
+            decode,
+            self._loop,
+            uncached_tokens=decision.uncached_tokens,
+            merge_logprobs=body.merges_logprobs,
+            flight=flight,
+            on_cached=None if promised is None else partial(self._told, body, prefill, promised),
+        )
+        return attempt, injected
 
     def _promised(self, prefill: Target) -> int:
         """Tokens of the request at hand that a prefill server is taken to hold."""
@@ -264,3 +287,9 @@ class PdProxy:
         record.bytes_out = response.bytes_written
         metrics.relayed_bytes.add((route,), record.bytes_out)
         self._log.write(record, self._loop.time(), time.time())
+
+
+def _upstream_headers(request: Request, record: AccessRecord) -> bytes:
+    """The client's headers that go on, with an id where it has none."""
+    own = () if request.header(b"x-request-id") else ((b"x-request-id", record.request_id.encode("latin-1")),)
+    return encode_headers([*forwardable_request_headers(request.headers, DROPPED_REQUEST_HEADERS), *own])

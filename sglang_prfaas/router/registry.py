@@ -13,7 +13,8 @@ from msgspec import Struct
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, ServerRole
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.http import Client, Upstream
-from sglang_prfaas.monitor.reports import SiteState
+from sglang_prfaas.monitor.reports import ConfiguredLink, SiteState
+from sglang_prfaas.router.link_check import LinkCheck
 from sglang_prfaas.scheduler.prefill_queue import PrefillQueue
 from sglang_prfaas.scheduler.types import Observation, ServerView, SiteView
 
@@ -21,8 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Target(ServerView, kw_only=True, eq=False):
-    """A server as the scheduler sees it, and how the router reaches it."""
+    """A server as the scheduler sees it, and how the router reaches it.
 
+    Loads, role and state change here only, and by `LiveSource.refresh` before a look: `within.version` says so."""
+
+    within: SiteView
     upstream: Upstream
     bootstrap_host: str = ""
     bootstrap_port: int = 0
@@ -34,11 +38,28 @@ class Target(ServerView, kw_only=True, eq=False):
     foreign_wait_s: float = 0.0  # part of wait_s that reports say and we did not send
     probe_now: Any = msgspec.field(default_factory=asyncio.Event)
 
+    def add_load(self, requests: int, tokens: int = 0) -> None:
+        """Requests, and uncached prompt tokens, that it has in work from now on; negative: not any more."""
+        self.inflight_requests += requests
+        self.inflight_tokens += tokens
+        self.within.version += 1
+
+    def set_wait(self, wait_s: float) -> None:
+        """Seconds until prefill has worked off its queue."""
+        self.wait_s = wait_s
+        self.within.version += 1
+
+    def set_role(self, role: ServerRole) -> None:
+        """The role that its agent says it has."""
+        self.role = role
+        self.within.version += 1
+
     def update_alive(self) -> None:
         """Alive: offered by its agent and healthy by our checks."""
         alive = self.offered and self.healthy
         if alive != self.alive:
             self.alive = alive
+            self.within.version += 1
             why = "" if alive else f": {self.error}" if self.offered else ": not offered by its agent"
             log.log(
                 logging.INFO if alive else logging.WARNING,
@@ -89,6 +110,7 @@ class AgentSite(Struct):
     servers: list[AgentServer]
     role: str = ""
     model: str = ""
+    configured_links: list[ConfiguredLink] | None = None
 
 
 class Registry:
@@ -97,6 +119,7 @@ class Registry:
     def __init__(self, config: RouterConfig, client: Client) -> None:
         self.client = client
         self._sites: dict[str, SiteView] = {}
+        self._link_check = LinkCheck()
         self.observation = Observation(sites=[], t_tokens=config.policy.threshold_tokens)
         for site in config.sites:
             view = SiteView(name=site.name, role=site.role, servers=[])
@@ -143,6 +166,8 @@ class Registry:
     def _apply(self, site: RouterSite, listed: AgentSite) -> None:
         if listed.name != site.name:
             raise PeerError(f"the agent at {site.agent_url} is of site {listed.name}, expected {site.name}")
+        if listed.configured_links is not None:
+            self._link_check.told(site, listed.configured_links)
         view = self._sites[site.name]
         known = {server.name: server for server in view.servers}
         for entry in listed.servers:
@@ -154,7 +179,7 @@ class Registry:
             assert isinstance(found, Target)
             if found.role != entry.role:
                 log.info("%s/%s changed its role from %s to %s", site.name, entry.name, found.role, entry.role)
-                found.role = entry.role
+                found.set_role(entry.role)
             upstream = self.client.upstream(url)
             found.upstream = upstream
             found.bootstrap_host = entry.bootstrap_host or upstream.host
@@ -168,11 +193,14 @@ class Registry:
             log.info("%s/%s is no longer listed by its agent", site.name, gone.name)
             gone.alive = False
             view.servers.remove(gone)
+            view.version += 1
 
     def _add(self, view: SiteView, entry: AgentServer) -> None:
         upstream = self.client.upstream(entry.url)
+        view.version += 1
         view.servers.append(
             Target(
+                within=view,
                 site=view.name,
                 name=entry.name,
                 role=entry.role,

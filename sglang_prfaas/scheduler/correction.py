@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from sglang_prfaas.scheduler.curves import Curve
+from sglang_prfaas.scheduler.curves import TimeCurve
 
 Floats = NDArray[np.float64]
 
@@ -70,6 +70,14 @@ class PrefillCorrection:
         self._limit = math.log(bound)
         self._half_life_s = half_life_s
         self._keys: dict[str, _Key] = {}
+        self._points: dict[TimeCurve, LastPoint] = {}
+
+    def curve(self, of: TimeCurve, key: str) -> CorrectedCurve:
+        """A profile's curve as corrected for one key."""
+        point = self._points.get(of)
+        if point is None:
+            point = self._points[of] = LastPoint(of)
+        return CorrectedCurve(point, self._entry(key))
 
     def learn(self, now_s: float, key: str, tokens: float, measured_s: float, profile_s: float) -> None:
         """One prefill of `tokens` took `measured_s`; the profile, without correction, said `profile_s`."""
@@ -77,9 +85,7 @@ class PrefillCorrection:
             return
         limit = self._limit + _CLIP
         log_ratio = max(-limit, min(limit, math.log(measured_s) - math.log(profile_s)))
-        entry = self._keys.get(key)
-        if entry is None:
-            entry = self._keys[key] = _Key()
+        entry = self._entry(key)
         octave = entry.octaves[_octave(tokens)]
         octave.add(now_s, log_ratio, entry.whole.log, self._half_life_s)
         entry.whole.add(now_s, log_ratio, 0.0, self._half_life_s)
@@ -91,27 +97,14 @@ class PrefillCorrection:
         entry = self._keys.get(key)
         if entry is None:
             return 1.0
-        place = math.log2(max(1.0, tokens)) - _SHORTEST_LOG2 - 0.5  # the middle of an octave has its own factor
-        if place <= 0:
-            return entry.factors[0]
-        left = int(place)
-        if left >= _OCTAVES - 1:
-            return entry.factors[-1]
-        share = place - left
+        left, share = _place(tokens)
         return entry.factors[left] * (1 - share) + entry.factors[left + 1] * share
-
-    def factors(self, key: str, tokens: Floats) -> Floats:
-        """`factor` of every element; [N] -> [N]."""
-        entry = self._keys.get(key)
-        if entry is None:
-            return np.ones_like(tokens)
-        places = np.log2(np.maximum(1.0, tokens)) - _SHORTEST_LOG2 - 0.5
-        return np.asarray(np.interp(places, np.arange(_OCTAVES), entry.factors), dtype=np.float64)
 
     def fade(self, now_s: float) -> None:
         """Bring all factors to now: evidence has aged since they were last asked for."""
         for entry in self._keys.values():
-            self._compute(entry, now_s)
+            if entry.whole.weight:
+                self._compute(entry, now_s)
 
     def table(self) -> dict[str, dict[int, float]]:
         """For each key, the factors that differ from 1 by the lowest length of their octave, for reports."""
@@ -122,7 +115,14 @@ class PrefillCorrection:
                 if abs(factor - 1.0) > 1e-4
             }
             for key, entry in self._keys.items()
+            if entry.whole.weight
         }
+
+    def _entry(self, key: str) -> _Key:
+        entry = self._keys.get(key)
+        if entry is None:
+            entry = self._keys[key] = _Key()
+        return entry
 
     def _compute(self, entry: _Key, now_s: float) -> None:
         entry.computed_s = now_s
@@ -134,20 +134,46 @@ class PrefillCorrection:
         entry.factors = np.exp(np.clip(mixed, -self._limit, self._limit)).tolist()
 
 
-class CorrectedCurve:
-    """A profile's curve times the correction of one key; read like a `Curve`."""
+class LastPoint:
+    """The point of a curve that was read last: for one request, all sites of a hardware mostly read the same."""
 
-    def __init__(self, curve: Curve, correction: PrefillCorrection, key: str) -> None:
-        self.profile = curve
-        self._correction, self._key = correction, key
+    def __init__(self, curve: TimeCurve) -> None:
+        self.curve = curve
+        self.read(0.0)
+
+    def read(self, x: float) -> None:
+        """y at x, and where x is among the octaves."""
+        self.x, self.y = x, self.curve.at(x)
+        self.left, self.share = _place(x)
+
+
+class CorrectedCurve:
+    """A profile's curve times the correction of one key; read like a `Curve`. Of `PrefillCorrection.curve`."""
+
+    def __init__(self, point: LastPoint, entry: _Key) -> None:
+        self._point, self._entry = point, entry
 
     def at(self, x: float) -> float:
         """y at one x."""
-        return self.profile.at(x) * self._correction.factor(self._key, x)
+        point, factors = self._point, self._entry.factors
+        if x != point.x:
+            point.read(x)
+        left, share = point.left, point.share
+        return point.y * (factors[left] * (1 - share) + factors[left + 1] * share)
 
     def over(self, x: Floats) -> Floats:
         """y at every x; [N] -> [N]."""
-        return self.profile.over(x) * self._correction.factors(self._key, x)
+        places = np.log2(np.maximum(1.0, x)) - _SHORTEST_LOG2 - 0.5
+        factors = np.interp(places, np.arange(_OCTAVES), self._entry.factors)
+        return np.asarray(self._point.curve.over(x) * factors, dtype=np.float64)
+
+
+def _place(tokens: float) -> tuple[int, float]:
+    """Between which octaves a length is, the middle of an octave having its own factor: the left one, the share of the
+    right one."""
+    place = math.log2(max(1.0, tokens)) - _SHORTEST_LOG2 - 0.5
+    left = min(_OCTAVES - 2, max(0, int(place)))
+    return left, min(1.0, max(0.0, place - left))
 
 
 def _octave(tokens: float) -> int:

@@ -4,9 +4,8 @@ One object for the router and the simulator. It holds what is learnt, the recent
 curves, and gives every decision to `short_term.decide`. The caller writes what it sees into the observation (waits,
 links, cached prefixes) and calls `look` as often as it likes to have that digested; `decide` works on the last look.
 
-Expected TTFT of a path: wait for prefill + T_prefill(tokens to compute there) + exposed transfer. Of several PD sites
-the one with the least expected TTFT serves, a request in decode counting `DECODE_S_PER_REQUEST`; of several PrfaaS
-sites the one with the least over its own link.
+Of several PD sites the one with the least expected TTFT serves, of several PrfaaS sites the one with the least over its
+own link (`paths.py`).
 """
 
 from __future__ import annotations
@@ -14,63 +13,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import msgspec
-from msgspec import Struct
 
 from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.core.request import RequestView, Route
 from sglang_prfaas.core.units import bytes_per_s_to_gbps
-from sglang_prfaas.scheduler.affinity import Serving, best_serving
 from sglang_prfaas.scheduler.correction import CorrectedCurve, PrefillCorrection
+from sglang_prfaas.scheduler.moment import Moment, site_load
+from sglang_prfaas.scheduler.paths import Path, Paths
 from sglang_prfaas.scheduler.profiles import PrefillProfile
-from sglang_prfaas.scheduler.short_term import decide, uncached_length
+from sglang_prfaas.scheduler.short_term import LeastLoaded, decide, uncached_length
 from sglang_prfaas.scheduler.threshold import LiveState, PathLoad, ThresholdChoice, ThresholdController
 from sglang_prfaas.scheduler.ttft import exposed_transfer_s
-from sglang_prfaas.scheduler.types import Decision, Figures, LinkView, Observation, Preference, SiteView
+from sglang_prfaas.scheduler.types import Decision, Figures, LinkView, Observation, Preference
 
-DECODE_S_PER_REQUEST = 0.01
-"""What a request on the least loaded decode server counts, against expected TTFT, between PD sites."""
 _REFERENCE_TOKENS = 32_768.0
 _INFINITE = float("inf")
-
-
-class SiteLoad(Struct):
-    """One site, digested: prefill servers alive, the least wait among them, the least decode load (infinite: none)."""
-
-    servers: int
-    wait_s: float
-    decode_load: float
-
-
-class Way(Struct):
-    """From one PrfaaS site to one PD site, digested: what does not depend on the request."""
-
-    site: str
-    link: LinkView | None
-    wait_s: float
-    """Until the link has sent what is ready."""
-    s_per_byte: float
-    state_s: float
-    """The state, which is sent after prefill, and half a round trip."""
-
-
-class Moment(Struct):
-    """One look at all sites. `states`: what the threshold of each PD site rests on."""
-
-    now_s: float
-    loads: dict[str, SiteLoad]
-    states: dict[str, LiveState]
-    ways: dict[str, list[Way]] = {}
-    """By PD site, from every PrfaaS site with a server alive; filled when a decision first needs it."""
-
-
-class _Path(Struct):
-    """What one request may expect of one path."""
-
-    tokens: int
-    wait_s: float
-    ttft_s: float
-    link: LinkView | None = None
 
 
 class LivePolicy:
@@ -85,12 +43,12 @@ class LivePolicy:
         settings: PolicyConfig,
     ) -> None:
         self._kv, self._settings = kv, settings
+        self._promises = bool(settings.max_wait_s or settings.slo_ttft_s)
         self.correction = PrefillCorrection(bound=settings.max_correction, half_life_s=settings.correction_half_life_s)
         self.profiles = {**local, **prfaas}
-        self._curves = {
-            site: CorrectedCurve(profile.time_s, self.correction, site) for site, profile in self.profiles.items()
-        }
+        self._curves = {site: self.correction.curve(profile.time_s, site) for site, profile in self.profiles.items()}
         self._pd, self._prfaas = list(local), list(prfaas)
+        self._paths = Paths(kv, self._curves, self._prfaas)
         # The threshold of a PD site knows one other path: servers of further PrfaaS sites count in those of the first.
         reference = self._prfaas[0] if self._prfaas else self._pd[0]
         reference_s = self._curves[reference].at(_REFERENCE_TOKENS)
@@ -114,7 +72,7 @@ class LivePolicy:
 
     def look(self, now_s: float, observation: Observation) -> Moment:
         """Digest the servers and links of an observation."""
-        loads = {site.name: _site_load(site) for site in observation.sites}
+        loads = {site.name: site_load(site) for site in observation.sites}
         states = {}
         for home in self._pd:
             if home not in loads:
@@ -141,7 +99,7 @@ class LivePolicy:
         if now_s - self._faded_s >= self._settings.solve_interval_s:
             self._faded_s = now_s
             self.correction.fade(now_s)
-        return Moment(now_s, loads, states)
+        return Moment(now_s, loads, states, least=LeastLoaded())
 
     def observe(self, now_s: float, local_tokens: int, prfaas_tokens: int, home: str = "") -> None:
         """Count one request: the tokens that either path would have to compute."""
@@ -150,6 +108,10 @@ class LivePolicy:
     def learn(self, now_s: float, site: str, tokens: float, measured_s: float) -> None:
         """A prefill of `tokens` kept a server of `site` busy for `measured_s`."""
         self.correction.learn(now_s, site, tokens, measured_s, self.profiles[site].time_s.at(tokens))
+
+    def curve(self, site: str) -> CorrectedCurve:
+        """T_prefill over tokens at a site, corrected."""
+        return self._curves[site]
 
     def prefill_s(self, site: str, tokens: float) -> float:
         """T_prefill at a site, corrected."""
@@ -177,8 +139,7 @@ class LivePolicy:
 
     def decide(self, moment: Moment, observation: Observation, request: RequestView) -> Decision:
         """Route one request. Writes t and the costs of this request at each site into the observation."""
-        sites = {site.name: site for site in observation.sites}
-        home, near, far = self._best_pd_site(moment, observation, sites, request.l_total)
+        home, near, far = self._paths.best(moment, observation, request.l_total)
         state = moment.states[home]
         if not request.avoid:
             self.observe(moment.now_s, near.tokens, far.tokens, home)
@@ -201,7 +162,7 @@ class LivePolicy:
             bandwidth_scarce=observation.bandwidth_scarce,
         )
         prefer = None
-        if request.forced is None and not request.avoid:
+        if self._promises and request.forced is None and not request.avoid:
             uncached = uncached_length(observation, request, home)
             wanted, other = (far, near) if uncached > choice.t_tokens else (near, far)
             prefer = self._preference(wanted, other, near)
@@ -213,107 +174,15 @@ class LivePolicy:
             return Decision(
                 None, None, None, refused, "busy_prefill", choice.t_tokens, uncached, figures, retry_after_s=retry_s
             )
-        decision = decide(observation, request, home=home, prefer=prefer)
+        decision = decide(observation, request, home=home, prefer=prefer, least=moment.least)
         return msgspec.structs.replace(decision, reason=f"{decision.reason}; {choice.reason}", figures=figures)
 
     def bind(self, moment: Moment, observation: Observation, request: RequestView, home: str) -> Decision:
         """Servers for a request whose PD site and path (`request.forced`) are chosen already."""
-        sites = {site.name: site for site in observation.sites}
-        l_total = request.l_total
-        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
-        if home in moment.states:
-            at_home = self._prefill(moment, sites[home], l_total)
-            if len(self._prfaas) > 1:
-                moving_bytes = self._kv.increment_bytes(l_total, l_total - at_home.tokens) - self._kv.state_bytes
-                self._write_costs(moment, sites, prefill, self._ways(moment, observation, home), moving_bytes)
-        return decide(observation, request, home=home)
+        self._paths.write_costs(moment, observation, request.l_total, home)
+        return decide(observation, request, home=home, least=moment.least)
 
-    def _best_pd_site(
-        self, moment: Moment, observation: Observation, sites: dict[str, SiteView], l_total: int
-    ) -> tuple[str, _Path, _Path]:
-        """The PD site to serve a request of l_total tokens, and what to expect there of either path."""
-        best: tuple[str, _Path, _Path] | None = None
-        least = _INFINITE
-        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
-        total_bytes = self._kv.size_bytes(l_total) - self._kv.state_bytes
-        for home in moment.states:
-            load = moment.loads[home]
-            if best is not None and load.decode_load == _INFINITE:
-                continue
-            at_home = self._prefill(moment, sites[home], l_total)
-            near = _Path(at_home.tokens, at_home.wait_s, at_home.wait_s + at_home.seconds)
-            moving_bytes = total_bytes - self._kv.full_bytes_per_token * (l_total - at_home.tokens)
-            far = self._far(moment, observation, home, prefill, moving_bytes, l_total)
-            score = min(near.ttft_s, far.ttft_s) + DECODE_S_PER_REQUEST * load.decode_load
-            if best is None or score < least:
-                best, least = (home, near, far), score
-        assert best is not None
-        if len(self._prfaas) > 1:
-            home, near, _ = best
-            moving_bytes = self._kv.increment_bytes(l_total, l_total - near.tokens) - self._kv.state_bytes
-            self._write_costs(moment, sites, prefill, moment.ways[home], moving_bytes)
-        return best
-
-    def _prefill(self, moment: Moment, site: SiteView, l_total: int) -> Serving:
-        """What a site can do for a request of l_total tokens, on its best server."""
-        return best_serving(site, l_total, moment.loads[site.name].wait_s, self._curves[site.name].at)
-
-    def _far(
-        self,
-        moment: Moment,
-        observation: Observation,
-        home: str,
-        prefill: dict[str, Serving],
-        moving_bytes: float,
-        l_total: int,
-    ) -> _Path:
-        """The PrfaaS site of the least expected TTFT. `moving_bytes`: what is sent while prefill computes.
-
-        `exposed_s`, with all but the request itself worked out before: this runs for every pair of sites."""
-        ways = moment.ways.get(home)
-        if ways is None:
-            ways = moment.ways[home] = self._ways(moment, observation, home)
-        found, least_s, waited_s = None, _INFINITE, _INFINITE
-        for way in ways:
-            there = prefill[way.site]
-            late_s = moving_bytes * way.s_per_byte - there.seconds
-            wait_s = way.wait_s if way.wait_s > there.wait_s else there.wait_s
-            ttft_s = wait_s + way.state_s + there.seconds + (late_s if late_s > 0 else 0.0)
-            if found is None or ttft_s < least_s:
-                found, least_s, waited_s = way, ttft_s, wait_s
-        if found is None:
-            return _Path(l_total, _INFINITE, _INFINITE)
-        return _Path(prefill[found.site].tokens, waited_s, least_s, found.link)
-
-    def _ways(self, moment: Moment, observation: Observation, home: str) -> list[Way]:
-        found = []
-        for name in self._prfaas:
-            if not _alive(moment, name):
-                continue
-            link = observation.links.get((name, home))
-            if link is None:
-                found.append(Way(name, None, 0.0, 0.0, 0.0))
-                continue
-            s_per_byte = 1 / link.free_bytes_per_s if link.free_bytes_per_s > 0 else _INFINITE
-            state_s = self._kv.state_bytes * s_per_byte + link.rtt_s / 2 if s_per_byte < _INFINITE else _INFINITE
-            found.append(Way(name, link, link.wait_s, s_per_byte, state_s))
-        return found
-
-    def _write_costs(
-        self,
-        moment: Moment,
-        sites: dict[str, SiteView],
-        prefill: dict[str, Serving],
-        ways: list[Way],
-        moving_bytes: float,
-    ) -> None:
-        for way in ways:
-            there = prefill[way.site]
-            link_s = max(0.0, way.wait_s - moment.loads[way.site].wait_s)
-            exposed_s = way.state_s + max(0.0, moving_bytes * way.s_per_byte - there.seconds)
-            sites[way.site].cost_s = link_s + there.base_s + exposed_s
-
-    def _preference(self, wanted: _Path, other: _Path, near: _Path) -> Preference | None:
+    def _preference(self, wanted: Path, other: Path, near: Path) -> Preference | None:
         """The other path, where it keeps a promise that the wanted one breaks."""
         if _INFINITE in (wanted.wait_s, other.wait_s):
             return None
@@ -326,7 +195,7 @@ class LivePolicy:
             return Preference(route, "slo", why)
         return None
 
-    def _refusal(self, request: RequestView, near: _Path, far: _Path) -> str:
+    def _refusal(self, request: RequestView, near: Path, far: Path) -> str:
         """Why no path may take a request; empty if one may. A retry is never refused: it was let in."""
         most_s = self._settings.max_wait_s
         if not most_s or request.avoid:
@@ -336,21 +205,3 @@ class LivePolicy:
         if wait_s <= most_s or wait_s == _INFINITE:
             return ""
         return f"prefill would wait {wait_s:.2f} s, more than policy.max_wait_s = {most_s:g}"
-
-
-def _alive(moment: Moment, site: str) -> bool:
-    return site in moment.loads and moment.loads[site].servers > 0
-
-
-def _site_load(site: SiteView) -> SiteLoad:
-    load = SiteLoad(0, _INFINITE, _INFINITE)
-    for server in site.servers:
-        if not server.alive:
-            continue
-        if server.role == "prefill":
-            load.servers += 1
-            load.wait_s = min(load.wait_s, server.wait_s)
-        else:
-            load.decode_load = min(load.decode_load, server.inflight_requests + server.extra_load)
-    load.wait_s += site.held_s
-    return load

@@ -78,17 +78,20 @@ class KvPoint(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class LinkProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one transfer at a time gets between two sites. Several at once may carry more."""
+    """What transfers got between two sites, one or several at a time. More at once may carry more."""
 
     from_site: str
     to_site: str
     gbps: float
-    """Of the lengths that were moved, the highest median rate from the first byte to the last."""
+    """Of the lengths that were moved, the highest median rate while something moved."""
     rtt_ms: float
     """Shortest TCP connect from where it was measured to the sending site; 0: not measured."""
     tokens: int
     """Length of the prompts that had this rate."""
     transfers: int
+    """All that were measured."""
+    at_once: int = 1
+    """How many of them together had this rate."""
 
 
 class Measurement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -56,11 +56,12 @@ FULL = 1e6
 
 
 class SiteView(Struct):
-    """One datacenter. What follows its servers is about the request at hand."""
+    """One datacenter. What follows `version` is about the request at hand."""
 
     name: str
     role: SiteRole
     servers: list[ServerView]
+    version: int = 0  # grows with every change of a server, where whoever watches them keeps it
     cached_tokens: int = 0  # prefix that every prefill server of the site can use
     affinity: dict[str, int] = {}  # longer prefixes that single servers hold, in tokens by server
     decode_affinity: dict[str, int] = {}  # what of it decode servers hold, in tokens by server

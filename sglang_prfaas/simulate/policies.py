@@ -7,7 +7,8 @@ from typing import Protocol
 
 from sglang_prfaas.core.request import RequestView
 from sglang_prfaas.scheduler import Decision, Observation, decide
-from sglang_prfaas.scheduler.live import LivePolicy, Moment, SiteLoad
+from sglang_prfaas.scheduler.live import LivePolicy
+from sglang_prfaas.scheduler.moment import Moment, SiteLoad
 from sglang_prfaas.scheduler.threshold import NOTHING_OFFLOADED, LiveState
 
 

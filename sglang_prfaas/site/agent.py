@@ -37,7 +37,7 @@ from sglang_prfaas.http import (
     relay,
 )
 from sglang_prfaas.monitor.link_channel import LinkReceiver, LinkViews
-from sglang_prfaas.monitor.reports import Command, ServerState, SiteState
+from sglang_prfaas.monitor.reports import Command, ConfiguredLink, ServerState, SiteState
 from sglang_prfaas.site import metrics, operator_control
 from sglang_prfaas.site.cache_server import CacheServer
 from sglang_prfaas.site.cache_watch import CacheWatch
@@ -231,6 +231,10 @@ class Agent:
             draining=self.draining,
             servers=[self._server_state(name) for name in self._servers],
             links=self._links.links(),
+            configured_links=[
+                ConfiguredLink(to_site=link.to_site, capacity_gbps=link.capacity_gbps, rtt_ms=link.rtt_ms)
+                for link in self._config.links
+            ],
         )
 
     def metrics(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,7 +136,7 @@ class Fake:
                 room=room,
                 rank=rank,
                 status="done",
-                unix_time_s=0.0,
+                unix_time_s=time.time(),
                 bytes=size // 2,
                 transfer_s=size / self.transfer_bytes_per_s,
             )

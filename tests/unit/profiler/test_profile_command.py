@@ -127,10 +127,11 @@ def test_two_sites_with_a_pd_pair(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "config.json gives 1000 B/token and 0 B of state" in found.measured.kv_origin
     (link,) = found.measured.links
     assert (link.from_site, link.to_site) == ("far", "home")
-    assert link.gbps == pytest.approx(0.2, rel=0.01)
+    assert 0.2 * 0.99 <= link.gbps <= 4 * 0.2 * 1.01, "the fakes do not share a link"
+    assert link.transfers >= 9 + 4, "three lengths three times, and at least once four at a time"
     assert 0 < link.rtt_ms < 1000
     text = capsys.readouterr().out
-    assert "link far to home: 0.2 Gbps" in text
+    assert "link far to home: " in text
     raw = json.loads((tmp_path / "raw.json").read_text())
     assert len(raw["prefill_samples"]["H200"]["1000"]) == 3
     _works_everywhere(tmp_path, router, capsys)

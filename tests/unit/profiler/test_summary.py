@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.profiler.summary import (
+    Round,
     Transfer,
+    busy_s,
     bytes_by_tokens,
     geometric,
     kv_layout,
@@ -140,7 +142,21 @@ def test_an_unknown_model_takes_two_lengths() -> None:
 
 def test_the_link_is_the_fastest_length() -> None:
     transfers = [Transfer(tokens=n, bytes=n * 1000, transfer_s=s) for n, s in ((100, 1e-3), (100, 3e-3), (900, 1e-3))]
-    gbps, tokens = link_rate(transfers)
-    assert gbps == pytest.approx(7.2)
-    assert tokens == 900
+    best = link_rate(transfers)
+    assert best.gbps == pytest.approx(7.2)
+    assert (best.tokens, best.at_once) == (900, 1)
     assert bytes_by_tokens(transfers) == {100: 100_000, 900: 900_000}
+
+
+def test_several_transfers_at_once_may_carry_more() -> None:
+    alone = [Transfer(tokens=100, bytes=100_000, transfer_s=1e-3)]
+    rounds = [Round(tokens=100, at_once=4, bytes=400_000, busy_s=s) for s in (1e-3, 2e-3, 5e-3)]
+    best = link_rate(alone, rounds)
+    assert best.gbps == pytest.approx(1.6)
+    assert (best.tokens, best.at_once) == (100, 4)
+    assert link_rate(alone, rounds[2:]).at_once == 1
+
+
+def test_busy_is_the_union_of_spans() -> None:
+    assert busy_s([]) == 0.0
+    assert busy_s([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == pytest.approx(4.0)

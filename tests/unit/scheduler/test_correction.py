@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_prfaas.scheduler import paper
-from sglang_prfaas.scheduler.correction import CorrectedCurve, PrefillCorrection
+from sglang_prfaas.scheduler.correction import PrefillCorrection
 
 CURVE = paper.PAPER_PROFILE.prefill["H20"].time_s
 LENGTHS = (200.0, 1_500.0, 11_000.0, 60_000.0)
@@ -21,7 +21,7 @@ def made() -> PrefillCorrection:
 
 
 def test_nothing_learnt_changes_nothing() -> None:
-    curve = CorrectedCurve(CURVE, made(), "pd")
+    curve = made().curve(CURVE, "pd")
     x = np.array(LENGTHS)
     assert [curve.at(length) for length in LENGTHS] == [CURVE.at(length) for length in LENGTHS]
     assert (curve.over(x) == CURVE.over(x)).all()
@@ -35,7 +35,7 @@ def test_it_converges_when_the_curve_is_off_by_two(off: float) -> None:
         length = float(random.choice(LENGTHS))
         noise = float(np.exp(random.normal(0.0, 0.2)))
         correction.learn(step * 0.5, "pd", length, off * noise * CURVE.at(length), CURVE.at(length))
-    curve = CorrectedCurve(CURVE, correction, "pd")
+    curve = correction.curve(CURVE, "pd")
     for length in LENGTHS:
         assert curve.at(length) == pytest.approx(off * CURVE.at(length), rel=0.12)
     assert curve.over(np.array([11_000.0]))[0] == pytest.approx(curve.at(11_000.0))

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from sglang_prfaas.clock import Deadline, MonotonicClock
-from sglang_prfaas.config.schema import PrefixCacheConfig, SiteRole, TransportConfig
+from sglang_prfaas.config.schema import LinkConfig, PrefixCacheConfig, SiteRole, TransportConfig
 from sglang_prfaas.site import Site, running
 from sglang_prfaas.site.free_ports import HeldPort
 from sglang_prfaas.site.lifecycle import State
@@ -28,9 +28,12 @@ from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed, wait
 
 
 @contextmanager
-def site_with_agent(make_site: MakeSite, python: str, role: SiteRole) -> Iterator[RunningSite]:
+def site_with_agent(
+    make_site: MakeSite, python: str, role: SiteRole, links: list[LinkConfig] | None = None
+) -> Iterator[RunningSite]:
     roles = ("prefill",) if role == "prfaas" else ("prefill", "decode")
     config = make_site("here", role, roles, changed(LIMITS, restart_backoff_s=PATIENCE_S), agent=True)
+    config = msgspec.structs.replace(config, links=links or [])
     with running(Site(config, python=python, progress=Progress(write=silent))) as sites:
         yield sites["here"]
 
@@ -64,6 +67,14 @@ def test_the_site_is_described(make_site: MakeSite, fake_python: str) -> None:
             "change": "",
         }
         assert decode["bootstrap_port"] == 0
+        assert report["configured_links"] == []
+
+
+def test_the_site_tells_what_its_file_says_of_links(make_site: MakeSite, fake_python: str) -> None:
+    links = [LinkConfig(to_site="elsewhere", capacity_gbps=10, rtt_ms=5)]
+    with site_with_agent(make_site, fake_python, "prfaas", links) as site:
+        report = json.loads(ask(site, "GET", "/site")[1])
+    assert report["configured_links"] == [{"to_site": "elsewhere", "capacity_gbps": 10.0, "rtt_ms": 5.0}]
 
 
 def test_health_and_metrics_follow_the_servers(make_site: MakeSite, fake_python: str) -> None:

@@ -123,6 +123,14 @@ class TransportConfig(_Config, frozen=True):
             "until its process counts as ended.",
         ),
     ] = 0.5
+    control_messages_per_s: Annotated[
+        float,
+        Meta(
+            ge=10,
+            description="Control messages that one peer may send in a second, counted as one and another for each KiB; "
+            "four seconds' worth at one go. Its connection is closed beyond it.",
+        ),
+    ] = 10_000.0
     congestion_control: Annotated[
         str, Meta(description="TCP congestion control of data connections (cubic, bbr, ...). Empty: the system's.")
     ] = ""

@@ -44,6 +44,8 @@ class Connection:
         """Of no other connection of this process."""
         self.site = ""
         """The site that the peer has proved to belong to; empty without keys."""
+        self.certificate = ""
+        """Fingerprint of the certificate that it has proved it with."""
         self._lock = threading.Lock()
         self._tls_lock = threading.Lock()
         """OpenSSL lets nobody read a connection while another writes to it."""
@@ -311,7 +313,7 @@ def connect(
     except OSError as error:
         raise PeerGoneError(f"{where} cannot be reached: {explain(error)}") from None
     try:
-        connection.site = security.handshake(connection.sock)
+        connection.site, connection.certificate = security.handshake(connection.sock)
     except PeerGoneError as error:
         raise PeerGoneError(f"{where}: {error}") from None
     except PeerError as error:

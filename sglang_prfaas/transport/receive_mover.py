@@ -50,6 +50,7 @@ from sglang_prfaas.transport.receive_session import Incoming, PeerSession
 from sglang_prfaas.transport.resolver import resolve_in_background
 from sglang_prfaas.transport.security import ServerKeys, load_security
 from sglang_prfaas.transport.security.curve import Loss
+from sglang_prfaas.transport.security.peers import Watch
 from sglang_prfaas.transport.session import IncomingTransfer
 
 __all__ = ["Incoming", "PeerSession", "ReceiveMover"]
@@ -97,6 +98,7 @@ class ReceiveMover:
         self._data = DataReceiver(config, self._security, clock, lose=self._lose, complete=self._tell_done)
         self._loop = ZmqLoop("prfaas-receive-control", clock, self._security)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._tick)
+        self._loop.on_list_change(self._list_changed)
         self._directories = DirectoryClient(self._loop, clock, config.handshake_timeout_s, self._server_keys)
         self._last_ping_s = self._last_tick_s = clock.now_s()
 
@@ -366,6 +368,24 @@ class ReceiveMover:
                 self._send(session, envelope)
             if ping or session.mailbox.owing or session.health.contact is Contact.SUSPENDED:
                 self._send(session, session.mailbox.unnumbered(encode(Ping())))
+
+    def _list_changed(self, watch: Watch) -> None:
+        """End what stands of sites, keys and certificates that are not let in any more."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            site, key = session.server.site, session.server.public.decode()
+            if site and not watch.has_key(site, key):
+                self._lose(session, f"its key {key} is not in peers.toml any more")
+                continue
+            with session.lock:
+                connections = list(session.connections.values())
+            for connection in connections:
+                if connection.certificate and not watch.has_certificate(site, connection.certificate):
+                    logger.warning(
+                        "prfaas: %s: its certificate %s is not in peers.toml any more", session, connection.certificate
+                    )
+                    connection.cut()
 
     def _renew_if_silent(self, session: PeerSession, now_s: float) -> None:
         """Cut the data connections of a prefill rank that has fallen silent; their threads dial them again."""

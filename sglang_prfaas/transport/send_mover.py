@@ -15,6 +15,7 @@ from sglang_prfaas.errors import ChecksumError, LocalError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.addresses import endpoint, resolve
+from sglang_prfaas.transport.clients import Doomed
 from sglang_prfaas.transport.codec.session import RAW, CodecChoice, SessionCodec, obstacle
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import Preface
@@ -48,6 +49,9 @@ from sglang_prfaas.transport.pacing import paced_chunk_bytes
 from sglang_prfaas.transport.part_memory import prefill_view
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
+from sglang_prfaas.transport.security.curve import KEY_PROPERTY
+from sglang_prfaas.transport.security.peers import Watch
+from sglang_prfaas.transport.security.refusals import RefusalLog
 from sglang_prfaas.transport.send_data import DataSender
 from sglang_prfaas.transport.send_session import SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer, State
@@ -98,6 +102,7 @@ class SendMover:
         self._tokens: dict[bytes, SendSession] = {}
         self._instance = secrets.token_bytes(16)
         self._closing = False
+        self._refusals = RefusalLog(logger, clock)
         self._last_expiry_s = clock.now_s()
         address = resolve(host)
         self.security = load_security(config)
@@ -109,7 +114,7 @@ class SendMover:
             config, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
         )
         self.links = LinkMonitor(config, clock, links=links or {}, pool_bytes=memory.nbytes, report=report)
-        self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
+        self._loop = ZmqLoop("prfaas-send-control", clock, self.security, config.control_messages_per_s)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
             self._control.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -124,6 +129,8 @@ class SendMover:
         bound = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self.control_port = int(bound.rpartition(":")[2])
         self._loop.add(self._control, self._receive)
+        self._loop.on_cut(self._control, self._client_cut)
+        self._loop.on_list_change(self._list_changed)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._expire)
         self._loop.every(config.link_sample_interval_s, self._look_at_links)
 
@@ -263,7 +270,7 @@ class SendMover:
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:
-            logger.warning("prfaas: control message of %d frames dropped, expected 2", len(frames))
+            self._refusals.warn(f"control message of {len(frames)} frames dropped, expected 2")
             return
         identity = frames[0].bytes
         session = self._sessions.get(identity)
@@ -274,10 +281,10 @@ class SendMover:
                 return
             message = decode_to_prefill(body)
         except ChecksumError as error:
-            logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
+            self._refusals.warn(f"{session or 'a peer without a session'}: {error}")
             return  # it comes again
         except ProtocolError as error:
-            logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
+            self._refusals.warn(f"{session or 'a peer without a session'}: {error}")
             self._reply(identity, Refuse(reason_text(str(error))))
             if session is not None:
                 self._lose(session, str(error))
@@ -285,7 +292,7 @@ class SendMover:
         if session is not None:
             session.health.heard(now_s)
         if isinstance(message, Hello):
-            self._hello(identity, message, str(frames[1].get("User-Id")) if self.security.keys else "")
+            self._hello(identity, message, self._proof(frames[1]))
         elif isinstance(message, Abort):
             self._aborted(session, message)
         elif session is None:
@@ -299,17 +306,27 @@ class SendMover:
         elif isinstance(message, Ping):
             self._reply(identity, Pong())
 
-    def _hello(self, identity: bytes, hello: Hello, site: str) -> None:
-        """A decode rank opens a session. `site`: the one that it has proved to be of, empty without keys."""
+    def _proof(self, frame: zmq.Frame) -> tuple[str, str]:
+        """The site that the sender of a message has proved to be of, and its key; empty without keys."""
+        if self.security.keys is None:
+            return "", ""
+        return str(frame.get("User-Id")), str(frame.get(KEY_PROPERTY))
+
+    def _hello(self, identity: bytes, hello: Hello, proof: tuple[str, str]) -> None:
+        """A decode rank opens a session."""
+        site, curve_key = proof
         who = f"{hello.site}/{hello.server}"
         with self._lock:
             sessions = len(self._sessions)
             connections = sum(session.hello.connections for session in self._sessions.values())
-        reason = refusal(self.layout, hello, sessions=sessions, connections=connections, proved_site=site)
+            own = sum(session.site == site for session in self._sessions.values())
+        reason = refusal(
+            self.layout, hello, sessions=sessions, connections=connections, proved_site=site, site_sessions=own
+        )
         if self._closing:
             reason = "the prefill server is stopping"
         if reason:
-            logger.error("prfaas: decode %s refused: %s", who, reason)
+            self._refusals.warn(f"decode {who} refused: {reason}", logging.ERROR)
             self._reply(identity, Refuse(reason_text(reason)))
             return
         known = self._sessions.get(identity)
@@ -321,7 +338,7 @@ class SendMover:
             self._lose(old, "its process has restarted" if restarted else "the decode server opened a new session")
         view = prefill_view(self.layout, self._memory, hello.layout)
         codec = self._codec(who, hello, site or hello.site, view.layout)
-        session = SendSession(identity, hello, self._config, self._clock.now_s(), view, site, codec)
+        session = SendSession(identity, hello, self._config, self._clock.now_s(), view, site, codec, curve_key)
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session
@@ -342,6 +359,26 @@ class SendMover:
             return SessionCodec()
         logger.info("prfaas: full-attention KVCache to decode %s is encoded as %s", who, wanted)
         return SessionCodec(wanted, layout)
+
+    def _client_cut(self, doomed: Doomed) -> bool:
+        """A decode rank's control connection is about to be cut: its session ends with it."""
+        session = self._sessions.get(doomed.identity)
+        if session is not None:
+            self._lose(session, doomed.reason)
+        return session is not None
+
+    def _list_changed(self, watch: Watch) -> None:
+        """End what stands of sites, keys and certificates that are not let in any more."""
+        with self._lock:
+            sessions = [(session, list(session.links.values())) for session in self._sessions.values()]
+        for session, links in sessions:
+            if not watch.has_key(session.site, session.curve_key):
+                self._lose(session, f"its key {session.curve_key} is not in peers.toml any more")
+                continue
+            for link in links:
+                certificate = link.connection.certificate
+                if not watch.has_certificate(session.site, certificate):
+                    self._data.give_up(session, link, f"its certificate {certificate} is not in peers.toml any more")
 
     def _replaced(self, identity: bytes, hello: Hello) -> list[SendSession]:
         """The sessions that a new one takes the place of: of the same rank of the same server, where it has a name."""

@@ -6,7 +6,7 @@
     certificates = ["sha256:..."]                        # fingerprints of its TLS certificates
 
 Several keys of one site are for the time in which they are exchanged. The file is read again once it changes: a site
-that is taken out of it cannot connect any more. Established connections stay.
+or a key that is taken out of it cannot connect any more, and the connections that it has are cut (`Watch`).
 """
 
 from __future__ import annotations
@@ -114,6 +114,33 @@ class PeerList:
         """The site that a certificate (DER) belongs to, or an empty string."""
         digest = fingerprint(der)
         return next((site for site, peer in self.current().items() if digest in peer.certificates), "")
+
+
+class Watch:
+    """Tells one owner of connections when the list has changed. Not thread-safe."""
+
+    def __init__(self, peers: PeerList | None) -> None:
+        """peers: None where no keys are used; then nothing ever changes."""
+        self._peers = peers
+        self._seen = peers.current() if peers is not None else {}
+
+    def changed(self) -> bool:
+        """Whether the list is another one than at the last call."""
+        if self._peers is None:
+            return False
+        before, self._seen = self._seen, self._peers.current()
+        return self._seen is not before
+
+    def has_key(self, site: str, key: str) -> bool:
+        """Whether a CURVE public key (Z85) stood under a site when `changed` was called last."""
+        return self._peers is None or key in self._seen.get(site, _NOBODY).curve
+
+    def has_certificate(self, site: str, digest: str) -> bool:
+        """The same of a certificate, by its fingerprint."""
+        return self._peers is None or digest in self._seen.get(site, _NOBODY).certificates
+
+
+_NOBODY = Peer()
 
 
 def signature(*paths: Path) -> tuple[object, ...]:

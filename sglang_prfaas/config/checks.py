@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -307,10 +308,11 @@ def _router_reports(config: RouterConfig) -> Iterator[_Raw]:
 
 
 def _router_codecs(config: RouterConfig) -> Iterator[_Raw]:
+    of_movers = ("codec", "connections", "socket_buffer_bytes", "congestion_control", "pacing_mbps")
     for site in config.sites:
         for link in site.links:
-            if link.codec:
-                path = f"sites.{site.name}.links.{link.to_site}.codec"
+            for key in filter(partial(getattr, link), of_movers):
+                path = f"sites.{site.name}.links.{link.to_site}.{key}"
                 yield path, "a router moves no KVCache; write it in [[links]] of that site's own file", True
 
 

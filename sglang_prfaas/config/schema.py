@@ -161,6 +161,14 @@ class TransportConfig(_Config, frozen=True):
             ge=0, description="Most that one prefill rank sends, all its connections together, in Mbit/s. 0: no limit."
         ),
     ] = 0.0
+    pacing_mbps: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Mbit/s at which the kernel paces what one prefill rank sends to one decode rank "
+            "(SO_MAX_PACING_RATE), evenly over its connections. 0: no pacing but congestion control's own.",
+        ),
+    ] = 0.0
     layerwise: Annotated[
         LayerwiseMode,
         Meta(
@@ -312,6 +320,34 @@ class LinkConfig(_Config, frozen=True):
         CodecName | Literal[""],
         Meta(description="In a site's file: codec of [transport] for that site. Empty: that of [transport]."),
     ] = ""
+    connections: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="In a site's file: TCP connections between two ranks over this link; the prefill site's file "
+            "counts before the decode site's. 0: those of [transport], and more where capacity and round-trip time "
+            "need more than the kernel's buffers hold.",
+        ),
+    ] = 0
+    socket_buffer_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="In a site's file: socket buffer of one connection over this link, in bytes. 0: that of "
+            "[transport], else the kernel's autotuning, or as capacity and round-trip time need where it gives less.",
+        ),
+    ] = 0
+    congestion_control: Annotated[
+        str,
+        Meta(
+            max_length=15,
+            description="In a site's file: TCP congestion control over this link. Empty: that of [transport].",
+        ),
+    ] = ""
+    pacing_mbps: Annotated[
+        float, Meta(ge=0, description="In a site's file: pacing_mbps over this link. 0: that of [transport].")
+    ] = 0.0
 
 
 class AgentConfig(_Config, frozen=True):

@@ -112,6 +112,7 @@ class PrfaasKVManager(BaseKVManager):
             links=links,
             report=self._link_reports,
             codecs=CodecChoice(self.config.codec, env.link_codecs_from_env(os.environ)),
+            site=self.site,
         )
         self.send_mover.start()
         self.register_to_bootstrap()
@@ -132,6 +133,7 @@ class PrfaasKVManager(BaseKVManager):
             site=self.site,
             server=self.server,
             rank=self._rank,
+            links=env.links_from_env(os.environ),
         )
         self.receive_mover.start()
 

@@ -9,17 +9,19 @@ import secrets
 import socket
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import msgspec
 import zmq
 
 from sglang_prfaas.clock import Clock, Deadline
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.errors import ChecksumError, LocalError, PeerGoneError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint
 from sglang_prfaas.transport.codec.session import RAW, SessionCodec, obstacle, offered
 from sglang_prfaas.transport.health import REFUSALS, Contact
 from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.link_tuning import check_links, for_link, kernel_buffers
 from sglang_prfaas.transport.lookup import DirectoryClient
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.mailbox import ENVELOPE, unseal
@@ -79,8 +81,13 @@ class ReceiveMover:
         site: str = "",
         server: str = "",
         rank: int = 0,
+        links: Mapping[str, LinkConfig] | None = None,
     ) -> None:
+        """links: as configured, by the site they lead to."""
         self.layout = layout
+        self._links = links or {}
+        self._buffers = kernel_buffers("receive")
+        check_links(self._links, config, self._buffers)
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -208,7 +215,7 @@ class ReceiveMover:
         except zmq.ZMQError as error:
             self._lose(session, f"its control port cannot be dialled: {error}")
             return
-        config = self._config
+        config = for_link(self._config, self._links.get(session.server.site), self._buffers)
         hello = session.hello = Hello(
             PROTOCOL_VERSION,
             self._site,
@@ -323,6 +330,7 @@ class ReceiveMover:
                     return
                 session.codec = SessionCodec(message.codec, layout)
                 session.instance = message.instance
+                self._tune(session, message)
                 self._data.dial(session, host, message)
             elif message.instance != session.instance:
                 self._lose(session, "its process has restarted")
@@ -342,6 +350,17 @@ class ReceiveMover:
         elif isinstance(message, Unknown) and session.instance:
             restarted = message.instance != session.instance
             self._lose(session, "its process has restarted" if restarted else "it has given this session up")
+
+    def _tune(self, session: PeerSession, welcome: Welcome) -> None:
+        """The data connections as they are to be for the link to the prefill rank's site."""
+        assert session.hello is not None
+        link = self._links.get(session.server.site or welcome.site)
+        connections = welcome.connections or session.hello.connections
+        fixed = msgspec.structs.replace(link, connections=connections) if link is not None else None
+        tuned = for_link(self._config, fixed, self._buffers)
+        session.config = msgspec.structs.replace(tuned, connections=connections)
+        with session.lock:
+            session.health.expects(connections)
 
     def _tick(self) -> None:
         self._directories.tick()

@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import zmq
 
 from sglang_prfaas.clock import Clock
@@ -23,6 +24,7 @@ from sglang_prfaas.transport.handshake import refusal
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.link_monitor import LinkMonitor, Report, Traffic
+from sglang_prfaas.transport.link_tuning import check_links, for_link, kernel_buffers
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.memory import Indices, RankMemory
@@ -75,7 +77,7 @@ class SendMover:
 
     links: as configured, by the site they lead to. report: called with the state of every link, from a thread of the
     mover, every `link_sample_interval_s`. codecs: how full-attention KVCache goes to which site; `config.codec` to all
-    where left out.
+    where left out. site: this rank's, told to decode ranks.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class SendMover:
         links: Mapping[str, LinkConfig] | None = None,
         report: Report | None = None,
         codecs: CodecChoice | None = None,
+        site: str = "",
     ) -> None:
         self.layout = layout
         self._codecs = codecs or CodecChoice(config.codec)
@@ -104,6 +107,10 @@ class SendMover:
         self._closing = False
         self._refusals = RefusalLog(logger, clock)
         self._last_expiry_s = clock.now_s()
+        self._site = site
+        self._configured_links = links or {}
+        self._buffers = kernel_buffers("send")
+        check_links(self._configured_links, config, self._buffers)
         address = resolve(host)
         self.security = load_security(config)
         self.security.may_listen("the KVCache mover", address, config)
@@ -113,7 +120,7 @@ class SendMover:
         self._data = DataSender(
             config, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
         )
-        self.links = LinkMonitor(config, clock, links=links or {}, pool_bytes=memory.nbytes, report=report)
+        self.links = LinkMonitor(config, clock, links=self._configured_links, pool_bytes=memory.nbytes, report=report)
         self._loop = ZmqLoop("prfaas-send-control", clock, self.security, config.control_messages_per_s)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
@@ -315,6 +322,9 @@ class SendMover:
     def _hello(self, identity: bytes, hello: Hello, proof: tuple[str, str]) -> None:
         """A decode rank opens a session."""
         site, curve_key = proof
+        asked = hello
+        tuned = self._tuned(site or hello.site, hello)
+        hello = msgspec.structs.replace(hello, connections=tuned.connections)
         who = f"{hello.site}/{hello.server}"
         with self._lock:
             sessions = len(self._sessions)
@@ -330,7 +340,7 @@ class SendMover:
             self._reply(identity, Refuse(reason_text(reason)))
             return
         known = self._sessions.get(identity)
-        if known is not None and known.hello == hello:
+        if known is not None and known.asked == asked:
             self._reply(identity, self._welcome(known))  # the first one was lost
             return
         for old in self._replaced(identity, hello):
@@ -338,7 +348,7 @@ class SendMover:
             self._lose(old, "its process has restarted" if restarted else "the decode server opened a new session")
         view = prefill_view(self.layout, self._memory, hello.layout)
         codec = self._codec(who, hello, site or hello.site, view.layout)
-        session = SendSession(identity, hello, self._config, self._clock.now_s(), view, site, codec, curve_key)
+        session = SendSession(identity, hello, tuned, self._clock.now_s(), view, site, codec, curve_key, asked)
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session
@@ -346,7 +356,24 @@ class SendMover:
         self._reply(identity, self._welcome(session))
 
     def _welcome(self, session: SendSession) -> Welcome:
-        return Welcome(session.token, self.data_port, self._instance, session.codec.name)
+        return Welcome(
+            session.token,
+            self.data_port,
+            self._instance,
+            session.codec.name,
+            session.hello.connections,
+            self.security.site or self._site,
+        )
+
+    def _tuned(self, site: str, hello: Hello) -> TransportConfig:
+        """As it holds for the link to a decode rank's site. Where its entry names no number of connections, there are
+        as many as decode asks for, or more if this end needs them."""
+        link = self._configured_links.get(site)
+        tuned = for_link(self._config, link, self._buffers)
+        if link is None or not link.connections:
+            needed = tuned.connections if tuned.connections > self._config.connections else 1
+            tuned = msgspec.structs.replace(tuned, connections=max(hello.connections, needed))
+        return tuned
 
     def _codec(self, who: str, hello: Hello, site: str, layout: Layout) -> SessionCodec:
         """How full-attention KVCache goes to a decode rank: as its site is to get it, where both ends can."""

@@ -138,9 +138,13 @@ class SendSession:
         site: str = "",
         codec: SessionCodec | None = None,
         curve_key: str = "",
+        asked: Hello | None = None,
     ) -> None:
+        """hello: with as many connections as there will be; asked: as it came. config: as it holds for the link."""
         self.identity = identity
         self.hello = hello
+        self.asked = asked or hello
+        self.config = config
         self.view = view
         self.site = site
         """The site that the decode rank has proved to be of; empty without keys."""

@@ -114,6 +114,8 @@ class PrfaasKVManager(BaseKVManager):
             codecs=CodecChoice(self.config.codec, env.link_codecs_from_env(os.environ)),
             site=self.site,
         )
+        if self._link_reports is not None:
+            self._link_reports.counts = self.send_mover.counts
         self.send_mover.start()
         self.register_to_bootstrap()
         logger.info(

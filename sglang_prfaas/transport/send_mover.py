@@ -12,6 +12,7 @@ import zmq
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import LinkConfig, TransportConfig
+from sglang_prfaas.core.link_counts import LinkCounts
 from sglang_prfaas.errors import ChecksumError, LocalError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
@@ -23,6 +24,7 @@ from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.handshake import refusal
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.link_counters import LinkCounters
 from sglang_prfaas.transport.link_monitor import LinkMonitor, Report, Traffic
 from sglang_prfaas.transport.link_tuning import check_links, for_link, kernel_buffers
 from sglang_prfaas.transport.loop import ZmqLoop
@@ -104,6 +106,7 @@ class SendMover:
         self._sessions: dict[bytes, SendSession] = {}
         self._tokens: dict[bytes, SendSession] = {}
         self._instance = secrets.token_bytes(16)
+        self._counters = LinkCounters()
         self._closing = False
         self._refusals = RefusalLog(logger, clock)
         self._last_expiry_s = clock.now_s()
@@ -234,8 +237,15 @@ class SendMover:
         self.abort(transfer, "the request ended on the prefill side")
         with self._lock:
             session = self._rooms.forget(transfer)
+            if session is not None:
+                self._counters.forgotten(session, transfer)
         if session is not None:
             session.dispatch.drop(transfer)
+
+    def counts(self, site: str) -> LinkCounts:
+        """What went to a site so far."""
+        with self._lock:
+            return self._counters.of(site, self._sessions.values())
 
     # --- control --------------------------------------------------------------------------------------------------
 
@@ -520,6 +530,7 @@ class SendMover:
             if self._sessions.get(session.identity) is session:
                 del self._sessions[session.identity]
             self._tokens.pop(session.token, None)
+            self._counters.lost(session)
             why = f"connection to {session} lost: {reason}"
             transfers = self._rooms.lost(session, why)
             connections = [link.connection for link in session.links.values()]

@@ -95,9 +95,7 @@ def test_congestion_control_that_the_kernel_has_not(caplog: pytest.LogCaptureFix
     check_congestion_control("", "x")
     available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
     check_congestion_control(available[0], "x")
-    with pytest.raises(
-        ConfigError, match=r"links\.pd\.congestion_control: the kernel has no 'nonesuch'"
-    ):
+    with pytest.raises(ConfigError, match=r"links\.pd\.congestion_control: the kernel has no 'nonesuch'"):
         check_links({"pd": link(congestion_control="nonesuch")}, TransportConfig(), SMALL)
     check_links({"pd": link(capacity_gbps=100.0, rtt_ms=200.0)}, TransportConfig(), SMALL)
     assert "link to pd: 64 connections" in caplog.text

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
+from sglang_prfaas.config.gateway import gateway_findings
 from sglang_prfaas.config.prefix_cache import prefix_cache_findings
 from sglang_prfaas.config.schema import (
     PolicyConfig,
@@ -170,6 +171,7 @@ def _links(config: SiteConfig) -> Iterator[_Raw]:
     for link in config.links:
         if link.to_site == config.site.name:
             yield f"links.{link.to_site}.to_site", "this is the site itself; write the name of the other site", True
+        yield from gateway_findings(config, link)
 
 
 def _arguments(config: SiteConfig) -> Iterator[_Raw]:

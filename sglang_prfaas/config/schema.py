@@ -345,6 +345,28 @@ class LinkConfig(_Config, frozen=True):
             description="In a site's file: TCP congestion control over this link. Empty: that of [transport].",
         ),
     ] = ""
+    dial: Annotated[
+        Literal["decode", "prefill"],
+        Meta(
+            description="Which site dials. decode: the decode site, as needed. prefill: the site that prefills, which "
+            "cannot be reached, dials the gateway of the other one (`launch gateway`)."
+        ),
+    ] = "decode"
+    gateway: Annotated[
+        str,
+        Meta(
+            description="dial = prefill: HOST:PORT of the decode site's gateway; it takes the port after it too. In "
+            "the prefilling site's file where it is dialled, in the decode site's where it listens."
+        ),
+    ] = ""
+    gateway_ports: Annotated[
+        list[Port],
+        Meta(
+            max_length=1024,
+            description="dial = prefill, in the decode site's file: ports of the other site that the gateway has at "
+            "its own address: bootstrap, mover and agent ports.",
+        ),
+    ] = field(default_factory=list)
     pacing_mbps: Annotated[
         float, Meta(ge=0, description="In a site's file: pacing_mbps over this link. 0: that of [transport].")
     ] = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,10 @@ RATE = 100.0
 
 def nobody() -> tuple[str, str]:
     return "", ""
+
+
+def proven(site: str) -> tuple[str, str]:
+    return site, f"key-{site}"
 
 
 def hear(of: Clients, descriptor: int, now_s: float, nbytes: int = 0, identity: bytes = b"") -> Doomed | bool:
@@ -113,7 +118,7 @@ def test_a_list_that_has_changed() -> None:
     for descriptor, site in enumerate(("pd", "third", "")):
         of.accepted(descriptor, ("10.0.0.1", descriptor), 0.0)
         if site:
-            of.heard(descriptor, b"D", 0, 0.0, lambda site=site: (site, f"key-{site}"))
+            of.heard(descriptor, b"D", 0, 0.0, partial(proven, site))
     doomed = {one.descriptor: one.reason for one in of.unlisted(lambda site, key: (site, key) == ("pd", "key-pd"), 1.0)}
     assert doomed == {1: "its key key-third is not in peers.toml any more", 2: "it has to prove its site again"}
     assert of.heard(0, b"D", 0, 1.0, nobody) is True

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sglang_prfaas.config.checks import site_findings
+from sglang_prfaas.config.deployment import deployment_findings
 from sglang_prfaas.config.gateway import gateway_address, offered_ports
 from sglang_prfaas.config.schema import (
     AgentConfig,
@@ -76,6 +77,27 @@ def test_ports_of_two_hosts_cannot_be_told_apart() -> None:
 )
 def test_what_does_not_fit(config: SiteConfig, said: str) -> None:
     assert any(said in text for text in findings(config)), findings(config)
+
+
+OUT = {"dial": "prefill", "gateway": "10.2.0.9:7000"}
+ALL = [8998, 31000, 31001, 31002, 31003, 9000, 9001]
+
+
+@pytest.mark.parametrize(
+    ("out", "listed", "said"),
+    [
+        (OUT, ALL, []),
+        (OUT, ALL[:-1], ["pd: links.prfaas.gateway_ports: lacks 9001 of site prfaas"]),
+        (OUT, [*ALL, 30000], ["pd: links.prfaas.gateway_ports: site prfaas offers no 30000"]),
+        ({}, ALL, ["pd: links.prfaas.dial: far does not say so of its link to pd"]),
+        (OUT, [], ["far: links.pd.gateway_ports: either this file or pd", "pd: links.prfaas.gateway_ports: either"]),
+    ],
+)
+def test_both_files_have_to_agree(out: dict[str, Any], listed: list[int], said: list[str]) -> None:
+    files = {"far": far(out), "pd": near(gateway="127.0.0.9:7000", gateway_ports=listed)}
+    found = [str(one) for one in deployment_findings(files, {}) if "links." in str(one)]
+    assert len(found) == len(said), found
+    assert all(any(one.startswith(text) for one in found) for text in said), found
 
 
 def test_addresses() -> None:

@@ -81,11 +81,11 @@ def _answer(listener: socket.socket) -> None:
 
 
 def _asked(port: int) -> bool:
-    with socket.create_connection((THERE, port), DEADLINE_S) as sock:
-        try:
+    try:
+        with socket.create_connection((THERE, port), DEADLINE_S) as sock:
             return sock.recv(4) == b"here"
-        except ConnectionError:
-            return False  # the sites have yet to find each other
+    except ConnectionError:
+        return False  # the sites have yet to find each other
 
 
 def test_a_site_without_such_links(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ class ObjectServer:
         self.port: int = self._listener.getsockname()[1]
         self._listener.settimeout(WATCH_S)
         self._watch = self._security.watch()
+        self._watched_s = self._clock.now_s()
         self._thread = threading.Thread(target=self._accept, name="prfaas-cache-accept", daemon=True)
         self._thread.start()
 
@@ -165,6 +166,10 @@ class ObjectServer:
 
     def _cut_unlisted(self) -> None:
         """End the connections of certificates that are not let in any more."""
+        now_s = self._clock.now_s()
+        if now_s - self._watched_s < WATCH_S / 2:
+            return  # connections come quickly
+        self._watched_s = now_s
         if not self._watch.changed():
             return
         with self._lock:

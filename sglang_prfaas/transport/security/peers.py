@@ -117,22 +117,28 @@ class PeerList:
 
 
 class Watch:
-    """Tells one owner of connections when the list has changed. Not thread-safe."""
+    """Tells one owner of connections when the list has changed. Not thread-safe.
+
+    A change counts once two looks in a row have found the same list: a file that is just being written may lack sites,
+    which refuses new connections for a moment, and must not cost those that stand."""
 
     def __init__(self, peers: PeerList | None) -> None:
         """peers: None where no keys are used; then nothing ever changes."""
         self._peers = peers
-        self._seen = peers.current() if peers is not None else {}
+        self._seen = self._latest = peers.current() if peers is not None else {}
 
     def changed(self) -> bool:
-        """Whether the list is another one than at the last call."""
+        """Whether the list is another one than it was when this was true last. To be called a few times a second."""
         if self._peers is None:
             return False
-        before, self._seen = self._seen, self._peers.current()
-        return self._seen is not before
+        before, self._latest = self._latest, self._peers.current()
+        if self._latest is not before or self._latest is self._seen:
+            return False
+        self._seen = self._latest
+        return True
 
     def has_key(self, site: str, key: str) -> bool:
-        """Whether a CURVE public key (Z85) stood under a site when `changed` was called last."""
+        """Whether a CURVE public key (Z85) stood under a site when `changed` was true last, or at the start."""
         return self._peers is None or key in self._seen.get(site, _NOBODY).curve
 
     def has_certificate(self, site: str, digest: str) -> bool:

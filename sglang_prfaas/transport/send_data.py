@@ -161,7 +161,7 @@ class DataSender:
     def _run(self, session: SendSession, link: DataLink) -> None:
         connection = link.connection
         try:
-            data_tcp.tune(connection.sock, self._config)
+            data_tcp.tune(connection.sock, session.config)
             if self._config.zero_copy:
                 connection.may_lend()
             chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)

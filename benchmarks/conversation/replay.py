@@ -1,4 +1,4 @@
-"""One site of prefill servers on a trace: which blocks are cached where they are needed, and what that gives in TTFT."""
+"""One site of prefill servers on a trace: which blocks are cached where they are needed, and what TTFT that gives."""
 
 from __future__ import annotations
 

@@ -8,20 +8,45 @@ window's, for instance); they wait beside the pool, in an eighth of the memory, 
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 from sglang_prfaas.errors import PoolFullError
 from sglang_prfaas.prefix_cache.groups import PoolLayout
 from sglang_prfaas.prefix_cache.ledger import Blocks
-from sglang_prfaas.prefix_cache.pool import HybridPool, Ticket
+from sglang_prfaas.prefix_cache.pool import HybridPool, Lease, Ticket
 from sglang_prfaas.store.stats import Counters
 
 FETCH_BYTES_PER_S = 1e9
 """What a page costs to fetch again from the tier behind: decides the order of eviction only by ratios of sizes."""
 
 Page = tuple[str, memoryview]
+
+
+class PageLease:
+    """Pages or states that are held for reading; a context manager. `len`: how many."""
+
+    def __init__(self, tier: HostTier, blocks: Sequence[Blocks], leases: Sequence[Lease]) -> None:
+        self._tier, self._blocks, self._leases = tier, blocks, leases
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def copy(self, index: int, out: memoryview) -> None:
+        """Copy one to `out`, of exactly its length."""
+        self._tier.copy(self._blocks[index], out, to_arena=False)
+
+    def __enter__(self) -> PageLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tier.release(self._leases)
+        self._leases = ()
 
 
 class HostTier:
@@ -46,16 +71,28 @@ class HostTier:
         with self._lock:
             return bool(self._blocks(component, key))
 
+    def lease(self, component: str, keys: Sequence[str]) -> PageLease:
+        """Hold the first of these consecutive pages or states, as many as are here: until the lease ends they are
+        neither evicted nor overwritten, and are read without keeping others waiting."""
+        with self._lock:
+            held = list(itertools.takewhile(bool, (self._blocks(component, key) for key in keys)))
+            # A page stays as long as any page after it: the last one is enough for all. States are held each.
+            first = 0 if component == self.state_component else max(0, len(held) - 1)
+            leases = [lease for key in keys[first : len(held)] if (lease := self.pool.hold(_hash(key))) is not None]
+        return PageLease(self, held, leases)
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        """End what `lease` began; the pages count as used now."""
+        with self._lock:
+            for lease in leases:
+                self.pool.release(lease)
+
     def read(self, component: str, key: str, out: memoryview) -> bool:
         """Copy a page or state to `out`, of exactly its length. False where it is not held."""
-        with self._lock:
-            blocks = self._blocks(component, key)
-            if not blocks:
-                return False
-            self._copy(blocks, out, to_arena=False)
-            if component == self.state_component:
-                self.pool.touch(_hash(key))
-            return True
+        with self.lease(component, [key]) as held:
+            if held:
+                held.copy(0, out)
+            return bool(held)
 
     def used(self, key: str) -> None:
         """The prefix that ends with this page was read."""
@@ -96,7 +133,7 @@ class HostTier:
                 if component == "kv":
                     self._wait(key, payload)
                 return
-            self._copy(blocks, payload, to_arena=True)
+            self.copy(blocks, payload, to_arena=True)
             self._counters.add(host_written_bytes=len(payload))
             if not self._missing:
                 self.pool.commit(self._ticket)
@@ -126,7 +163,8 @@ class HostTier:
             return kv
         return state if component == self.state_component else ()
 
-    def _copy(self, blocks: Blocks, data: memoryview, *, to_arena: bool) -> None:
+    def copy(self, blocks: Blocks, data: memoryview, *, to_arena: bool) -> None:
+        """Bytes into blocks, or out of them. The blocks must be held: nobody is kept from them here."""
         size = self.pool.layout.block_bytes
         for number, block in enumerate(blocks):
             part = data[number * size : (number + 1) * size]

@@ -110,7 +110,7 @@ class BlockTable:
     def find_one(self, value: int) -> int:
         """The place of one hash; where it is absent, -1 - p with the place p at which `insert_one` can put it."""
         value = value or _MIX_INT
-        keys, low = self._keys, (value & 0xFFFFFFFF) * self._half >> 32
+        keys, low = self._key_view, (value & 0xFFFFFFFF) * self._half >> 32
         first = _BUCKET.unpack_from(keys, low * _BUCKET.size)
         if value in first:
             return low * _WAYS + first.index(value)

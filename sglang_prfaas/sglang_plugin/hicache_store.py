@@ -42,6 +42,11 @@ from sglang_prfaas.store.tiers import TieredStore
 
 KV = PoolName.KV.value
 STATES = {PoolName.MAMBA.value: "linear", PoolName.SWA.value: "window"}
+ONLY_V1 = (
+    '--hicache-storage-backend-extra-config: write "interface_v1": 1, or let [prefix_cache] set it. Without it SGLang '
+    "hands over single pages with no word of the prompt before them and none of the states of a hybrid model, so "
+    "that a hit could not be told from a miss"
+)
 _ARGS = ("model_path", "revision", "dtype", "quantization", "kv_cache_dtype", "json_model_override_args")
 
 
@@ -59,6 +64,8 @@ class PrfaasHiCacheStore(HiCacheStorage):
             self.config = msgspec.convert(given, PrefixCacheConfig)
         except msgspec.ValidationError as error:
             raise ConfigError(f"--hicache-storage-backend-extra-config: {error}") from None
+        if not (storage_config.extra_config or {}).get("interface_v1"):
+            raise ConfigError(ONLY_V1)
         self._least_tokens = int((storage_config.extra_config or {}).get("prefetch_threshold", 0))
         self.counters = Counters()
         self.store: TieredStore | None = None
@@ -140,7 +147,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
     # --- the older interface, which SGLang does not call with `interface_v1` --------------------------------------
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> torch.Tensor | None:
-        raise NotImplementedError("start the server with interface_v1 in the extra configuration")
+        raise ConfigError(ONLY_V1)
 
     batch_get = set = batch_set = get
 

@@ -22,6 +22,7 @@ from sglang_prfaas.core.request import RequestView, Route
 from sglang_prfaas.core.units import bytes_per_s_to_gbps
 from sglang_prfaas.scheduler.affinity import Serving, best_serving
 from sglang_prfaas.scheduler.correction import CorrectedCurve, PrefillCorrection
+from sglang_prfaas.scheduler.fetching import with_fetch
 from sglang_prfaas.scheduler.profiles import PrefillProfile
 from sglang_prfaas.scheduler.short_term import decide, uncached_length
 from sglang_prfaas.scheduler.threshold import LiveState, PathLoad, ThresholdChoice, ThresholdController
@@ -220,7 +221,7 @@ class LivePolicy:
         """Servers for a request whose PD site and path (`request.forced`) are chosen already."""
         sites = {site.name: site for site in observation.sites}
         l_total = request.l_total
-        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        prefill = self._prefill_far(moment, observation, sites, l_total)
         if home in moment.states:
             at_home = self._prefill(moment, sites[home], l_total)
             if len(self._prfaas) > 1:
@@ -234,7 +235,7 @@ class LivePolicy:
         """The PD site to serve a request of l_total tokens, and what to expect there of either path."""
         best: tuple[str, _Path, _Path] | None = None
         least = _INFINITE
-        prefill = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        prefill = self._prefill_far(moment, observation, sites, l_total)
         total_bytes = self._kv.size_bytes(l_total) - self._kv.state_bytes
         for home in moment.states:
             load = moment.loads[home]
@@ -257,6 +258,17 @@ class LivePolicy:
     def _prefill(self, moment: Moment, site: SiteView, l_total: int) -> Serving:
         """What a site can do for a request of l_total tokens, on its best server."""
         return best_serving(site, l_total, moment.loads[site.name].wait_s, self._curves[site.name].at)
+
+    def _prefill_far(
+        self, moment: Moment, observation: Observation, sites: dict[str, SiteView], l_total: int
+    ) -> dict[str, Serving]:
+        """The same of every PrfaaS site, which may fetch what a PD site holds."""
+        found = {name: self._prefill(moment, sites[name], l_total) for name in self._prfaas if _alive(moment, name)}
+        if not observation.bandwidth_scarce:
+            for name, there in found.items():
+                wait_s, curve = moment.loads[name].wait_s, self._curves[name].at
+                found[name] = with_fetch(observation, sites[name], there, l_total, wait_s, self._kv, curve)
+        return found
 
     def _far(
         self,

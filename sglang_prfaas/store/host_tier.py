@@ -18,6 +18,7 @@ from sglang_prfaas.errors import PoolFullError
 from sglang_prfaas.prefix_cache.groups import PoolLayout
 from sglang_prfaas.prefix_cache.ledger import Blocks
 from sglang_prfaas.prefix_cache.pool import HybridPool, Lease, Ticket
+from sglang_prfaas.store.staging import PoolRoom, Room
 from sglang_prfaas.store.stats import Counters
 
 FETCH_BYTES_PER_S = 1e9
@@ -53,12 +54,24 @@ class HostTier:
     """Pages (component `kv`) and, for a hybrid model, one component of states. Safe for several threads."""
 
     def __init__(
-        self, layout: PoolLayout, limit_bytes: int, counters: Counters, *, transfer_floor_blocks: int = 0
+        self,
+        layout: PoolLayout,
+        limit_bytes: int,
+        counters: Counters,
+        *,
+        prefix_floor: float = 0.0,
+        transfer_floor: float = 0.0,
     ) -> None:
+        """prefix_floor, transfer_floor: shares of the memory that the other side can not take."""
         self._waiting_pages = limit_bytes // layout.block_bytes // 8 if layout.hybrid else 0
         self._waiting: dict[str, bytes] = {}  # oldest first
         blocks = limit_bytes // layout.block_bytes - self._waiting_pages
-        self.pool = HybridPool(layout, blocks, transfer_floor_blocks=transfer_floor_blocks)
+        self.pool = HybridPool(
+            layout,
+            blocks,
+            prefix_floor_blocks=int(prefix_floor * blocks),
+            transfer_floor_blocks=int(transfer_floor * blocks),
+        )
         self.state_component = next((group.name for group in layout.groups if group.kind != "full"), None)
         self._page_bytes = next(group.entry_bytes for group in layout.groups if group.kind == "full")
         self._counters = counters
@@ -145,6 +158,29 @@ class HostTier:
             if self._ticket is not None:
                 self.pool.abort(self._ticket)
             self._ticket, self._missing = None, {}
+
+    def open_room(self, sizes: Sequence[int]) -> Room | None:
+        """Blocks for objects of these sizes that are on their way; prefixes give way down to their floor. None: there
+        are not enough."""
+        blocks = sum(map(self.blocks_for, sizes))
+        with self._lock:
+            evicted_before = self.pool.evicted_blocks
+            try:
+                transfer = self.pool.open_transfer(blocks * self.pool.layout.block_bytes)
+            except PoolFullError:
+                return None
+            finally:
+                self._counters.add(host_evicted_blocks=self.pool.evicted_blocks - evicted_before)
+
+        def give_back() -> None:
+            with self._lock:
+                self.pool.close_transfer(transfer)
+
+        return PoolRoom(self, transfer.blocks, give_back)
+
+    def blocks_for(self, nbytes: int) -> int:
+        """Blocks that an object takes."""
+        return self.pool.layout.blocks_for_bytes(nbytes)
 
     def used_bytes(self) -> int:
         with self._lock:

@@ -205,3 +205,37 @@ def test_leased_pages_keep_their_bytes_whatever_is_written(hybrid: bool, steps: 
             pass
     host.abandon()
     assert host.pool._tree.evictable_blocks == host.pool.ledger.prefix_blocks, "nothing is held any more"
+
+
+def test_transfers_and_prefixes_keep_their_floors() -> None:
+    host = HostTier(tier(1).pool.layout, 10 * PAGE_BYTES, Counters(), prefix_floor=0.4, transfer_floor=0.2)
+    prompt = chain(1, 8)
+    add(host, prompt, 8)
+    assert host.contains("kv", prompt[7]), "all but the transfers' floor"
+    add(host, chain(2, 9), 9)
+    assert host._counters.stats.host_refused == 1
+    within = host.open_room([PAGE_BYTES, PAGE_BYTES])
+    assert within is not None
+    assert host.contains("kv", prompt[7]), "a transfer within its floor evicts nothing"
+    beyond = host.open_room([PAGE_BYTES] * 4)
+    assert beyond is not None
+    assert [host.contains("kv", key) for key in prompt] == [True] * 4 + [False] * 4
+    assert host.open_room([1]) is None, "the rest is the prefixes' floor"
+    beyond.close()
+    within.close()
+    assert host.open_room([PAGE_BYTES] * 6) is not None
+
+
+def test_what_waits_in_the_pool_is_read_as_it_came() -> None:
+    host = tier(8)
+    room = host.open_room([PAGE_BYTES, STATE_BYTES])
+    assert room is not None
+    for name, size in (("page", PAGE_BYTES), ("state", STATE_BYTES)):
+        assert room.size(name) == -1
+        room.put(name, page(name, size))
+    add(host, chain(1, 4), 4)
+    for name, size in (("page", PAGE_BYTES), ("state", STATE_BYTES)):
+        out = bytearray(room.size(name))
+        room.copy(name, memoryview(out))
+        assert out == page(name, size)
+    assert room.names() == ("page", "state")

@@ -1,4 +1,4 @@
-"""LoRA adapters in a real server with a prefix cache: what one computed is of no use to another, nor to the model alone."""
+"""LoRA adapters in a real server with a prefix cache: what one computed is of no use to another, nor to no adapter."""
 
 from __future__ import annotations
 

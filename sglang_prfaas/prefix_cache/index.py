@@ -22,7 +22,7 @@ from sglang_prfaas.prefix_cache.matching import Holder, Match, PrefixWalk
 _SWEEP_PLACES = 1 << 16
 _EXPORT_PLACES = 1 << 14
 _FIRST_STEP, _LAST_STEP = 64, 2048
-_FEW = 4
+_FEW = 32
 """Blocks up to which going one by one is faster than array operations."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,10 @@ class StoreServer:
     """One server with a prefix cache on disk, and what tests ask of it."""
 
     def __init__(
-        self,
-        family: str,
-        directory: Path,
-        host_bytes: int,
-        env: Mapping[str, str] | None = None,
-        args: Sequence[str] = (),
-        **cache: Any,
+        self, family: str, directory: Path, host_bytes: int, env: Mapping[str, str] | None = None, **cache: Any
     ) -> None:
-        """env, args: further variables and arguments. cache: further keys of [prefix_cache]."""
+        """env: further variables. cache: further keys of [prefix_cache]."""
         self.family = family
-        self.args = tuple(args)
         self.directory = directory
         self.env = {**cpu_server_env(family), **(env or {})}
         self.config = PrefixCacheConfig(
@@ -54,7 +47,7 @@ class StoreServer:
     @contextmanager
     def running(self, name: str) -> Iterator[StoreServer]:
         """Start the server, and stop it in the end. Every start takes the same directory."""
-        args = (*cpu_server_args(self.family), *hicache_flags(self.config, "prefill", ()), *self.args)
+        args = (*cpu_server_args(self.family), *hicache_flags(self.config, "prefill", ()))
         args += (
             "--hicache-io-backend",
             "direct",

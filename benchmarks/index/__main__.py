@@ -30,8 +30,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sglang_prfaas.monitor.kv_events import decode_kv_events
-from sglang_prfaas.prefix_cache.block_hash import PromptHashes
+from sglang_prfaas.monitor.kv_events import KvEventReader
+from sglang_prfaas.prefix_cache.block_hash import BlockHashes, PromptHashes
 from sglang_prfaas.prefix_cache.changes import Removed, Stored
 from sglang_prfaas.prefix_cache.holder_sets import Part, Tier
 from sglang_prfaas.prefix_cache.index import GlobalIndex
@@ -39,6 +39,8 @@ from sglang_prfaas.prefix_cache.matching import Holder, PrefixMatch
 
 PROMPT_TOKENS = 131_072
 RUNS_BLOCKS = (1, 16, 64, 256, 2048)
+BLOCK_TOKENS = 64
+TURN_MESSAGES = 64  # that the subscriber reads at once, where so many are there
 EVENT_BLOCKS = 40_000  # changed for each length of run
 
 
@@ -64,6 +66,7 @@ def main() -> int:
     rows = [match_row(index, holders, block_tokens, rounds, rng) for block_tokens in (64, 16)]
     wrong = sum(row.pop("wrong") for row in rows)
     events = [events_row(index, holders[0], run, rng) for run in RUNS_BLOCKS]
+    events.append(events_row(index, holders[0], 1, rng, turn=TURN_MESSAGES))
     memory = index.memory_bytes / filled_blocks
     result = {
         "command": " ".join([sys.executable.rpartition("/")[2], "-m", "benchmarks.index", *sys.argv[1:]]),
@@ -98,8 +101,10 @@ def main() -> int:
             print(f"{key[:-3]:>10}  " + "  ".join(f"{name} {value:.3f}" for name, value in row[key].items()))
     for event in events:
         print(
-            f"events in runs of {event['run_blocks']:>4}: applied {event['applied_blocks_per_s']:>11,.0f} blocks/s, "
-            f"decoded and applied {event['decoded_blocks_per_s']:>11,.0f} blocks/s"
+            f"events in runs of {event['run_blocks']:>4}, {event['turn']:>2} messages at once: "
+            f"applied {event['applied_blocks_per_s']:>11,.0f} blocks/s, "
+            f"decoded and applied {event['decoded_blocks_per_s']:>11,.0f} blocks/s; CPU us per block "
+            f"{event['applied_cpu_us_per_block']:.2f}, {event['decoded_cpu_us_per_block']:.2f}"
         )
     return int(wrong > 0)
 
@@ -140,51 +145,60 @@ def match_row(
     }
 
 
-def events_row(index: GlobalIndex, holder: Holder, run_blocks: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Stores and removals in runs of one length, every batch with one store and then one removal of another run."""
-    block_tokens = 64
+def events_row(
+    index: GlobalIndex, holder: Holder, run_blocks: int, rng: np.random.Generator, *, turn: int = 1
+) -> dict[str, Any]:
+    """Stores and removals in runs of one length. turn: messages that are there at once, as the subscriber reads them.
+    With 1 every message has a store and a removal of another run, so that nothing can be joined; else it has one."""
     runs = [hashes(rng, run_blocks) for _ in range(max(4, EVENT_BLOCKS // run_blocks // 2))]
     pairs = list(zip(runs, [runs[-1], *runs[:-1]], strict=True))
-    token_ids = rng.integers(0, 150_000, run_blocks * block_tokens).tolist()
-    messages = [
-        msgspec.msgpack.encode(
-            [
-                1.0,
-                [
-                    {
-                        "type": "BlockStored",
-                        "block_hashes": new.view(np.int64).tolist(),
-                        "parent_block_hash": None,
-                        "token_ids": token_ids,
-                        "block_size": block_tokens,
-                        "lora_id": None,
-                        "medium": "GPU",
-                    },
-                    {"type": "BlockRemoved", "block_hashes": old.view(np.int64).tolist(), "medium": "GPU"},
-                ],
-                None,
-            ]
-        )
-        for new, old in pairs
-    ]
+    token_ids = rng.integers(0, 150_000, run_blocks * BLOCK_TOKENS).tolist()
+    events = [(stored(new, token_ids), removed(old)) for new, old in pairs]
+    batches = [[new, old] for new, old in events]
+    if turn > 1:
+        batches = [[new] for new, _ in events] + [[old] for _, old in events]
+    messages = [msgspec.msgpack.encode([1.0, batch, None]) for batch in batches]
 
     def apply() -> None:
         for new, old in pairs:
             index.apply(holder, [Stored(new, Tier.DEVICE), Removed(old, Tier.DEVICE)])
 
     def decode() -> None:
-        for message in messages:
-            index.apply(holder, decode_kv_events(message, block_tokens).changes)
+        reader = KvEventReader(BLOCK_TOKENS)
+        for number, message in enumerate(messages, 1):
+            reader.feed(message)
+            if number % turn == 0 or number == len(messages):
+                index.apply(holder, reader.take())
 
     blocks = 2 * run_blocks * len(runs)
-    row = {"run_blocks": run_blocks, "blocks": blocks}
-    for key, work in (("applied_blocks_per_s", apply), ("decoded_blocks_per_s", decode)):
-        row[key] = round(blocks / statistics.median(timed(work) for _ in range(3)))
+    row: dict[str, Any] = {"run_blocks": run_blocks, "turn": turn, "blocks": blocks}
+    for key, work in (("applied", apply), ("decoded", decode)):
+        rounds = [(timed(work), cpu_timed(work)) for _ in range(3)]
+        row[f"{key}_blocks_per_s"] = round(blocks / statistics.median(seconds for seconds, _ in rounds))
+        row[f"{key}_cpu_us_per_block"] = round(min(cpu_s for _, cpu_s in rounds) / blocks * 1e6, 3)
     index.apply(holder, [Removed(run, Tier.DEVICE) for run in runs])
     return row
 
 
-def hashes(rng: np.random.Generator, blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def stored(run: BlockHashes, token_ids: list[int]) -> dict[str, Any]:
+    """SGLang's event of new blocks."""
+    return {
+        "type": "BlockStored",
+        "block_hashes": run.view(np.int64).tolist(),
+        "parent_block_hash": None,
+        "token_ids": token_ids,
+        "block_size": BLOCK_TOKENS,
+        "lora_id": None,
+        "medium": "GPU",
+    }
+
+
+def removed(run: BlockHashes) -> dict[str, Any]:
+    """SGLang's event of blocks that are gone."""
+    return {"type": "BlockRemoved", "block_hashes": run.view(np.int64).tolist(), "medium": "GPU"}
+
+
+def hashes(rng: np.random.Generator, blocks: int) -> BlockHashes:
     """Random bits, as SHA-256's are."""
     return rng.integers(0, 2**64, blocks, np.uint64)
 
@@ -194,6 +208,13 @@ def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def cpu_timed(work: Callable[[], object]) -> float:
+    """CPU seconds that one call takes."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def percentiles(samples_s: list[float]) -> dict[str, float]:

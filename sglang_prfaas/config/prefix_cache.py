@@ -46,6 +46,7 @@ def prefix_cache_findings(config: SiteConfig) -> Iterator[Raw]:
         if cache.disk_dir:
             text = 'not used with backend = "mooncake"; remove it, or write backend = "local"'
             yield "prefix_cache.disk_dir", text, False
+    yield from _floors(cache)
     for server in config.servers:
         if server.role == "prefill":
             yield from _arguments(server, [*config.site.args, *server.args])
@@ -109,6 +110,17 @@ def _peers(config: SiteConfig) -> Iterator[Raw]:
             yield f"{path}.name", "this is the site itself; write the name of the other site", True
         if beyond_this_machine(peer.host) and not transport.keys_dir and transport.security != "off":
             yield f"{path}.host", f"{peer.host} is an address {NO_KEYS}", True
+
+
+def _floors(cache: PrefixCacheConfig) -> Iterator[Raw]:
+    if cache.prefix_floor + cache.transfer_floor > 1:
+        text = f"with prefix_floor {cache.prefix_floor:g} it is more than host_bytes; lower one, their sum is 1 at most"
+        yield "prefix_cache.transfer_floor", text, True
+    if cache.transfer_floor and not cache.host_bytes:
+        yield "prefix_cache.transfer_floor", "is a share of host_bytes, which is 0; write host_bytes, or 0 here", False
+    if cache.prefix_floor and not cache.transfer_floor:
+        text = "not used with transfer_floor = 0, where fetches take nothing of host_bytes; write transfer_floor"
+        yield "prefix_cache.prefix_floor", text, False
 
 
 def _unused(cache: PrefixCacheConfig) -> Iterator[Raw]:

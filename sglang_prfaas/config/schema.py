@@ -233,6 +233,18 @@ class PrefixCacheConfig(_Config, frozen=True):
             ge=0, description="Host memory in bytes, of each rank, for cached prefixes, beside HiCache's own. 0: none."
         ),
     ] = 0
+    prefix_floor: Annotated[
+        float, Meta(ge=0, le=1, description="Share of host_bytes that fetches can not take from cached prefixes.")
+    ] = 0.0
+    transfer_floor: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="Share of host_bytes that cached prefixes can not take from fetches on their way, which then "
+            "wait there. 0: they wait in memory of their own, fetch_bytes of it.",
+        ),
+    ] = 0.0
     disk_dir: Annotated[
         str, Meta(description="local: directory of cached objects; the servers of a host may share one.")
     ] = ""

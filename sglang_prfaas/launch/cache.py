@@ -83,16 +83,39 @@ def render(answer: dict[str, Any]) -> str:
             text = f"{name}: {hit} of {told} prompt tokens cached ({hit / told:.1%})"
             saved = f", {hit * per_token / 2**20:.1f} MiB of KV not computed again" if per_token else ""
             lines.append(f"{text}{saved}; {figures['broken_promises']} broken promises")
-    for store in answer.get("store") or ():
+    stores = answer.get("store") or ()
+    for store in stores:
         counters = store["counters"]
         read = counters["host_read_bytes"] + counters["backend_read_bytes"]
         written = counters["host_written_bytes"] + counters["backend_written_bytes"]
         used = store["host_used_bytes"] + store["backend_used_bytes"]
         lines.append(
-            f"store of {store['name']} ({store['backend']}): {used / 2**20:.1f} MiB held, "
-            f"{read / 2**20:.1f} MiB read, {written / 2**20:.1f} MiB written"
+            f"store of {store['name']} ({store['backend']}): {_mib(used)} held, {_mib(read)} read, "
+            f"{_mib(written)} written, {counters['usable_pages']} of {counters['queried_pages']} pages asked for usable"
         )
+    if stores:
+        lines += _moved([store["counters"] for store in stores])
+    if served := answer.get("served"):
+        lines.append(f"sent to other sites: {_mib(served['bytes'])} in {served['objects']} pages and states")
     return "\n".join(lines)
+
+
+def _moved(counters: list[dict[str, Any]]) -> list[str]:
+    """What the stores of a site saved, and what crossed the link for it."""
+    total = {name: sum(each[name] for each in counters) for name in counters[0]}
+    read = total["host_read_bytes"] + total["backend_read_bytes"]
+    lines = [f"saved: {_mib(read)} of KV and states read here, {_mib(total['fetched_bytes'])} fetched, not computed"]
+    if total["fetch_questions"]:
+        lines.append(
+            f"moved: {_mib(total['fetched_bytes'])} from other sites, for {total['fetched_tokens']} tokens in "
+            f"{total['fetches']} fetches ({total['fetch_failed']} failed, {total['fetch_refused']} slower than "
+            f"computing); about {total['fetch_saved_s']:.1f} s saved"
+        )
+    return lines
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
 
 
 def _url(file: str) -> str:

@@ -9,32 +9,36 @@ end of every stored run of blocks can be taken for a checkpoint (`infer_states`)
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
 from sglang_prfaas.errors import ProtocolError
-from sglang_prfaas.prefix_cache.block_hash import BlockHashes
 from sglang_prfaas.prefix_cache.changes import Change, Cleared, Removed, Stored
 from sglang_prfaas.prefix_cache.holder_sets import Part, Tier
 
 MAX_MESSAGE_BYTES = 256 << 20
 """A larger message is refused unread; one with 1,000,000 tokens has about 5 MB."""
 
-_TIERS = {None: Tier.DEVICE, "GPU": Tier.DEVICE, "CPU_PINNED": Tier.HOST, "DISK": Tier.DISK, "EXTERNAL": Tier.DISK}
+_TIERS: dict[str | None, int] = {None: 0, "GPU": 0, "CPU_PINNED": 1, "DISK": 2, "EXTERNAL": 2}
+"""Places in `_RUNS` of KV; its state is `_STATE` further."""
+_RUNS = [(tier, part) for part in Part for tier in Tier]
+_STATE = len(Tier)
+
+_Hashes = list[Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]]
+"""SGLang writes signed 64-bit integers."""
 
 
 class BlockStored(Struct, tag=True, gc=False):
-    block_hashes: list[int]
+    block_hashes: _Hashes
     block_size: int
     medium: str | None = None
 
 
 class BlockRemoved(Struct, tag=True, gc=False):
-    block_hashes: list[int]
+    block_hashes: _Hashes
     medium: str | None = None
 
 
@@ -43,12 +47,12 @@ class AllBlocksCleared(Struct, tag=True, gc=False):
 
 
 class StateStored(Struct, tag=True, gc=False):
-    block_hashes: list[int]
+    block_hashes: _Hashes
     medium: str | None = None
 
 
 class StateRemoved(Struct, tag=True, gc=False):
-    block_hashes: list[int]
+    block_hashes: _Hashes
     medium: str | None = None
 
 
@@ -80,76 +84,76 @@ _tag_decoder = msgspec.msgpack.Decoder(_Tagged)
 _event_decoder = msgspec.msgpack.Decoder(_Event)
 
 
-class KvEvents(Struct, frozen=True, eq=False):
-    """One decoded message. `ts_s` is the server's wall clock; `skipped` counts events that say nothing usable."""
+class KvEventReader:
+    """Messages of one publisher in, changes out, those of several messages joined: what costs most is the fixed part of
+    a change, and a server in decode reports one block at a time.
 
-    ts_s: float
-    changes: tuple[Change, ...]
-    dp_rank: int | None = None
-    skipped: int = 0
-    block_tokens: int = 0
-
-
-def decode_kv_events(payload: bytes | memoryview, block_tokens: int, *, infer_states: bool = False) -> KvEvents:
-    """The changes that a message reports, in order; neighbours of one kind are joined.
-
-    Blocks of another size than `block_tokens` cannot match a prompt, and are skipped, as are unknown types of events
-    and tiers. With 0 the size is the largest of this message's; the answer names it, 0 while none is known. Raises
-    ProtocolError for anything that is no such message.
+    `block_tokens`: blocks of another size cannot match a prompt, and are skipped; 0: the size is the largest of the
+    first message that stores any. `skipped` counts events that say nothing usable: those, and unknown types and tiers.
     """
-    if len(payload) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"KV events: a message of {len(payload)} bytes, at most {MAX_MESSAGE_BYTES} are accepted")
-    try:
-        message: _Message | _LooseMessage
+
+    def __init__(self, block_tokens: int = 0, *, infer_states: bool = False) -> None:
+        self.block_tokens = block_tokens
+        self.skipped = 0
+        self._infer_states = infer_states
+        self._changes: list[Change] = []
+        self._storing = True
+        self._runs: list[list[int]] = [[] for _ in _RUNS]
+
+    def feed(self, payload: bytes | memoryview) -> None:
+        """Read a message. Raises ProtocolError for anything that is none, and then takes nothing of it."""
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(
+                f"KV events: a message of {len(payload)} bytes, at most {MAX_MESSAGE_BYTES} are accepted"
+            )
         try:
-            message = _decoder.decode(payload)
-            events, unknown = message.events, 0
-        except msgspec.ValidationError:
-            message = _loose_decoder.decode(payload)
-            known = [raw for raw in message.events if _tag_decoder.decode(raw).type in _KNOWN]
-            events, unknown = [_event_decoder.decode(raw) for raw in known], len(message.events) - len(known)
-        block_tokens = block_tokens or max((e.block_size for e in events if isinstance(e, BlockStored)), default=0)
-        changes, skipped = _changes(events, block_tokens, infer_states)
-    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
-        raise ProtocolError(f"KV events: a message that is none of SGLang's: {error}") from None
-    return KvEvents(message.ts, changes, message.dp_rank, skipped + unknown, block_tokens)
+            try:
+                events = _decoder.decode(payload).events
+            except msgspec.ValidationError:
+                message = _loose_decoder.decode(payload)
+                known = [raw for raw in message.events if _tag_decoder.decode(raw).type in _KNOWN]
+                events = [_event_decoder.decode(raw) for raw in known]
+                self.skipped += len(message.events) - len(known)
+        except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
+            raise ProtocolError(f"KV events: a message that is none of SGLang's: {error}") from None
+        if not self.block_tokens:
+            self.block_tokens = max((e.block_size for e in events if isinstance(e, BlockStored)), default=0)
+        self._add(events)
 
+    def take(self) -> tuple[Change, ...]:
+        """The changes since the last call, in order; neighbours that add, or that remove, are joined, since among them
+        the order says nothing."""
+        self._end_run(storing=True)
+        changes, self._changes = tuple(self._changes), []
+        return changes
 
-def _changes(events: Iterable[_Event], block_tokens: int, infer_states: bool) -> tuple[tuple[Change, ...], int]:
-    changes: list[Change] = []
-    skipped = 0
-    for (kind, medium), group in itertools.groupby(events, _kind_and_medium):
-        if kind is AllBlocksCleared:
-            changes.append(Cleared())
-            continue
-        same = list(group)
-        tier = _TIERS.get(medium)
-        usable = [] if tier is None else [event for event in same if _fits(event, block_tokens)]
-        skipped += len(same) - len(usable)
-        if tier is None or not usable:
-            continue
-        hashes = _hashes(itertools.chain.from_iterable(_hashes_of(event) for event in usable))
-        part = Part.STATE if kind in (StateStored, StateRemoved) else Part.KV
-        changes.append((Stored if kind in (BlockStored, StateStored) else Removed)(hashes, tier, part))
-        if infer_states and kind is BlockStored:
-            changes.append(Stored(_hashes(_hashes_of(event)[-1] for event in usable), tier, Part.STATE))
-    return tuple(changes), skipped
+    def _add(self, events: list[_Event]) -> None:
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                self._end_run(storing=True)
+                self._changes = [Cleared()]
+                continue
+            kind, hashes = type(event), event.block_hashes
+            place = _TIERS.get(event.medium)
+            if place is None or not hashes:
+                self.skipped += 1
+                continue
+            if isinstance(event, BlockStored) and event.block_size != self.block_tokens:
+                self.skipped += 1
+                continue
+            storing = kind is BlockStored or kind is StateStored
+            if storing is not self._storing:
+                self._end_run(storing)
+            if kind is StateStored or kind is StateRemoved:
+                place += _STATE
+            self._runs[place] += hashes
+            if self._infer_states and kind is BlockStored:
+                self._runs[place + _STATE].append(hashes[-1])
 
-
-def _kind_and_medium(event: _Event) -> tuple[type[_Event], str | None]:
-    return type(event), None if isinstance(event, AllBlocksCleared) else event.medium
-
-
-def _fits(event: _Event, block_tokens: int) -> bool:
-    if isinstance(event, BlockStored) and event.block_size != block_tokens:
-        return False
-    return bool(_hashes_of(event))
-
-
-def _hashes_of(event: _Event) -> list[int]:
-    return [] if isinstance(event, AllBlocksCleared) else event.block_hashes
-
-
-def _hashes(values: Iterable[int]) -> BlockHashes:
-    """SGLang writes signed 64-bit integers."""
-    return np.fromiter(values, np.int64).view(np.uint64)
+    def _end_run(self, storing: bool) -> None:
+        kind = Stored if self._storing else Removed
+        for number, hashes in enumerate(self._runs):
+            if hashes:
+                self._changes.append(kind(np.array(hashes, np.int64).view(np.uint64), *_RUNS[number]))
+                self._runs[number] = []
+        self._storing = storing

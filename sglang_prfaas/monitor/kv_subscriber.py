@@ -19,7 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 from sglang_prfaas.clock import Clock, MonotonicClock
 from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.monitor.event_stream import Action, Apply, EventStream, Reset
-from sglang_prfaas.monitor.kv_events import MAX_MESSAGE_BYTES, decode_kv_events
+from sglang_prfaas.monitor.kv_events import MAX_MESSAGE_BYTES, KvEventReader
 from sglang_prfaas.prefix_cache.changes import Change, Cleared
 from sglang_prfaas.prefix_cache.matching import Holder
 
@@ -104,6 +104,7 @@ class KvEventSubscriber:
             for follower in self._followers:
                 follower.receive_replay()
                 follower.do(follower.stream.tick())
+                follower.deliver()
         for follower in self._followers:
             follower.close()
         self._wake.close(linger=0)
@@ -122,7 +123,7 @@ class _Follower:
         replay_timeout_s: float,
     ) -> None:
         self.source = source
-        self.block_tokens = source.block_tokens
+        self._reader = KvEventReader(source.block_tokens, infer_states=source.infer_states)
         can_replay = bool(source.replay_endpoint)
         self.stream = EventStream(clock, can_replay=can_replay, replay_timeout_s=replay_timeout_s)
         self.sub = self._new_socket(context, zmq.SUB)
@@ -135,7 +136,12 @@ class _Follower:
         self._context = context
         self._poller = poller
         self._replay: zmq.Socket[bytes] | None = None
-        self._batches = self._refused = self._skipped = 0
+        self._batches = self._refused = 0
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of its blocks, 0 while that is not known."""
+        return self._reader.block_tokens
 
     def counters(self) -> dict[str, int]:
         return {
@@ -143,7 +149,7 @@ class _Follower:
             "gaps": self.stream.gaps,
             "resets": self.stream.resets,
             "refused": self._refused,
-            "skipped": self._skipped,
+            "skipped": self._reader.skipped,
         }
 
     def receive(self, socket: zmq.Socket[bytes]) -> None:
@@ -179,6 +185,7 @@ class _Follower:
                 self._apply(action)
             elif isinstance(action, Reset):
                 logger.info("KV events of %s: starting over, %s", self.source.holder, action.reason)
+                self._reader.take()
                 self._deliver(self.source.holder, (Cleared(),))
             else:
                 self._ask(action.start_seq)
@@ -189,18 +196,19 @@ class _Follower:
         self.monitor.close(linger=0)
         self.sub.close(linger=0)
 
+    def deliver(self) -> None:
+        """Hand on what was read in this turn, at once."""
+        changes = self._reader.take()
+        if changes:
+            self._deliver(self.source.holder, changes)
+
     def _apply(self, batch: Apply) -> None:
-        source = self.source
         try:
-            events = decode_kv_events(batch.payload, self.block_tokens, infer_states=source.infer_states)
+            self._reader.feed(batch.payload)
         except ProtocolError as error:
             self._refuse(str(error))
             return
         self._batches += 1
-        self._skipped += events.skipped
-        self.block_tokens = events.block_tokens
-        if events.changes:
-            self._deliver(source.holder, events.changes)
 
     def _ask(self, start_seq: int) -> None:
         self._close_replay()

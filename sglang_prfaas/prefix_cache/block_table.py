@@ -8,6 +8,8 @@ end in `_one` take one, without the fixed cost of array operations.
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,7 @@ Places = NDArray[np.int64]
 SetNumbers = NDArray[np.uint16]
 
 _WAYS = 8
+_BUCKET = struct.Struct(f"={_WAYS}Q")
 _FILL = 0.75
 """Share of the places that is used at most: above it, more and more entries would have both buckets full."""
 
@@ -105,17 +108,25 @@ class BlockTable:
         return len(hashes)
 
     def find_one(self, value: int) -> int:
-        """The place of one hash, -1 where it is absent."""
+        """The place of one hash; where it is absent, -1 - p with the place p at which `insert_one` can put it."""
         value = value or _MIX_INT
-        for bucket in self._buckets_one(value):
-            start = bucket * _WAYS
-            keys = self._key_view[start : start + _WAYS].tolist()
-            if value in keys:
-                return start + keys.index(value)
-        return self._beside.get(value, -1) if self._beside else -1
+        keys, low = self._key_view, (value & 0xFFFFFFFF) * self._half >> 32
+        first = _BUCKET.unpack_from(keys, low * _BUCKET.size)
+        if value in first:
+            return low * _WAYS + first.index(value)
+        high = (((value * _MIX_INT & 0xFFFFFFFFFFFFFFFF) >> 32) * self._half >> 32) + self._half
+        second = _BUCKET.unpack_from(keys, high * _BUCKET.size)
+        if value in second:
+            return high * _WAYS + second.index(value)
+        if self._beside and value in self._beside:
+            return self._beside[value]
+        free, more = first.count(0), second.count(0)
+        if not (free or more):
+            return -1 - self._beside_next
+        return -1 - (low * _WAYS + first.index(0) if free >= more else high * _WAYS + second.index(0))
 
     def number_at_one(self, place: int) -> int:
-        """The set number at one place, 0 for place -1."""
+        """The set number at one place, 0 for a negative one."""
         return self._number_view[place] if 0 <= place < self.places else self._number_at(place)
 
     def write_one(self, place: int, number: int) -> None:
@@ -128,19 +139,12 @@ class BlockTable:
             self._key_view[place] = 0
             self._in_arrays -= 1
 
-    def insert_one(self, value: int, number: int) -> int:
-        """Add one hash that is absent; returns 1, or 0 where there is no room."""
+    def insert_one(self, place: int, value: int, number: int) -> int:
+        """Put one hash at the place that `find_one` named; returns 1, or 0 where the table is full."""
         if len(self) >= self.max_blocks:
             return 0
         value = value or _MIX_INT
-        best_free, place = 0, -1
-        for bucket in self._buckets_one(value):
-            start = bucket * _WAYS
-            keys = self._key_view[start : start + _WAYS].tolist()
-            free = keys.count(0)
-            if free > best_free:
-                best_free, place = free, start + keys.index(0)
-        if place < 0:
+        if place >= self.places:
             self._put_beside(value, number)
             return 1
         self._key_view[place] = value
@@ -192,11 +196,6 @@ class BlockTable:
         low = (hashes & np.uint64(0xFFFFFFFF)) * half >> np.uint64(32)
         high = (hashes * _MIX >> np.uint64(32)) * half >> np.uint64(32)
         return low.astype(np.int64), high.astype(np.int64) + self._half
-
-    def _buckets_one(self, value: int) -> tuple[int, int]:
-        low = (value & 0xFFFFFFFF) * self._half >> 32
-        high = ((value * _MIX_INT & 0xFFFFFFFFFFFFFFFF) >> 32) * self._half >> 32
-        return low, high + self._half
 
     def _put_beside(self, value: int, number: int) -> None:
         self._beside[value] = self._beside_next

@@ -15,14 +15,14 @@ from msgspec import Struct
 from sglang_prfaas.errors import PoolFullError
 from sglang_prfaas.prefix_cache.block_hash import BlockHashes, PromptHashes
 from sglang_prfaas.prefix_cache.block_table import BlockTable, SetNumbers
-from sglang_prfaas.prefix_cache.changes import Change, Cleared, Removed, Stored
+from sglang_prfaas.prefix_cache.changes import Change, Cleared, Stored
 from sglang_prfaas.prefix_cache.holder_sets import HolderSets, Part, Tier, bit_of, field_of, holders_in
 from sglang_prfaas.prefix_cache.matching import Holder, Match, PrefixWalk
 
 _SWEEP_PLACES = 1 << 16
 _EXPORT_PLACES = 1 << 14
 _FIRST_STEP, _LAST_STEP = 64, 2048
-_FEW = 4
+_FEW = 32
 """Blocks up to which going one by one is faster than array operations."""
 
 
@@ -107,7 +107,7 @@ class GlobalIndex:
             bit = bit_of(self._slots[holder], change.part, change.tier)
             if isinstance(change, Stored):
                 self._change(change.hashes, bit, 0)
-            elif isinstance(change, Removed):
+            else:
                 state = bit_of(self._slots[holder], Part.STATE, change.tier)
                 self._change(change.hashes, 0, bit | state)
         if self._sweeping:
@@ -197,7 +197,7 @@ class GlobalIndex:
         if place < 0:
             if add:
                 number = self._sets.number(add)
-                inserted = self._table.insert_one(value, number) if number is not None else 0
+                inserted = self._table.insert_one(-1 - place, value, number) if number is not None else 0
                 if number is not None:
                     self._sets.add_blocks(number, inserted)
                 self.dropped_blocks += 1 - inserted

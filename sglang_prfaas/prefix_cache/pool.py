@@ -89,9 +89,22 @@ class HybridPool:
             node.serial = 0
         return Lease(len(path) * self.layout.block_tokens, tuple(at.kv for at in path), node.state, node)
 
+    def hold(self, key: int) -> Lease | None:
+        """Hold the prefix that ends with the block of tokens of this hash, and the checkpoint at its end where there is
+        one, until `release`; None if it is not there. `Lease.kv` is of that block alone."""
+        node = self._tree.nodes.get(key)
+        if node is None or not node.ready:
+            return None
+        self._hold(node)
+        state = node.state if node.state_ready else ()
+        if state:
+            self._tree.lock_state(node)
+            node.serial = 0
+        return Lease(self.layout.block_tokens, (node.kv,), state, node)
+
     def release(self, lease: Lease) -> None:
         """End a lease. The prefix counts as used now."""
-        if self.layout.hybrid:
+        if lease.state:
             self._tree.unlock_state(lease.node)
         self._tree.unlock(lease.node)
         self._use(lease.node)

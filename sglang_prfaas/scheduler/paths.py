@@ -14,7 +14,9 @@ from msgspec import Struct
 from sglang_prfaas.core.kv_layout import KvLayout
 from sglang_prfaas.scheduler.affinity import Serving, best_serving
 from sglang_prfaas.scheduler.correction import CorrectedCurve
+from sglang_prfaas.scheduler.fetching import with_fetch
 from sglang_prfaas.scheduler.moment import Moment, Way, Ways
+from sglang_prfaas.scheduler.short_term import site_prefix
 from sglang_prfaas.scheduler.types import LinkView, Observation, SiteView
 
 DECODE_S_PER_REQUEST = 0.01
@@ -50,7 +52,7 @@ class Paths:
         """
         sites = {site.name: site for site in observation.sites}
         ways = moment.ways = moment.ways or self._ways(moment, observation)
-        far = self._servings(moment, sites, ways.far, l_total)
+        far = self._far(moment, observation, sites, ways, l_total)
         near = self._servings(moment, sites, moment.states, l_total)
         times = [(there.wait_s, there.seconds) for there in far]
         far_s = min([wait_s + ways.least_state_s + seconds for wait_s, seconds in times], default=_INFINITE)
@@ -80,7 +82,7 @@ class Paths:
         """Write the costs of a request into the observation, whose PD site is chosen already."""
         sites = {site.name: site for site in observation.sites}
         ways = moment.ways = moment.ways or self._ways(moment, observation)
-        far = self._servings(moment, sites, ways.far, l_total)
+        far = self._far(moment, observation, sites, ways, l_total)
         if home in moment.states:
             (here,) = self._servings(moment, sites, (home,), l_total)
             self._write_costs(moment, sites, far, home, l_total, here.tokens)
@@ -98,6 +100,20 @@ class Paths:
             tokens = l_total - site.cached_tokens if l_total > site.cached_tokens else 0
             seconds = curve.at(tokens)
             found.append(Serving(tokens, wait_s, seconds, seconds))
+        return found
+
+    def _far(
+        self, moment: Moment, observation: Observation, sites: dict[str, SiteView], ways: Ways, l_total: int
+    ) -> list[Serving]:
+        """The same of the PrfaaS sites, which may fetch what a PD site holds while bandwidth is ample."""
+        found = self._servings(moment, sites, ways.far, l_total)
+        if observation.bandwidth_scarce:
+            return found
+        held = min(max((site_prefix(sites[home]) for home in moment.states), default=0), l_total - 1)
+        for index, (name, there) in enumerate(zip(ways.far, found, strict=True)):
+            if held > l_total - there.tokens:
+                wait_s, curve = moment.loads[name].wait_s, self._curves[name].at
+                found[index] = with_fetch(observation, sites[name], there, l_total, wait_s, self._kv, curve)
         return found
 
     def _ways(self, moment: Moment, observation: Observation) -> Ways:

@@ -11,6 +11,7 @@ from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.scheduler.profiles import load_profile
 from sglang_prfaas.store.fetch_choice import PeerEstimate, PrefillTime, TokensPerSecond
 from sglang_prfaas.store.remote import FetchLimits, RemoteTier
+from sglang_prfaas.store.staging import OpenRoom, on_the_heap
 from sglang_prfaas.store.stats import Counters
 from sglang_prfaas.transport.object_client import ObjectClient
 from sglang_prfaas.transport.security import load_security
@@ -26,6 +27,7 @@ def remote_tier(
     least_tokens: int,
     keep: Callable[[str, memoryview], bool],
     counters: Counters,
+    open_room: OpenRoom = on_the_heap,
 ) -> RemoteTier | None:
     """None without peers. Raises ConfigError for keys that do not fit, and for no idea of what computing takes."""
     if not config.peers:
@@ -54,6 +56,7 @@ def remote_tier(
         keep=keep,
         counters=counters,
         clock=MonotonicClock(),
+        open_room=open_room,
     )
 
 

@@ -37,11 +37,17 @@ from sglang_prfaas.store.host_tier import HostTier
 from sglang_prfaas.store.identity import ComponentIdentity, ModelIdentity, namespace, shard_of
 from sglang_prfaas.store.mooncake import MooncakeStore
 from sglang_prfaas.store.objects import ObjectStore, consecutive
+from sglang_prfaas.store.staging import on_the_heap
 from sglang_prfaas.store.stats import Counters, StatsFile, StatsWriter
 from sglang_prfaas.store.tiers import TieredStore
 
 KV = PoolName.KV.value
 STATES = {PoolName.MAMBA.value: "linear", PoolName.SWA.value: "window"}
+ONLY_V1 = (
+    '--hicache-storage-backend-extra-config: write "interface_v1": 1, or let [prefix_cache] set it. Without it SGLang '
+    "hands over single pages with no word of the prompt before them and none of the states of a hybrid model, so "
+    "that a hit could not be told from a miss"
+)
 _ARGS = ("model_path", "revision", "dtype", "quantization", "kv_cache_dtype", "json_model_override_args")
 
 
@@ -59,6 +65,8 @@ class PrfaasHiCacheStore(HiCacheStorage):
             self.config = msgspec.convert(given, PrefixCacheConfig)
         except msgspec.ValidationError as error:
             raise ConfigError(f"--hicache-storage-backend-extra-config: {error}") from None
+        if not (storage_config.extra_config or {}).get("interface_v1"):
+            raise ConfigError(ONLY_V1)
         self._least_tokens = int((storage_config.extra_config or {}).get("prefetch_threshold", 0))
         self.counters = Counters()
         self.store: TieredStore | None = None
@@ -79,7 +87,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
             self._register(str(host_pool_name), host_pool)
 
     def on_host_pools_registered(self) -> None:
-        backend = self._backend()
+        backend, host = self._backend(), self._host_tier()
         remote = remote_tier(
             self.config,
             transport_from_env(os.environ),
@@ -89,8 +97,9 @@ class PrfaasHiCacheStore(HiCacheStorage):
             least_tokens=self._least_tokens,
             keep=backend.write,
             counters=self.counters,
+            open_room=host.open_room if host is not None and self.config.transfer_floor else on_the_heap,
         )
-        self.store = TieredStore(backend, self._host_tier(), self._namespaces, self.counters, remote)
+        self.store = TieredStore(backend, host, self._namespaces, self.counters, remote)
         directory = self.config.stats_dir or (self.config.disk_dir and os.path.join(self.config.disk_dir, "stats"))
         if directory:
             self._stats = StatsWriter(Path(directory) / f"{self._name()}.json", self._stats_file)
@@ -140,7 +149,7 @@ class PrfaasHiCacheStore(HiCacheStorage):
     # --- the older interface, which SGLang does not call with `interface_v1` --------------------------------------
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> torch.Tensor | None:
-        raise NotImplementedError("start the server with interface_v1 in the extra configuration")
+        raise ConfigError(ONLY_V1)
 
     batch_get = set = batch_set = get
 
@@ -231,7 +240,13 @@ class PrfaasHiCacheStore(HiCacheStorage):
         groups = [Group(name=KV, kind="full", entry_bytes=sizes[KV])]
         groups += [Group(name=state, kind=STATES[state], entry_bytes=sizes[state]) for state in states]
         layout = PoolLayout(block_bytes=sizes[KV], block_tokens=int(self._pools[KV].page_size), groups=tuple(groups))
-        return HostTier(layout, max(self.config.host_bytes, sizes[KV]), self.counters)
+        return HostTier(
+            layout,
+            max(self.config.host_bytes, sizes[KV]),
+            self.counters,
+            prefix_floor=self.config.prefix_floor,
+            transfer_floor=self.config.transfer_floor,
+        )
 
     def _backend(self) -> ObjectStore:
         if self.config.backend == "mooncake":

@@ -184,10 +184,13 @@ class PrfaasKVManager(BaseKVManager):
         return True
 
     def submit_prefill_recompute(self, receiver: Any, payload: Any) -> None:
-        """Retraction that recomputes the prefix on the prefill server is a feature of RL training."""
-        raise NotImplementedError(
-            "prfaas: retraction by recomputing on the prefill server is not supported; "
-            "use --disaggregation-decode-retraction-backup cpu_tensor or host_pool"
+        """SGLang asks for this where it retracted a request from decode and has the prefill server compute it again,
+        for weights that changed meanwhile. Refused: it posts to the prefill server's own HTTP port, which no other site
+        can reach. The request ends with the reason, and the others go on."""
+        receiver.abort(
+            "the request was retracted, and is to be computed again on its prefill server: over the prfaas backend a "
+            "decode server does not reach that one's HTTP port; start it with "
+            "--disaggregation-decode-retraction-backup cpu_tensor or host_pool, or send the request again"
         )
 
     def deregister_buffer_to_engine(self) -> None:

@@ -172,11 +172,11 @@ class PrfaasKVReceiver(BaseKVReceiver):
     def ensure_abort_notified(self, *, force_arm: bool = False) -> None:
         """Nothing to wait for: once a transfer has ended, this process writes none of its bytes."""
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "the decode leg of the request was aborted") -> None:
         """End the request: prefill is told, and from here on no page of it is written."""
         if self.conclude_state is not None:
             return
-        self._failure = self._failure or "the decode leg of the request was aborted"
+        self._failure = self._failure or reason
         for item in self._items:
             self._mover.abort(item, self._failure)
         self._conclude(KVPoll.Failed)

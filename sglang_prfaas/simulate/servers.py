@@ -223,7 +223,8 @@ class DecodeServer:
 
 
 class PrefixCache:
-    """Which prompt blocks the servers of a site hold: least recently used go first. 0 blocks: no cache."""
+    """Which prompt blocks the servers of a site hold: least recently used go first, and of one prompt its end, without
+    which its beginning is still a prefix. 0 blocks: no cache."""
 
     def __init__(self, capacity_blocks: int) -> None:
         self._capacity = capacity_blocks
@@ -241,7 +242,7 @@ class PrefixCache:
     def insert(self, arrival: Arrival) -> None:
         if not self._capacity:
             return
-        for block in arrival.blocks:
+        for block in reversed(arrival.blocks):
             self._blocks[block] = None
             self._blocks.move_to_end(block)
         while len(self._blocks) > self._capacity:

@@ -256,6 +256,7 @@ class Agent:
             self._config.site.name, servers, self._links.links(), self._control.results, routers, self._caches.samples()
         )
         text += metrics.render_transfers(self._links.counts())
+        text += metrics.render_stores(self._config.site.name, self._caches.stores())
         return text + (metrics.render_cache(self._config.site.name, self._cache.stats()) if self._cache else "")
 
     def _server_state(self, name: str) -> ServerState:
@@ -334,7 +335,8 @@ class Agent:
         elif request.path == "/site":
             response.send(200, msgspec.json.encode(self.report()))
         elif request.path == "/cache":
-            response.send(200, msgspec.json.encode(self._caches.describe()))
+            served = self._cache.stats() if self._cache else None
+            response.send(200, msgspec.json.encode(self._caches.describe() | {"served": served}))
         elif request.path == "/metrics":
             response.send(200, self.metrics().encode(), (_TEXT,))
         else:

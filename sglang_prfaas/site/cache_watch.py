@@ -98,7 +98,7 @@ class CacheWatch:
             "index_bytes": index.memory_bytes,
             "log_position": self.log.end,
             "rereads": self.log.rereads,
-            "store": self._stores(),
+            "store": self.stores(),
             "caches": [
                 {
                     "server": source.holder.server,
@@ -120,7 +120,7 @@ class CacheWatch:
             for tier, count in msgspec.structs.asdict(blocks).items()
         ]
 
-    def _stores(self) -> list[StatsFile]:
+    def stores(self) -> list[StatsFile]:
         """The prefix store's counters, as its processes wrote them last."""
         try:
             return read_stats(Path(self._store_stats)) if self._store_stats else []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
 from sglang_prfaas.core.link_counts import LinkCounts
 from sglang_prfaas.monitor.reports import LinkLoad, ServerLoad
 from sglang_prfaas.site.lifecycle import State
+from sglang_prfaas.store.stats import StatsFile
 from sglang_prfaas.transport.object_server import ServedStats
 
 
@@ -175,6 +176,68 @@ def render_cache(site: str, served: ServedStats) -> str:
             f"prfaas_cache_served_{name}_total", "counter", text, [({"site": site}, getattr(served, field))]
         )
     return "\n".join(lines) + "\n"
+
+
+_STORE_COUNTERS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    ("hits", "Pages and states read from the prefix store.", "tier", {"host": "host_hits", "backend": "backend_hits"}),
+    ("misses", "Reads that no tier of the prefix store could serve.", "", {"": "misses"}),
+    ("read_bytes", "Bytes of hits.", "tier", {"host": "host_read_bytes", "backend": "backend_read_bytes"}),
+    ("written_bytes", "Bytes kept.", "tier", {"host": "host_written_bytes", "backend": "backend_written_bytes"}),
+    (
+        "evicted",
+        "What made room: blocks of host memory, objects behind it.",
+        "tier",
+        {"host": "host_evicted_blocks", "backend": "backend_evicted_objects"},
+    ),
+    ("refused", "Objects that were not kept.", "tier", {"host": "host_refused", "backend": "backend_refused"}),
+    ("corrupt_objects", "Objects whose checksum was wrong.", "", {"": "corrupt_objects"}),
+    (
+        "pages",
+        "Pages asked for by SGLang, and usable.",
+        "of",
+        {"asked": "queried_pages", "usable": "usable_pages"},
+    ),
+    ("fetch_questions", "Questions to other sites for prefixes.", "", {"": "fetch_questions"}),
+    (
+        "fetches",
+        "Prefixes of other sites: fetched, failed, left as computing was quicker, or as too much was under way.",
+        "result",
+        {"begun": "fetches", "failed": "fetch_failed", "slower": "fetch_refused", "full": "fetch_full"},
+    ),
+    ("fetched_objects", "Pages and states that came from other sites.", "", {"": "fetched_objects"}),
+    ("fetched_bytes", "Bytes of them.", "", {"": "fetched_bytes"}),
+    ("fetched_tokens", "Prompt tokens that were fetched and not computed.", "", {"": "fetched_tokens"}),
+    ("fetch_saved_seconds", "Expected time to compute them, less what fetching took.", "", {"": "fetch_saved_s"}),
+)
+"""Name, help, label and the fields of `StoreStats` by its values."""
+
+
+def render_stores(site: str, stores: Sequence[StatsFile]) -> str:
+    """The prefix stores of a site's ranks, as they wrote their counters last."""
+    lines: list[str] = []
+    for name, text, label, fields in _STORE_COUNTERS:
+        samples = (
+            ({"site": site, "rank": store.name} | ({label: value} if label else {}), getattr(store.counters, field))
+            for store in stores
+            for value, field in fields.items()
+        )
+        lines += _family(f"prfaas_store_{name}_total", "counter", text, samples)
+    for name, text in (("used", "Bytes held: of a directory, by all its servers."), ("limit", "Bytes at most.")):
+        sizes = (
+            ({"site": site, "rank": store.name, "tier": tier}, getattr(store, f"{tier}_{name}_bytes"))
+            for store in stores
+            for tier in ("host", "backend")
+        )
+        lines += _family(f"prfaas_store_{name}_bytes", "gauge", text, sizes)
+    for name, text in (("bytes_per_s", "Rate expected of fetches."), ("rtt_s", "Round trip expected of fetches.")):
+        figures = (
+            ({"site": site, "rank": store.name, "peer": peer.site}, getattr(peer, name))
+            for store in stores
+            for peer in store.peers
+        )
+        unit = {"bytes_per_s": "bytes_per_second", "rtt_s": "rtt_seconds"}[name]
+        lines += _family(f"prfaas_store_peer_{unit}", "gauge", text, figures)
+    return "\n".join(lines) + "\n" if lines else ""
 
 
 def _family(name: str, kind: str, help_text: str, samples: Iterable[Sample]) -> list[str]:

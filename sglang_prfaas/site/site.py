@@ -107,10 +107,14 @@ class Site:
         await self.stop()
 
 
-def _caches(config: SiteConfig) -> tuple[CacheWatch | None, dict[str, str]]:
-    """The watch over the servers' caches, None where nobody could ask it, and `--kv-events-config` by server."""
+def _caches(config: SiteConfig) -> tuple[CacheWatch, dict[str, str]]:
+    """The watch over the servers' caches, which hears no events where no router could ask, and `--kv-events-config` by
+    server."""
+    cache = config.prefix_cache
+    stats = cache.stats_dir or (f"{cache.disk_dir}/stats" if cache.disk_dir else "")
+    stats = stats if cache.backend != "off" else ""
     if not (config.agent.kv_events and config.agent.reports_port):
-        return None, {}
+        return CacheWatch(config.site.name, {}, 1, MonotonicClock(), store_stats=stats), {}
     directory = new_endpoint().removeprefix("ipc://").removesuffix("/links")
     options: dict[str, str] = {}
     sources: dict[str, list[KvEventSource]] = {}
@@ -124,15 +128,13 @@ def _caches(config: SiteConfig) -> tuple[CacheWatch | None, dict[str, str]]:
         if events is not None:
             ranks, host = sglang_args.data_parallel_size(args), listening_host(server.host)
             sources[server.name] = kv_event_endpoints.sources(config.site.name, server.name, events, ranks, host)
-    cache = config.prefix_cache
-    stats = cache.stats_dir or (f"{cache.disk_dir}/stats" if cache.disk_dir else "")
     watch = CacheWatch(
         config.site.name,
         sources,
         config.agent.kv_events_max_blocks,
         MonotonicClock(),
         directory=directory,
-        store_stats=stats if cache.backend != "off" else "",
+        store_stats=stats,
     )
     return watch, options
 

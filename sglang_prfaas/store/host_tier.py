@@ -8,14 +8,17 @@ window's, for instance); they wait beside the pool, in an eighth of the memory, 
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 from sglang_prfaas.errors import PoolFullError
 from sglang_prfaas.prefix_cache.groups import PoolLayout
 from sglang_prfaas.prefix_cache.ledger import Blocks
-from sglang_prfaas.prefix_cache.pool import HybridPool, Ticket
+from sglang_prfaas.prefix_cache.pool import HybridPool, Lease, Ticket
+from sglang_prfaas.store.staging import PoolRoom, Room
 from sglang_prfaas.store.stats import Counters
 
 FETCH_BYTES_PER_S = 1e9
@@ -24,16 +27,51 @@ FETCH_BYTES_PER_S = 1e9
 Page = tuple[str, memoryview]
 
 
+class PageLease:
+    """Pages or states that are held for reading; a context manager. `len`: how many."""
+
+    def __init__(self, tier: HostTier, blocks: Sequence[Blocks], leases: Sequence[Lease]) -> None:
+        self._tier, self._blocks, self._leases = tier, blocks, leases
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def copy(self, index: int, out: memoryview) -> None:
+        """Copy one to `out`, of exactly its length."""
+        self._tier.copy(self._blocks[index], out, to_arena=False)
+
+    def __enter__(self) -> PageLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tier.release(self._leases)
+        self._leases = ()
+
+
 class HostTier:
     """Pages (component `kv`) and, for a hybrid model, one component of states. Safe for several threads."""
 
     def __init__(
-        self, layout: PoolLayout, limit_bytes: int, counters: Counters, *, transfer_floor_blocks: int = 0
+        self,
+        layout: PoolLayout,
+        limit_bytes: int,
+        counters: Counters,
+        *,
+        prefix_floor: float = 0.0,
+        transfer_floor: float = 0.0,
     ) -> None:
+        """prefix_floor, transfer_floor: shares of the memory that the other side can not take."""
         self._waiting_pages = limit_bytes // layout.block_bytes // 8 if layout.hybrid else 0
         self._waiting: dict[str, bytes] = {}  # oldest first
         blocks = limit_bytes // layout.block_bytes - self._waiting_pages
-        self.pool = HybridPool(layout, blocks, transfer_floor_blocks=transfer_floor_blocks)
+        self.pool = HybridPool(
+            layout,
+            blocks,
+            prefix_floor_blocks=int(prefix_floor * blocks),
+            transfer_floor_blocks=int(transfer_floor * blocks),
+        )
         self.state_component = next((group.name for group in layout.groups if group.kind != "full"), None)
         self._page_bytes = next(group.entry_bytes for group in layout.groups if group.kind == "full")
         self._counters = counters
@@ -46,16 +84,28 @@ class HostTier:
         with self._lock:
             return bool(self._blocks(component, key))
 
+    def lease(self, component: str, keys: Sequence[str]) -> PageLease:
+        """Hold the first of these consecutive pages or states, as many as are here: until the lease ends they are
+        neither evicted nor overwritten, and are read without keeping others waiting."""
+        with self._lock:
+            held = list(itertools.takewhile(bool, (self._blocks(component, key) for key in keys)))
+            # A page stays as long as any page after it: the last one is enough for all. States are held each.
+            first = 0 if component == self.state_component else max(0, len(held) - 1)
+            leases = [lease for key in keys[first : len(held)] if (lease := self.pool.hold(_hash(key))) is not None]
+        return PageLease(self, held, leases)
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        """End what `lease` began; the pages count as used now."""
+        with self._lock:
+            for lease in leases:
+                self.pool.release(lease)
+
     def read(self, component: str, key: str, out: memoryview) -> bool:
         """Copy a page or state to `out`, of exactly its length. False where it is not held."""
-        with self._lock:
-            blocks = self._blocks(component, key)
-            if not blocks:
-                return False
-            self._copy(blocks, out, to_arena=False)
-            if component == self.state_component:
-                self.pool.touch(_hash(key))
-            return True
+        with self.lease(component, [key]) as held:
+            if held:
+                held.copy(0, out)
+            return bool(held)
 
     def used(self, key: str) -> None:
         """The prefix that ends with this page was read."""
@@ -96,7 +146,7 @@ class HostTier:
                 if component == "kv":
                     self._wait(key, payload)
                 return
-            self._copy(blocks, payload, to_arena=True)
+            self.copy(blocks, payload, to_arena=True)
             self._counters.add(host_written_bytes=len(payload))
             if not self._missing:
                 self.pool.commit(self._ticket)
@@ -108,6 +158,29 @@ class HostTier:
             if self._ticket is not None:
                 self.pool.abort(self._ticket)
             self._ticket, self._missing = None, {}
+
+    def open_room(self, sizes: Sequence[int]) -> Room | None:
+        """Blocks for objects of these sizes that are on their way; prefixes give way down to their floor. None: there
+        are not enough."""
+        blocks = sum(map(self.blocks_for, sizes))
+        with self._lock:
+            evicted_before = self.pool.evicted_blocks
+            try:
+                transfer = self.pool.open_transfer(blocks * self.pool.layout.block_bytes)
+            except PoolFullError:
+                return None
+            finally:
+                self._counters.add(host_evicted_blocks=self.pool.evicted_blocks - evicted_before)
+
+        def give_back() -> None:
+            with self._lock:
+                self.pool.close_transfer(transfer)
+
+        return PoolRoom(self, transfer.blocks, give_back)
+
+    def blocks_for(self, nbytes: int) -> int:
+        """Blocks that an object takes."""
+        return self.pool.layout.blocks_for_bytes(nbytes)
 
     def used_bytes(self) -> int:
         with self._lock:
@@ -126,7 +199,8 @@ class HostTier:
             return kv
         return state if component == self.state_component else ()
 
-    def _copy(self, blocks: Blocks, data: memoryview, *, to_arena: bool) -> None:
+    def copy(self, blocks: Blocks, data: memoryview, *, to_arena: bool) -> None:
+        """Bytes into blocks, or out of them. The blocks must be held: nobody is kept from them here."""
         size = self.pool.layout.block_bytes
         for number, block in enumerate(blocks):
             part = data[number * size : (number + 1) * size]

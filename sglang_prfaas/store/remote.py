@@ -24,6 +24,7 @@ from sglang_prfaas.store.fetch_plan import Groups, Object, groups_of, joined, or
 from sglang_prfaas.store.hits import Hit, Need, best_hit
 from sglang_prfaas.store.identity import object_name
 from sglang_prfaas.store.objects import head_bytes, is_intact
+from sglang_prfaas.store.staging import OpenRoom, Room, on_the_heap
 from sglang_prfaas.store.stats import Counters, PeerStats
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,10 @@ class FetchLimits(Struct, frozen=True, kw_only=True):
 
 
 class _Fetch:
-    def __init__(self, total_bytes: int) -> None:
+    def __init__(self, total_bytes: int, room: Room) -> None:
         self.total_bytes = total_bytes
         self.arrived_bytes = 0
-        self.arrived: dict[str, memoryview] = {}
+        self.room = room
         self.ended = False
 
 
@@ -83,8 +84,10 @@ class RemoteTier:
         keep: Callable[[str, memoryview], bool],
         counters: Counters,
         clock: Clock,
+        open_room: OpenRoom = on_the_heap,
     ) -> None:
-        """payload_bytes: of one object of each component. keep: the tier behind."""
+        """payload_bytes: of one object of each component. keep: the tier behind. open_room: where objects wait until
+        they are read and kept."""
         self._peers = list(peers)
         self._prefill = prefill
         self._limits = limits
@@ -94,6 +97,7 @@ class RemoteTier:
         self._keep = keep
         self._counters = counters
         self._clock = clock
+        self._open_room = open_room
         self._changed = threading.Condition()
         self._flights: dict[str, _Fetch] = {}
         self._fetches: dict[_Fetch, tuple[Peer, threading.Thread]] = {}
@@ -113,12 +117,11 @@ class RemoteTier:
             fetch = self._flights.get(name)
             if fetch is None:
                 return False
-            self._changed.wait_for(lambda: name in fetch.arrived or fetch.ended)
-            payload = fetch.arrived.get(name)
-        if payload is None or len(payload) != len(out):
-            return False
-        out[:] = payload
-        return True
+            self._changed.wait_for(lambda: fetch.room.size(name) >= 0 or fetch.ended)
+            if fetch.room.size(name) != len(out):
+                return False
+            fetch.room.copy(name, out)
+            return True
 
     def extend(
         self,
@@ -218,10 +221,13 @@ class RemoteTier:
                 self._counters.add(fetch_refused=1)
                 logger.debug("prfaas: %d tokens of site %s are computed: %s", after - before, peer.site, choice)
                 return False
-            if len(under_way) >= MAX_FETCHES or held + total > self._limits.max_bytes:
+            room = None
+            if len(under_way) < MAX_FETCHES and held + total <= self._limits.max_bytes:
+                room = self._open_room([self._payload_bytes[component] for component, _ in items])
+            if room is None:
                 self._counters.add(fetch_full=1)
                 return False
-            fetch = _Fetch(total)
+            fetch = _Fetch(total, room)
             deadline = Deadline(self._clock, min(self._limits.timeout_s, choice.compute_s))
             thread = threading.Thread(
                 target=self._run,
@@ -253,7 +259,7 @@ class RemoteTier:
                 self._counters.add(corrupt_objects=1)
                 raise ChecksumError(f"{name} came corrupt")
             with self._changed:
-                fetch.arrived[name] = view[head:]
+                fetch.room.put(name, view[head:])
                 fetch.arrived_bytes += len(frame)
                 self._changed.notify_all()
             self._counters.add(fetched_objects=1, fetched_bytes=len(frame))
@@ -283,10 +289,11 @@ class RemoteTier:
     def _settle(self, fetch: _Fetch) -> None:
         """Keep what came in the tier behind, and only then forget it."""
         try:
-            for name, payload in fetch.arrived.items():
-                self._keep(name, payload)
+            for name in fetch.room.names():
+                self._keep(name, fetch.room.whole(name))
         finally:
             with self._changed:
+                fetch.room.close()
                 self._flights = {name: other for name, other in self._flights.items() if other is not fetch}
                 del self._fetches[fetch]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from sglang_prfaas.store.hits import Hit, Need, best_hit
 from sglang_prfaas.store.host_tier import HostTier
 from sglang_prfaas.store.identity import object_name
-from sglang_prfaas.store.objects import ObjectStore, consecutive
+from sglang_prfaas.store.objects import ObjectStore
 from sglang_prfaas.store.remote import RemoteTier
 from sglang_prfaas.store.stats import Counters
 
@@ -50,27 +50,33 @@ class TieredStore:
     ) -> list[bool]:
         """Fill each of `outs`; stops at the first that no tier has. `prefix`: the pages before `keys`, if known: a
         model without state then gets them into host memory too."""
-        done = [False] * len(keys)
-        fetched = False
-        for index, (key, out) in enumerate(zip(keys, outs, strict=True)):
-            if self.host is not None and self.host.read(component, key, out):
-                self.counters.add(host_hits=1, host_read_bytes=len(out))
-            elif self.remote is not None and self.remote.read(component, key, out):
-                fetched = True
-            elif self.backend.read(self._name(component, key), out):
+        count, fetched = self._read_host(component, keys, outs), False
+        for key, out in zip(keys[count:], outs[count:], strict=True):
+            if not (self.remote is not None and self.remote.read(component, key, out)):
+                if not self.backend.read(self._name(component, key), out):
+                    self.counters.add(misses=1)
+                    break
                 self.counters.add(backend_hits=1, backend_read_bytes=len(out))
-                fetched = True
-            else:
-                self.counters.add(misses=1)
-                break
-            done[index] = True
-        count = consecutive(done)
+            fetched = True
+            count += 1
         if self.host is not None and component == "kv" and self.host.state_component is None and count:
             if fetched and prefix is not None:
                 self.host.add(prefix, list(zip(keys[:count], outs[:count], strict=True)))
             else:
                 self.host.used(keys[count - 1])
-        return done
+        return [index < count for index in range(len(keys))]
+
+    def _read_host(self, component: str, keys: Sequence[str], outs: Sequence[memoryview]) -> int:
+        """Fill the first of `outs` from host memory: how many. They stay there until all are copied."""
+        if self.host is None:
+            return 0
+        with self.host.lease(component, keys) as held:
+            for index in range(len(held)):
+                held.copy(index, outs[index])
+        count = len(held)
+        if count:
+            self.counters.add(host_hits=count, host_read_bytes=sum(map(len, outs[:count])))
+        return count
 
     def write(
         self,

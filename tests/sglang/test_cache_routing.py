@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .driving import LOCAL, REMOTE, Driver, get, post, wait_for
+from .driving import LOCAL, PD, REMOTE, Driver, another_router, get, post, wait_for
 
 pytestmark = pytest.mark.sglang
 
@@ -25,9 +26,9 @@ def generate(url: str, prompt: list[int]) -> tuple[dict[str, str], dict[str, Any
     return headers, answer
 
 
-def held(cluster: Driver, server: str) -> dict[str, int]:
+def held(cluster: Driver, server: str, router_url: str = "") -> dict[str, int]:
     """What the router's index has of a server."""
-    caches = get(f"{cluster.router_url}/cache")["caches"]
+    caches = get(f"{router_url or cluster.router_url}/cache")["caches"]
     return next((cache["held"] for cache in caches if cache["server"] == server), {"device": 0, "states": 0})
 
 
@@ -71,6 +72,46 @@ def test_the_second_turn_computes_its_increment_only(
     assert figures["broken_promises"] == told["broken_promises"]
     _, expected = generate(cluster.reference_url, second)
     assert answer["output_ids"] == expected["output_ids"]
+
+
+def test_a_restarted_server_and_new_routers_lose_no_token(cluster: Driver, tmp_path: Path) -> None:
+    """A conversation goes on while routers come and go and the server that holds it is killed: every answer is that of
+    a single server, and every router ends with what the server holds. That agents restart: tests/router."""
+    opening = ids(31, 400)
+    _, answer = generate(cluster.router_url, opening)
+    turn = [*opening, *answer["output_ids"], *ids(32, 60)]
+    _, expected = generate(cluster.reference_url, turn)
+
+    def known_alike(url: str) -> bool:
+        return held(cluster, LOCAL, url) == held(cluster, LOCAL) and held(cluster, LOCAL, url)["device"] > 0
+
+    file = cluster.cluster.deployment.router_file
+    with another_router(file, tmp_path / "first.log") as url:
+        wait_for("a new router to know what the server holds", lambda: known_alike(url))
+        headers, answer = generate(url, turn)
+        assert answer["output_ids"] == expected["output_ids"]
+        assert headers["x-prfaas-prefill"].endswith(LOCAL)
+        assert int(headers["x-prfaas-cached-tokens"]) >= 400 - 64
+
+        cluster.cluster.sites[PD].kill(LOCAL)
+        for router in (url, cluster.router_url):
+            wait_for("the killed server's blocks to be gone", lambda: held(cluster, LOCAL, router)["device"] == 0)  # noqa: B023
+        _, answer = generate(cluster.router_url, turn)
+        assert answer["output_ids"] == expected["output_ids"]
+
+    cluster.cluster.sites[PD].wait_ready(LOCAL)
+    wait_for("the router to use the server again", lambda: _goes_to(cluster, LOCAL, ids(33, 100)))
+    _, answer = generate(cluster.router_url, turn)
+    assert answer["output_ids"] == expected["output_ids"]
+    with another_router(file, tmp_path / "second.log") as url:
+        wait_for("another router to know what the restarted server holds", lambda: known_alike(url))
+        _, answer = generate(url, turn)
+        assert answer["output_ids"] == expected["output_ids"]
+
+
+def _goes_to(cluster: Driver, server: str, prompt: list[int]) -> bool:
+    headers, _ = generate(cluster.router_url, prompt)
+    return headers["x-prfaas-prefill"].endswith(server)
 
 
 def _some(found: tuple[int, int]) -> tuple[int, int] | None:

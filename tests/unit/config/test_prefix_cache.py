@@ -94,6 +94,20 @@ def test_what_serving_and_fetching_need(write: WriteToml, section: str, path: st
     assert finding.fatal == fatal
 
 
+@pytest.mark.parametrize(
+    ("keys", "path", "text", "fatal"),
+    [
+        ("host_bytes = 1024\nprefix_floor = 0.7\ntransfer_floor = 0.4\n", "transfer_floor", "their sum is 1", True),
+        ("transfer_floor = 0.4\n", "transfer_floor", "is a share of host_bytes, which is 0", False),
+        ("host_bytes = 1024\nprefix_floor = 0.4\n", "prefix_floor", "not used with transfer_floor = 0", False),
+    ],
+)
+def test_floors(write: WriteToml, keys: str, path: str, text: str, fatal: bool) -> None:
+    (finding,) = findings(write, LOCAL + keys)
+    assert (finding.path, finding.fatal) == (f"prefix_cache.{path}", fatal)
+    assert text in finding.text
+
+
 def test_peers_take_what_links_say() -> None:
     peers = [CachePeerConfig(name=name, host="h", port=1) for name in ("a", "b")]
     peers.append(CachePeerConfig(name="c", host="h", port=1, capacity_gbps=5.0, rtt_ms=7.0))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.monitor import kv_events
-from sglang_prfaas.monitor.kv_events import decode_kv_events
+from sglang_prfaas.monitor.kv_events import KvEventReader
 from sglang_prfaas.prefix_cache.changes import Change, Cleared
 from sglang_prfaas.prefix_cache.holder_sets import Part, Tier
 
@@ -37,6 +37,13 @@ def plain(changes: tuple[Change, ...]) -> list[tuple[Any, ...]]:
     ]
 
 
+def read(*payloads: bytes, infer_states: bool = False) -> list[tuple[Any, ...]]:
+    reader = KvEventReader(2, infer_states=infer_states)
+    for payload in payloads:
+        reader.feed(payload)
+    return plain(reader.take())
+
+
 def message(*events: dict[str, Any], rank: int | None = None) -> bytes:
     return msgspec.msgpack.encode([1.5, events, rank])
 
@@ -50,32 +57,56 @@ def removed(*hashes: int, medium: str | None = "GPU") -> dict[str, Any]:
 
 
 def test_as_sglang_writes_it() -> None:
-    decoded = decode_kv_events(RECORDED, 2)
-    assert (decoded.ts_s, decoded.dp_rank, decoded.skipped) == (12.5, 1, 0)
-    assert plain(decoded.changes) == [
+    events = msgspec.msgpack.decode(RECORDED)[1]
+    assert [event["type"] for event in events] == ["BlockStored", "BlockStored", "BlockRemoved", "AllBlocksCleared"]
+    assert read(message(*events[:3])) == [
         ("Stored", [1, -2], Tier.DEVICE, Part.KV),
         ("Stored", [3], Tier.HOST, Part.KV),
         ("Removed", [-2, 7], Tier.DISK, Part.KV),
-        ("Cleared",),
     ]
+    assert read(RECORDED) == [("Cleared",)], "what was there before is void"
 
 
 def test_neighbours_of_one_kind_are_joined_and_order_is_kept() -> None:
     payload = message(
         stored(1), stored(2, 3), removed(1), stored(1), stored(4, medium="CPU_PINNED"), stored(5, medium="GPU")
     )
-    assert plain(decode_kv_events(payload, 2).changes) == [
+    assert read(payload) == [
         ("Stored", [1, 2, 3], Tier.DEVICE, Part.KV),
         ("Removed", [1], Tier.DEVICE, Part.KV),
-        ("Stored", [1], Tier.DEVICE, Part.KV),
+        ("Stored", [1, 5], Tier.DEVICE, Part.KV),
         ("Stored", [4], Tier.HOST, Part.KV),
-        ("Stored", [5], Tier.DEVICE, Part.KV),
     ]
 
 
+def test_messages_are_joined_as_one() -> None:
+    assert read(message(stored(1)), message(stored(2)), message(removed(1)), infer_states=True) == [
+        ("Stored", [1, 2], Tier.DEVICE, Part.KV),
+        ("Stored", [1, 2], Tier.DEVICE, Part.STATE),
+        ("Removed", [1], Tier.DEVICE, Part.KV),
+    ]
+
+
+def test_a_refused_message_leaves_the_others() -> None:
+    reader = KvEventReader(2)
+    reader.feed(message(stored(1)))
+    with pytest.raises(ProtocolError, match="none of SGLang's"):
+        reader.feed(message(stored(2), removed(2**63)))
+    reader.feed(message(stored(3)))
+    assert plain(reader.take()) == [("Stored", [1, 3], Tier.DEVICE, Part.KV)]
+    assert reader.take() == ()
+
+
+def test_the_size_of_blocks_is_learnt() -> None:
+    reader = KvEventReader()
+    reader.feed(message(removed(1)))
+    assert reader.block_tokens == 0
+    reader.feed(message(stored(1, block_size=1), stored(2, block_size=64)))
+    assert (reader.block_tokens, reader.skipped) == (64, 1)
+
+
 def test_states_inferred_at_the_end_of_each_run() -> None:
-    decoded = decode_kv_events(message(stored(1, 2), stored(3, 4, 5), removed(2)), 2, infer_states=True)
-    assert plain(decoded.changes) == [
+    assert read(message(stored(1, 2), stored(3, 4, 5), removed(2)), infer_states=True) == [
         ("Stored", [1, 2, 3, 4, 5], Tier.DEVICE, Part.KV),
         ("Stored", [2, 5], Tier.DEVICE, Part.STATE),
         ("Removed", [2], Tier.DEVICE, Part.KV),
@@ -87,7 +118,7 @@ def test_states_reported_by_a_plugin() -> None:
         {"type": "StateStored", "block_hashes": [8], "medium": "CPU_PINNED"},
         {"type": "StateRemoved", "block_hashes": [8]},
     ]
-    assert plain(decode_kv_events(message(*events), 2).changes) == [
+    assert read(message(*events)) == [
         ("Stored", [8], Tier.HOST, Part.STATE),
         ("Removed", [8], Tier.DEVICE, Part.STATE),
     ]
@@ -95,9 +126,10 @@ def test_states_reported_by_a_plugin() -> None:
 
 def test_what_is_of_no_use_is_skipped_and_counted() -> None:
     payload = message(stored(1, block_size=64), stored(2, medium="TAPE"), stored(), {"type": "New", "x": 1}, removed(3))
-    decoded = decode_kv_events(payload, 2)
-    assert plain(decoded.changes) == [("Removed", [3], Tier.DEVICE, Part.KV)]
-    assert decoded.skipped == 4
+    reader = KvEventReader(2)
+    reader.feed(payload)
+    assert plain(reader.take()) == [("Removed", [3], Tier.DEVICE, Part.KV)]
+    assert reader.skipped == 4
 
 
 @pytest.mark.parametrize(
@@ -113,21 +145,24 @@ def test_what_is_of_no_use_is_skipped_and_counted() -> None:
 )
 def test_garbage_is_refused(payload: bytes) -> None:
     with pytest.raises(ProtocolError, match="none of SGLang's"):
-        decode_kv_events(payload, 2)
+        KvEventReader(2).feed(payload)
 
 
 def test_large_messages_are_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_events, "MAX_MESSAGE_BYTES", 10)
     with pytest.raises(ProtocolError, match="at most 10 are accepted"):
-        decode_kv_events(RECORDED, 2)
+        KvEventReader(2).feed(RECORDED)
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=80), st.integers(0, len(RECORDED)))
 def test_no_bytes_raise_anything_else(noise: bytes, cut: int) -> None:
     for payload in (noise, RECORDED[:cut] + noise, RECORDED[:cut] + noise + RECORDED[cut + len(noise) :]):
+        first, again = KvEventReader(2), KvEventReader(2)
         try:
-            decoded = decode_kv_events(payload, 2)
+            first.feed(payload)
         except ProtocolError:
+            assert first.take() == ()
             continue
-        assert repr(decode_kv_events(payload, 2)) == repr(decoded)  # a time may be NaN
+        again.feed(payload)
+        assert plain(again.take()) == plain(first.take())

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PretrainedConfig
 
 from sglang_prfaas.config.schema import PolicyConfig, PrefixIndexConfig, RouterConfig, RouterSection, RouterSite
-from sglang_prfaas.prefix_cache.block_hash import PromptHashes
+from sglang_prfaas.prefix_cache.block_hash import Namespace, PromptHashes
 from sglang_prfaas.prefix_cache.change_log import HolderChange
 from sglang_prfaas.prefix_cache.changes import Stored
 from sglang_prfaas.prefix_cache.holder_sets import Tier
@@ -90,6 +91,24 @@ def test_only_prompts_that_could_match_are_tokenised(tmp_path: Path) -> None:
     assert not it.wants(body(model="tiny:adapter"), lambda: 40)
     assert not it.wants(body(model="adapter"), lambda: 40)
     assert it.wants(body(model="tiny"), lambda: 40)
+
+
+def test_adapters_and_salts_share_no_block(tmp_path: Path) -> None:
+    """The same prompt under other salts and adapters: no hash in common, and none matches in the cache of another."""
+    prompt = list(range(40))
+    spaces = [
+        Namespace(cache_salt=salt, extra_key=adapter) for salt in (None, "a", "b") for adapter in (None, "red", "blue")
+    ]
+    hashes = [PromptHashes(prompt, 4, space).all for space in spaces]
+    assert len(set(np.concatenate(hashes).tolist())) == sum(map(len, hashes))
+    for number, mine in enumerate(hashes):
+        it = index(tmp_path)
+        for other, theirs in enumerate(hashes):
+            if other != number:
+                it.apply(HolderChange(Holder("a", "p"), Stored(theirs, Tier.DEVICE), 4))
+        assert it.index.match(PromptHashes(prompt, 4, spaces[number])).by_holder == {}
+        it.apply(HolderChange(Holder("a", "p"), Stored(mine, Tier.DEVICE), 4))
+        assert it.index.match(PromptHashes(prompt, 4, spaces[number])).by_holder[Holder("a", "p")].device_blocks == 10
 
 
 def test_servers_may_have_blocks_of_different_sizes(tmp_path: Path) -> None:

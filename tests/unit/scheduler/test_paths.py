@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.request import RequestView, Route
 from sglang_prfaas.scheduler import Observation, ServerView, SiteView, decide, paper
+from sglang_prfaas.scheduler.affinity import Serving
+from sglang_prfaas.scheduler.fetching import with_fetch
 from sglang_prfaas.scheduler.live import LivePolicy
 from sglang_prfaas.scheduler.moment import Moment
 from sglang_prfaas.scheduler.paths import DECODE_S_PER_REQUEST, Paths
@@ -95,7 +97,12 @@ def naive(made: LivePolicy, moment: Moment, seen: Observation, l_total: int) -> 
         wait_s, prefill_s, tokens = serving(made, moment, home, l_total)
         ttfts = [wait_s + prefill_s]
         for far in (site for site in seen.sites if site.role != "pd" and moment.loads[site.name].servers):
-            there_s, seconds, _ = serving(made, moment, far, l_total)
+            there_s, seconds, missing = serving(made, moment, far, l_total)
+            if not seen.bandwidth_scarce:
+                own, curve = Serving(missing, there_s, seconds, seconds), made.curve(far.name).at
+                least_s, site = moment.loads[far.name].wait_s, msgspec.structs.replace(far)
+                fetched = with_fetch(seen, site, own, l_total, least_s, KV, curve)
+                there_s, seconds = fetched.wait_s, fetched.seconds
             link = seen.links.get((far.name, home.name))
             exposed_s = made.exposed_s(link, l_total, l_total - tokens, seconds)
             ttfts.append(max(there_s, link.wait_s if link else 0.0) + seconds + exposed_s)

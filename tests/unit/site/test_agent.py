@@ -21,7 +21,7 @@ from sglang_prfaas.site.lifecycle import State
 from sglang_prfaas.site.progress import Progress, silent
 from sglang_prfaas.site.threaded import RunningSite
 from sglang_prfaas.store.disk import DiskStore
-from sglang_prfaas.store.stats import Counters
+from sglang_prfaas.store.stats import Counters, PeerStats, StatsFile, StatsWriter
 from sglang_prfaas.transport.object_client import ObjectClient
 from sglang_prfaas.transport.security import PLAIN
 from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed, wait_until
@@ -146,8 +146,22 @@ def test_requests_end_before_a_site_stops(make_site: MakeSite, fake_python: str)
 
 
 def test_the_prefix_cache_is_served_and_counted(make_site: MakeSite, fake_python: str, tmp_path: Path) -> None:
-    store = DiskStore(tmp_path / "cache", 1 << 20, Counters())
+    counters = Counters()
+    store = DiskStore(tmp_path / "cache", 1 << 20, counters)
     store.write("d/kv/00", memoryview(b"page"))
+    counters.add(host_hits=2, backend_hits=3, host_read_bytes=128, misses=1, fetches=4, fetch_saved_s=0.5)
+    content = StatsFile(
+        name="here-prefill_0",
+        backend="local",
+        pid=1,
+        host_limit_bytes=256,
+        backend_limit_bytes=1 << 20,
+        host_used_bytes=64,
+        backend_used_bytes=4096,
+        counters=counters.snapshot(),
+        peers=(PeerStats(site="there", bytes_per_s=1e6, rtt_s=0.02),),
+    )
+    StatsWriter(tmp_path / "cache" / "stats" / "here-prefill_0.json", lambda: content).close()
     config = make_site("here", "pd", ("prefill", "decode"), agent=True)
     held = HeldPort()
     cache = PrefixCacheConfig(backend="local", disk_dir=str(tmp_path / "cache"), serve_port=held.port)
@@ -167,4 +181,18 @@ def test_the_prefix_cache_is_served_and_counted(make_site: MakeSite, fake_python
         text = ask(sites["here"], "GET", "/metrics")[1].decode()
         assert 'prfaas_cache_served_objects_total{site="here"} 1\n' in text
         assert f'prfaas_cache_served_bytes_total{{site="here"}} {len(frames[0])}\n' in text
+        rank = 'site="here",rank="here-prefill_0"'
+        for line in (
+            f'prfaas_store_hits_total{{{rank},tier="host"}} 2',
+            f'prfaas_store_hits_total{{{rank},tier="backend"}} 3',
+            f"prfaas_store_misses_total{{{rank}}} 1",
+            f'prfaas_store_read_bytes_total{{{rank},tier="host"}} 128',
+            f'prfaas_store_fetches_total{{{rank},result="begun"}} 4',
+            f"prfaas_store_fetch_saved_seconds_total{{{rank}}} 0.5",
+            f'prfaas_store_used_bytes{{{rank},tier="backend"}} 4096',
+            f'prfaas_store_peer_rtt_seconds{{{rank},peer="there"}} 0.02',
+        ):
+            assert f"{line}\n" in text
+        answer = json.loads(ask(sites["here"], "GET", "/cache")[1])
+        assert (answer["served"]["objects"], answer["store"][0]["counters"]["misses"]) == (1, 1)
     store.close()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_prfaas.prefix_cache.groups import Group, PoolLayout
-from sglang_prfaas.store.host_tier import HostTier
+from sglang_prfaas.store.host_tier import HostTier, PageLease
 from sglang_prfaas.store.stats import Counters
 
 PAGE_BYTES, STATE_BYTES = 64, 150
@@ -152,3 +152,90 @@ def test_only_whole_prefixes_with_their_own_bytes(steps: list[tuple[int, int, bo
                 state = read(hybrid, "mamba", key)
                 assert state is None or state == bytes(page(key, STATE_BYTES))
                 assert state is None or hybrid.contains("kv", key)
+
+
+def test_what_is_read_is_neither_evicted_nor_overwritten() -> None:
+    host, held, other = tier(4), chain(1, 3), chain(2, 3)
+    add(host, held, 3)
+    with host.lease("kv", held) as lease:
+        add(host, other, 3)
+        assert host._counters.stats.host_refused == 1, "there is no room for it beside what is read"
+        out = bytearray(PAGE_BYTES)
+        for index, key in enumerate(held):
+            lease.copy(index, memoryview(out))
+            assert out == page(key)
+    add(host, other, 3)
+    assert [host.contains("kv", key) for key in (held[2], other[2])] == [False, True]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.sampled_from(["write", "lease", "end"]), st.integers(1, 6), st.integers(1, 8)), max_size=40),
+)
+def test_leased_pages_keep_their_bytes_whatever_is_written(hybrid: bool, steps: list[tuple[str, int, int]]) -> None:
+    """Leases that overlap, of pages and states, while other prompts want the room."""
+    host = tier(24, "linear") if hybrid else tier(12)
+    open_leases: list[tuple[str, list[str], PageLease]] = []
+    for kind, seed, length in steps:
+        keys = chain(seed, length)
+        if kind == "write" and hybrid:
+            host.begin(keys, [length])
+            host.put("mamba", keys[-1], page(keys[-1], STATE_BYTES))
+            for key in keys:
+                host.put("kv", key, page(key))
+        elif kind == "write":
+            add(host, keys, length)
+        elif kind == "lease":
+            open_leases.append(("kv", keys, host.lease("kv", keys)))
+            if hybrid:
+                open_leases.append(("mamba", keys[-1:], host.lease("mamba", keys[-1:])))
+        elif open_leases:
+            with open_leases.pop(seed % len(open_leases))[2]:
+                pass
+        for component, held, lease in open_leases:
+            size = STATE_BYTES if component == "mamba" else PAGE_BYTES
+            for index in range(len(lease)):
+                out = bytearray(size)
+                lease.copy(index, memoryview(out))
+                assert out == page(held[index], size)
+                assert host.contains(component, held[index])
+    for _, _, lease in open_leases:
+        with lease:
+            pass
+    host.abandon()
+    assert host.pool._tree.evictable_blocks == host.pool.ledger.prefix_blocks, "nothing is held any more"
+
+
+def test_transfers_and_prefixes_keep_their_floors() -> None:
+    host = HostTier(tier(1).pool.layout, 10 * PAGE_BYTES, Counters(), prefix_floor=0.4, transfer_floor=0.2)
+    prompt = chain(1, 8)
+    add(host, prompt, 8)
+    assert host.contains("kv", prompt[7]), "all but the transfers' floor"
+    add(host, chain(2, 9), 9)
+    assert host._counters.stats.host_refused == 1
+    within = host.open_room([PAGE_BYTES, PAGE_BYTES])
+    assert within is not None
+    assert host.contains("kv", prompt[7]), "a transfer within its floor evicts nothing"
+    beyond = host.open_room([PAGE_BYTES] * 4)
+    assert beyond is not None
+    assert [host.contains("kv", key) for key in prompt] == [True] * 4 + [False] * 4
+    assert host.open_room([1]) is None, "the rest is the prefixes' floor"
+    beyond.close()
+    within.close()
+    assert host.open_room([PAGE_BYTES] * 6) is not None
+
+
+def test_what_waits_in_the_pool_is_read_as_it_came() -> None:
+    host = tier(8)
+    room = host.open_room([PAGE_BYTES, STATE_BYTES])
+    assert room is not None
+    for name, size in (("page", PAGE_BYTES), ("state", STATE_BYTES)):
+        assert room.size(name) == -1
+        room.put(name, page(name, size))
+    add(host, chain(1, 4), 4)
+    for name, size in (("page", PAGE_BYTES), ("state", STATE_BYTES)):
+        out = bytearray(room.size(name))
+        room.copy(name, memoryview(out))
+        assert out == page(name, size)
+    assert room.names() == ("page", "state")

@@ -15,10 +15,11 @@ from sglang_prfaas.store.fetch_plan import Groups
 from sglang_prfaas.store.hits import Need
 from sglang_prfaas.store.objects import frame_head
 from sglang_prfaas.store.remote import FetchLimits, RemoteTier
+from sglang_prfaas.store.staging import OpenRoom, on_the_heap
 from sglang_prfaas.store.stats import Counters
 from sglang_prfaas.store.tiers import TieredStore
 
-from .test_host_tier import PAGE_BYTES, STATE_BYTES, chain, page
+from .test_host_tier import PAGE_BYTES, STATE_BYTES, chain, page, tier
 
 NAMES = {"kv": "d/kv", "mamba": "d/mamba"}
 PAYLOAD = {"kv": PAGE_BYTES, "mamba": STATE_BYTES}
@@ -81,7 +82,13 @@ def make(disk: DiskStore, counters: Counters) -> Iterator[Make]:
     """A store of this site with peers; closed in the end."""
     made: list[RemoteTier] = []
 
-    def build(*peers: FakePeer, tokens_per_s: float = SLOW, max_bytes: int = 1 << 20, least: int = 0) -> TieredStore:
+    def build(
+        *peers: FakePeer,
+        tokens_per_s: float = SLOW,
+        max_bytes: int = 1 << 20,
+        least: int = 0,
+        open_room: OpenRoom = on_the_heap,
+    ) -> TieredStore:
         remote = RemoteTier(
             [(peer, PeerEstimate(1e9, 0.0)) for peer in peers],
             TokensPerSecond(tokens_per_s),
@@ -92,6 +99,7 @@ def make(disk: DiskStore, counters: Counters) -> Iterator[Make]:
             keep=disk.write,
             counters=counters,
             clock=MonotonicClock(),
+            open_room=open_room,
         )
         made.append(remote)
         return TieredStore(disk, None, NAMES, counters, remote)
@@ -150,6 +158,26 @@ def test_a_hybrid_prefix_is_fetched_up_to_its_last_state_and_the_state_first(mak
     assert peer.sent == [f"d/mamba/{keys[3]}", *(f"d/kv/{key}" for key in keys[:4])]
     settle(store)
     assert store.hit(keys, [STATE]).pages == 4
+
+
+def test_fetches_wait_in_the_pool_and_give_their_blocks_back(make: Make, counters: Counters) -> None:
+    host, peer, keys = tier(8), FakePeer(), chain(1, 5)
+    peer.hold("kv", keys)
+    peer.hold("mamba", keys)
+    peer.gate.clear()
+    store = make(peer, open_room=host.open_room)
+    assert store.hit(keys, [STATE]).pages == 5
+    assert host.pool.ledger.transfer_blocks == 8, "five pages, and three blocks of one state"
+    other = chain(2, 1)
+    peer.hold("kv", other)
+    assert store.hit(other).pages == 0
+    assert counters.stats.fetch_full == 1, "there is no room beside it"
+    peer.gate.set()
+    assert read(store, "mamba", keys[4:]) == pages(keys[4:], "mamba")
+    assert read(store, "kv", keys) == pages(keys)
+    settle(store)
+    assert host.pool.ledger.transfer_blocks == 0
+    assert store.hit(other).pages == 1
 
 
 def test_without_a_state_nothing_is_fetched(make: Make, counters: Counters) -> None:

@@ -27,7 +27,7 @@ MAX_TLS_RECORDS = 1 << 24
 """Records sent with one set of keys; AES-GCM is sound for 2^24.5 (RFC 8446, section 5.5). `ssl` cannot update keys of a
 connection, so that it is made anew."""
 
-
+_NOW = socket.MSG_DONTWAIT
 _numbers = itertools.count()
 
 
@@ -66,9 +66,10 @@ class Connection:
         """Whether its keys have protected as much as they may."""
         return self.tls and self._records >= MAX_TLS_RECORDS
 
-    def unblock(self) -> None:
-        """From here on nothing waits. By the owner."""
-        self.sock.setblocking(False)
+    def unblock(self, *, receiving: bool = False) -> None:
+        """From here on nothing waits, but where it is asked to. `receiving`: `receive` may be, and nothing is lent. By
+        the owner."""
+        self.sock.setblocking(receiving and not self.tls)
 
     def may_lend(self) -> None:
         """From here on memory may be lent, where this system can. By the owner, once TLS is on or is not to be."""
@@ -112,7 +113,7 @@ class Connection:
             if not self.tls:
                 if not self._pour():
                     return 0
-                sent = self.sock.sendmsg(views, (), socket.MSG_MORE if more else 0)
+                sent = self.sock.sendmsg(views, (), _NOW | socket.MSG_MORE if more else _NOW)
             elif self._flush():
                 # A copy: OpenSSL wants the same bytes again where it could not send them, and pages may end before.
                 self._outgoing = _joined(views)
@@ -145,12 +146,12 @@ class Connection:
                 self._outgoing = self._outgoing[count:]
             return True
 
-    def receive(self, views: list[memoryview]) -> int | None:
-        """Fill views from the front; returns how many bytes came, 0 at the end, None where it would have to wait.
-        Raises PeerGoneError."""
+    def receive(self, views: list[memoryview], *, wait: bool = False) -> int | None:
+        """Fill views from the front; returns how many bytes came, 0 at the end, None where it would have to wait. With
+        `wait`, and no TLS, it does, for what `want` says. Raises PeerGoneError."""
         try:
             if not self.tls:
-                return self.sock.recvmsg_into(views)[0]
+                return self.sock.recvmsg_into(views, 0, 0 if wait else _NOW)[0]
             return self._receive_records(views)
         except (BlockingIOError, InterruptedError):
             return None
@@ -174,7 +175,7 @@ class Connection:
         return total
 
     def want(self, nbytes: int) -> None:
-        """Let `wait` return only when so many bytes have come, the end, or an error; less wakes it for nothing."""
+        """Let a wait return only when so many bytes have come, the end, or an error; less wakes it for nothing."""
         if not self.tls and nbytes != self._low_water:
             self._low_water = nbytes
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)

@@ -121,7 +121,7 @@ class DataReceiver:
             site = session.server.site
             data_tcp.connect(connection, host, welcome.data_port, timeout_s, self._security, site)
             connection.sock.sendall(Preface(index, welcome.token).pack())
-            connection.unblock()
+            connection.unblock(receiving=True)
             with session.lock:
                 session.health.connected(index, self._clock.now_s(), heard=False)
                 session.up = session.up or (session.health.contact is Contact.UP and not session.failure)
@@ -145,13 +145,14 @@ class DataReceiver:
             session.codec,
         )
         unsent = b""
+        may_wait = False
         try:
             while True:
                 views = lane.begin()
-                wanted = sum(map(len, views))
+                wanted = lane.room_bytes
                 count = None
                 try:
-                    count = connection.receive(views)
+                    count = connection.receive(views, wait=may_wait)
                 finally:
                     lane.end(count or 0)
                 if count == 0:
@@ -166,8 +167,11 @@ class DataReceiver:
                     connection.flush()
                 if lane.renewed:
                     return
+                may_wait = False
                 if count is None or (count < wanted and not connection.tls):
                     connection.want(min(lane.wanted_bytes, LOW_WATER_BYTES))
-                    connection.wait(write=False)
+                    may_wait = lane.between_chunks and not connection.tls  # nothing is pinned then
+                    if not may_wait:
+                        connection.wait(write=False)
         finally:
             lane.lost()

@@ -97,6 +97,13 @@ class ReceiveLane:
             self._claim.unpin()
 
     @property
+    def room_bytes(self) -> int:
+        """Of what `begin` returns."""
+        if self._missing_bytes <= MAX_PIECE_BYTES:
+            return self._missing_bytes + HEADER_BYTES - self._head_bytes
+        return MAX_PIECE_BYTES
+
+    @property
     def wanted_bytes(self) -> int:
         """So many bytes at least are still to come before anything can be done with them."""
         return self._missing_bytes or 1

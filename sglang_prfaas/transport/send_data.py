@@ -22,6 +22,8 @@ from sglang_prfaas.transport.session import OutgoingTransfer
 logger = logging.getLogger(__name__)
 
 RECEIPT_READ_BYTES = 4096
+SMALL_BYTES = 64 << 10
+"""Up to so many are sent from the thread that hands them over: waking another takes longer than sending them."""
 
 
 class DataSender:
@@ -56,7 +58,10 @@ class DataSender:
         Raises ProtocolError for an index that is not to be had, LocalError where there is no thread."""
         if index >= session.hello.connections:
             raise ProtocolError(f"{session} did not announce a data connection with index {index}")
-        link = DataLink(index, connection, self._clock.now_s())
+        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
+        chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
+        sending = SendLane(session.view.memory, chunk_bytes, self._abort, session.codec)
+        link = DataLink(index, connection, sending, self._clock.now_s())
         thread = threading.Thread(target=self._run, args=(session, link), name="prfaas-send-data", daemon=True)
         before = session.links.get(index)
         session.links[index] = link
@@ -164,17 +169,14 @@ class DataSender:
             data_tcp.tune(connection.sock, self._config)
             if self._config.zero_copy:
                 connection.may_lend()
-            chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
-            chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
-            lane = SendLane(session.view.memory, chunk_bytes, self._abort, session.codec)
-            while tasks := self._batch(session, link, lane):
-                delay_s = self._pacer.reserve(lane.batch_bytes)
+            while tasks := self._batch(session, link):
+                delay_s = self._pacer.reserve(link.sending.batch_bytes)
                 if delay_s:
                     time.sleep(delay_s)
-                self._send(session, connection, lane)
-                for task in tasks:
-                    with task.transfer.lock:
-                        task.transfer.sent(task.span.length, task.wire_bytes, again=task.attempts > 1)
+                while not _push(connection, link.sending):
+                    session.dispatch.share()
+                    connection.wait(write=True)
+                _note_sent(tasks)
                 if connection.used_up:
                     self._renew(link)
                     return  # decode closes it, once it has read and acknowledged all of it
@@ -184,9 +186,39 @@ class DataSender:
             self._lose(session, str(error))
         self._discard(connection)
 
-    def _batch(self, session: SendSession, link: DataLink, lane: SendLane) -> list[Task]:
-        """Fill the lane with chunks, waiting for the first. Empty once the connection is lost."""
-        dispatch = session.dispatch
+    def send_at_once(self, session: SendSession, tasks: list[Task]) -> bool:
+        """Send a few small chunks of one transfer from the calling thread, where a connection is idle: none has to wake
+        for them. Waits for nothing. Returns False, and does nothing, where they have to wait their turn."""
+        link = None if self._pacer.limits else session.dispatch.borrow(tasks)
+        if link is None:
+            return False
+        begun = tasks
+        try:
+            begun = self._fill(session, link, tasks)
+            if _push(link.connection, link.sending):
+                _note_sent(begun)
+                begun = []
+        except PeerError as error:
+            link.failure = error
+        finally:
+            session.dispatch.give_back(link, begun)
+        return True
+
+    @staticmethod
+    def _fill(session: SendSession, link: DataLink, tasks: list[Task]) -> list[Task]:
+        """Make a batch of chunks that were borrowed for; returns those that are in it."""
+        link.sending.reset()
+        for at, task in enumerate(tasks):
+            if not link.sending.add(task):
+                session.dispatch.untake(link, len(tasks) - at)
+                return tasks[:at]
+        return tasks
+
+    @staticmethod
+    def _batch(session: SendSession, link: DataLink) -> list[Task]:
+        """Make the next batch, waiting for its first chunk, or go on with one that was begun. Empty once the connection
+        is lost. Raises PeerError where a borrower has met one."""
+        dispatch, lane = session.dispatch, link.sending
         lane.reset()
         tasks: list[Task] = []
         while not lane.full:
@@ -197,25 +229,10 @@ class DataSender:
                 tasks.append(task)
             else:
                 dispatch.untake(link)
-        return tasks
-
-    def _send(self, session: SendSession, connection: Connection, lane: SendLane) -> None:
-        while True:
-            views = lane.begin(lend=connection.lends)
-            try:
-                if lane.lending:
-                    sent = connection.lend(views)
-                else:
-                    sent = connection.send(views, more=lane.more) if views else 0
-            finally:
-                lane.end()
-            if sent:
-                lane.advance(sent)
-                continue
-            if not views and connection.flush():
-                return
-            session.dispatch.share()
-            connection.wait(write=True)
+        if link.failure is not None:
+            raise link.failure
+        begun, link.begun = link.begun, []
+        return begun or tasks
 
     def _renew(self, link: DataLink) -> None:
         """The connection's keys are used up: have decode dial it again."""
@@ -227,3 +244,24 @@ class DataSender:
             rest = [rest[0][sent:]] if rest and sent < len(rest[0]) else []
             if rest or not link.connection.flush():
                 link.connection.wait(write=True)
+
+
+def _push(connection: Connection, lane: SendLane) -> bool:
+    """Send what the socket takes of a batch. Returns whether all of it has left. Raises PeerGoneError."""
+    while not lane.empty:
+        views = lane.begin(lend=connection.lends)
+        try:
+            sent = connection.lend(views) if lane.lending else connection.send(views, more=lane.more)
+        finally:
+            lane.end()
+        if not sent:
+            return False
+        lane.advance(sent)
+    return connection.flush()
+
+
+def _note_sent(tasks: list[Task]) -> None:
+    """A batch has left."""
+    for task in tasks:
+        with task.transfer.lock:
+            task.transfer.sent(task.span.length, task.wire_bytes, again=task.attempts > 1)

@@ -138,6 +138,11 @@ class SendLane:
         return [out.data], None
 
     @property
+    def empty(self) -> bool:
+        """Whether all of the batch has left."""
+        return not self._views
+
+    @property
     def more(self) -> bool:
         """Whether the batch has more than `begin` returned."""
         return self._begun < len(self._views)

@@ -43,12 +43,12 @@ from sglang_prfaas.transport.messages import (
     encode,
     reason_text,
 )
-from sglang_prfaas.transport.outbox import Task
+from sglang_prfaas.transport.outbox import Task, at_hand
 from sglang_prfaas.transport.pacing import paced_chunk_bytes
 from sglang_prfaas.transport.part_memory import prefill_view
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
-from sglang_prfaas.transport.send_data import DataSender
+from sglang_prfaas.transport.send_data import SMALL_BYTES, DataSender
 from sglang_prfaas.transport.send_session import SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer, State
 from sglang_prfaas.transport.streams import cut
@@ -171,7 +171,7 @@ class SendMover:
         component: int,
         first_item: int,
         indices: Indices,
-        ready: Callable[[], None] = lambda: None,
+        ready: Callable[[], None] = at_hand,
         *,
         buffers: Sequence[int] | None = None,
     ) -> Indices:
@@ -179,7 +179,8 @@ class SendMover:
         are computed); they lie at `indices`. `ready` is called before the memory is read, and may wait for a device.
 
         Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
-        under the transfer's lock. Raises LocalError for slots that do not exist."""
+        under the transfer's lock. A few bytes that are at hand leave before, from the calling thread, where a connection
+        is idle. Raises LocalError for slots that do not exist."""
         items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)
@@ -192,14 +193,18 @@ class SendMover:
         spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
             queued = transfer.queue(component, first_item, len(items), len(spans), which, len(item_bytes))
+            nbytes = sum(span.length for span in spans)
             if queued and session is not None:
-                transfer.queued_bytes += sum(span.length for span in spans)
+                transfer.queued_bytes += nbytes
         if not queued or session is None:
             self._report(transfer)
             return items
+        tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
+        small = nbytes <= SMALL_BYTES and ready is at_hand and session.codec.name == RAW
+        if small and self._data.send_at_once(session, tasks):
+            return items
         expected = transfer.expected
         remaining_bytes = layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0
-        tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
         session.dispatch.put(transfer, tasks, remaining_bytes, self._clock.now_s())
         return items
 

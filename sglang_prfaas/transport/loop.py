@@ -49,6 +49,9 @@ class ZmqLoop:
         self._poller = zmq.Poller()
         self._handlers: dict[Any, Callable[[list[zmq.Frame]], None]] = {}
         self._monitors: dict[Any, zmq.Socket[bytes]] = {}
+        self._clients: dict[Any, dict[int, str]] = {}
+        """Of bound sockets: addresses of the clients that are connected, by descriptor."""
+        self._client_lost: dict[Any, Callable[[int], None]] = {}
         self._calls: deque[Callable[[], object]] = deque()
         self._ticks: list[list[Any]] = []
         self._wake_read, self._wake_write = socket.socketpair()
@@ -121,9 +124,20 @@ class ZmqLoop:
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | curve.HANDSHAKE_FAILED
         self._monitor(sock, events, seen)
 
+    def on_client_loss(self, sock: zmq.Socket[bytes], lost: Callable[[int], None]) -> None:
+        """Call `lost` when a client of a bound socket disconnects, with the descriptor its messages came from
+        (`zmq.SRCFD`); some of them may not have been delivered yet. Before `start`."""
+        self._client_lost[sock] = lost
+
+    def connected(self, sock: zmq.Socket[bytes], descriptor: int) -> bool:
+        """Whether a client's connection to a bound socket stands. From within the loop."""
+        self._drain(self._monitors[sock])
+        return descriptor in self._clients[sock]
+
     def _watch_clients(self, sock: zmq.Socket[bytes]) -> None:
-        """Log clients of a bound socket that fail the handshake. Their end follows the failure at once."""
-        addresses: dict[int, str] = {}
+        """Know the clients of a bound socket, and log those that fail the handshake. Their end follows the failure at
+        once."""
+        addresses = self._clients[sock] = {}
         reasons: list[tuple[str, int]] = []
 
         def seen(event: int, value: int) -> None:
@@ -134,6 +148,8 @@ class ZmqLoop:
                 if reasons:
                     reason, level = reasons.pop()
                     self._refusals.warn(f"control connection from {address} refused: {reason}", level)
+                elif sock in self._client_lost:
+                    self._client_lost[sock](value)
             else:
                 reason = curve.refused_client(event, value, keys=self._security.keys is not None)
                 level = logging.INFO if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL else logging.WARNING

@@ -37,6 +37,7 @@ from sglang_prfaas.transport.messages import (
     Pong,
     Redial,
     Refuse,
+    ToPrefill,
     Unknown,
     Welcome,
     decode_to_prefill,
@@ -96,6 +97,8 @@ class SendMover:
         self._rooms = Rooms(clock, config.waiting_timeout_s)
         self._sessions: dict[bytes, SendSession] = {}
         self._tokens: dict[bytes, SendSession] = {}
+        self._farewells: dict[bytes, str] = {}
+        """Why sessions ended whose decode ranks have yet to be told."""
         self._instance = secrets.token_bytes(16)
         self._closing = False
         self._last_expiry_s = clock.now_s()
@@ -124,6 +127,7 @@ class SendMover:
         bound = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self.control_port = int(bound.rpartition(":")[2])
         self._loop.add(self._control, self._receive)
+        self._loop.on_client_loss(self._control, self._control_lost)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._expire)
         self._loop.every(config.link_sample_interval_s, self._look_at_links)
 
@@ -239,6 +243,8 @@ class SendMover:
 
     def _refuse(self, session: SendSession, why: str) -> None:
         """The session is over; another of the same name may have taken its place."""
+        with self._lock:
+            self._farewells.pop(session.identity, None)
         if session.identity not in self._sessions:
             self._reply(session.identity, Refuse(reason_text(why)))
 
@@ -291,10 +297,38 @@ class SendMover:
             session.health.heard(now_s)
         if isinstance(message, Hello):
             self._hello(identity, message, str(frames[1].get("User-Id")) if self.security.keys else "")
-        elif isinstance(message, Abort):
+        else:
+            self._act(identity, session, message)
+        session = self._sessions.get(identity)
+        if session is not None:
+            self._came_over(session, int(frames[1].get(zmq.SRCFD)), now_s)
+
+    def _came_over(self, session: SendSession, descriptor: int, now_s: float) -> None:
+        """A message came over a control connection, which may have ended since."""
+        if descriptor == session.descriptor and session.health.control_stands:
+            return
+        session.descriptor = descriptor
+        stands = self._loop.connected(self._control, descriptor)
+        with self._lock:
+            if stands:
+                session.health.control_found(now_s)
+            else:
+                session.health.control_lost(now_s)
+
+    def _control_lost(self, descriptor: int) -> None:
+        """A control connection has ended. Its decode rank may dial again."""
+        with self._lock:
+            for session in self._sessions.values():
+                if session.descriptor == descriptor:
+                    session.health.control_lost(self._clock.now_s())
+
+    def _act(self, identity: bytes, session: SendSession | None, message: ToPrefill) -> None:
+        if isinstance(message, Abort):
             self._aborted(session, message)
         elif session is None:
-            self._reply(identity, Unknown(self._instance))
+            with self._lock:
+                why = self._farewells.get(identity)
+            self._reply(identity, Refuse(reason_text(why)) if why else Unknown(self._instance))
         elif isinstance(message, Expect):
             self._expect(session, message)
         elif isinstance(message, Done):
@@ -462,6 +496,7 @@ class SendMover:
                 del self._sessions[session.identity]
             self._tokens.pop(session.token, None)
             why = f"connection to {session} lost: {reason}"
+            self._farewells[session.identity] = why
             transfers = self._rooms.lost(session, why)
             connections = [link.connection for link in session.links.values()]
             session.health.lose()

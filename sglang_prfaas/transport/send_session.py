@@ -153,8 +153,8 @@ class Dispatch:
 class SendSession:
     """One decode rank: its identity on the control socket, its data connections, its transfers by transfer id.
 
-    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` belongs to the control
-    loop."""
+    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` and `descriptor` belong to the
+    control loop."""
 
     def __init__(
         self,
@@ -180,6 +180,8 @@ class SendSession:
         self.health = Health(config, hello.connections, now_s)
         self.mailbox = Mailbox(now_s)
         self.closed = False
+        self.descriptor = -1
+        """Of the control connection that its last message came over."""
 
     def __str__(self) -> str:
         return f"decode {self.hello.site}/{self.hello.server}" if self.hello.site else f"decode {self.hello.server}"

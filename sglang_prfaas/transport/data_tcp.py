@@ -10,6 +10,7 @@ import socket
 import ssl
 import termios
 import threading
+from collections.abc import Callable
 
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ConfigError, LocalError, PeerClosedError, PeerError, PeerGoneError, PortRefusedError
@@ -40,6 +41,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.tls = isinstance(sock, ssl.SSLSocket)
         self.number = next(_numbers)
         """Of no other connection of this process."""
         self.site = ""
@@ -56,10 +58,7 @@ class Connection:
         """Whether `lend` may be called; see `may_lend`."""
         self._pipe: PagePipe | None = None
         self._records = 0
-
-    @property
-    def tls(self) -> bool:
-        return isinstance(self.sock, ssl.SSLSocket)
+        self._pollers: dict[bool, select.poll] = {}
 
     @property
     def used_up(self) -> bool:
@@ -183,9 +182,12 @@ class Connection:
     _low_water = 1
 
     def wait(self, *, write: bool, timeout_s: float | None = None) -> bool:
-        """Wait until more can be sent or received, or the connection has ended. Returns False after `timeout_s`."""
-        poller = select.poll()
-        poller.register(self.sock, select.POLLOUT if write else select.POLLIN)
+        """Wait until more can be sent or received, or the connection has ended. Returns False after `timeout_s`. One
+        thread may wait for either."""
+        poller = self._pollers.get(write)
+        if poller is None:
+            poller = self._pollers[write] = select.poll()
+            poller.register(self.sock, select.POLLOUT if write else select.POLLIN)
         return bool(poller.poll(None if timeout_s is None else timeout_s * 1000))
 
     def unsent_bytes(self) -> int:
@@ -196,6 +198,12 @@ class Connection:
             buffer = array.array("i", [0])
             fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, buffer)
             return buffer[0]
+
+    def unless_closed(self, act: Callable[[int], bool]) -> bool:
+        """Do something with its descriptor, which stays its own meanwhile; False where it has none any more. From any
+        thread."""
+        with self._lock:
+            return not self._closed and act(self.sock.fileno())
 
     @property
     def closed(self) -> bool:
@@ -223,6 +231,7 @@ class Connection:
         """Put TLS on a connection that was dialled, where there are keys. By the owner. Raises OSError."""
         with self._lock:
             self.sock = security.wrap(self.sock, server_side=False)
+            self.tls = isinstance(self.sock, ssl.SSLSocket)
 
     def close(self) -> None:
         """Free the descriptor. By the owner. Idempotent."""

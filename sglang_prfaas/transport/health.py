@@ -137,7 +137,9 @@ class Health:
         if self.contact is Contact.OPENING:
             lost_s = self._control_lost_s if not self._dialled else None
             if lost_s is not None and now_s - max(self._heard_s, lost_s) > config.closed_timeout_s:
-                return f"its process has ended: it closed its connection, and was gone for {config.closed_timeout_s:g} s"
+                return (
+                    f"its process has ended: it closed its connection, and was gone for {config.closed_timeout_s:g} s"
+                )
             return ""
         gone = [index for index, count in self._refusals.items() if count >= REFUSALS]
         if gone and (self.contact is Contact.SUSPENDED or (-1 in gone and self._control_lost_s is not None)):

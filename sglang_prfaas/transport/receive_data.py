@@ -22,6 +22,8 @@ from sglang_prfaas.transport.session import IncomingTransfer
 
 logger = logging.getLogger(__name__)
 
+AHEAD_BYTES = 32 << 10
+"""Of what comes first after a pause: received at one go, header and all, and copied."""
 REDIAL_TIMEOUT_S = 3.0
 """For one attempt to dial a lost connection again."""
 LOW_WATER_BYTES = 128 << 10
@@ -144,23 +146,24 @@ class DataReceiver:
             lambda transfer: self._complete(session, transfer),
             session.codec,
         )
+        ahead = memoryview(bytearray(AHEAD_BYTES))
         unsent = b""
         may_wait = False
         try:
             while True:
-                views = lane.begin()
-                wanted = lane.room_bytes
-                count = None
-                try:
-                    count = connection.receive(views, wait=may_wait)
-                finally:
-                    lane.end(count or 0)
+                if may_wait:
+                    wanted, count = len(ahead), connection.receive([ahead], wait=True)
+                else:
+                    wanted, count = self._receive_in_place(lane, connection)
                 if count == 0:
                     end = "closed" if lane.between_chunks else "closed in the middle of a chunk"
                     raise PeerGoneError(f"data connection {end}")
                 if count is not None:
                     session.health.heard(self._clock.now_s())
-                    lane.advance(count)
+                    if may_wait:
+                        lane.take(ahead[:count])
+                    else:
+                        lane.advance(count)
                 unsent += lane.answers(idle=count is None or count < wanted or lane.renewed)
                 if unsent:
                     unsent = unsent[connection.send([memoryview(unsent)]) :]
@@ -175,3 +178,14 @@ class DataReceiver:
                         connection.wait(write=False)
         finally:
             lane.lost()
+
+    @staticmethod
+    def _receive_in_place(lane: ReceiveLane, connection: Connection) -> tuple[int, int | None]:
+        """Receive what has come to where it belongs. Returns how many bytes there was room for, and how many came: None
+        for none, 0 at the end."""
+        views, room_bytes, count = lane.begin(), lane.room_bytes, None
+        try:
+            count = connection.receive(views)
+        finally:
+            lane.end(count or 0)
+        return room_bytes, count

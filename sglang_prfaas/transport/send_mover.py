@@ -108,9 +108,7 @@ class SendMover:
         listener = data_tcp.listen(address, first_port + 1 if first_port else 0, config)
         self.data_port: int = listener.getsockname()[1]
         self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self, self.security)
-        self._data = DataSender(
-            config, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
-        )
+        self._data = DataSender(config, clock, self._lock, lose=self._lose, abort=self.abort, acceptor=self._acceptor)
         self.links = LinkMonitor(config, clock, links=links or {}, pool_bytes=memory.nbytes, report=report)
         self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
         try:
@@ -183,8 +181,8 @@ class SendMover:
         are computed); they lie at `indices`. `ready` is called before the memory is read, and may wait for a device.
 
         Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
-        under the transfer's lock. A few bytes that are at hand leave before, from the calling thread, where a connection
-        is idle. Raises LocalError for slots that do not exist."""
+        under the transfer's lock. A few bytes that are at hand leave before, from the calling thread, where a
+        connection is idle. Raises LocalError for slots that do not exist."""
         items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)

@@ -19,6 +19,8 @@ from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.send_lane import SendLane
 from sglang_prfaas.transport.session import OutgoingTransfer
 
+RECEIPT_READ_BYTES = 4096
+
 
 class DataLink:
     """One data connection of a session, with the thread that sends on it. While that thread is idle, another may borrow
@@ -35,6 +37,13 @@ class DataLink:
         self.failure: PeerError | None = None
         """What a borrower met; the connection's own thread deals with it."""
         self.receipts = ReceiptReader()
+        self.reader = threading.Lock()
+        """Held by who waits for receipts and reads them by itself."""
+        self.reading = threading.Lock()
+        """Held while receipts are read."""
+        self.read_buffer = memoryview(bytearray(RECEIPT_READ_BYTES))
+        self.read_until: Callable[[Callable[[], bool]], None] | None = None
+        """See `OutgoingTransfer.read_receipts`."""
         self.renewing = False
         """Whether it is the last word on it that it be dialled again."""
         self.moved: tuple[int, int, int] = (0, 0, 0)
@@ -110,12 +119,19 @@ class Dispatch:
         with self.lock:
             self._wake(1)
 
-    def change(self, change: Callable[[Outbox], list[Task] | Task | int | None]) -> list[Task]:
-        """Apply receipts. Returns the tasks they are about."""
+    def acknowledged(self, link: DataLink, number: int) -> list[Task]:
+        """As `Outbox.acknowledged`."""
         with self.lock:
-            found = change(self.outbox)
+            found = self.outbox.acknowledged(link.lane, number)
             self._wake(1)
-        return found if isinstance(found, list) else [found] if isinstance(found, Task) else []
+            return found
+
+    def again(self, link: DataLink, number: int) -> Task | None:
+        """As `Outbox.again`."""
+        with self.lock:
+            found = self.outbox.again(link.lane, number)
+            self._wake(1)
+            return found
 
     def lose(self, link: DataLink) -> int:
         """The connection is lost: its thread ends, its chunks go again. Returns how many. Idempotent."""
@@ -153,8 +169,8 @@ class Dispatch:
 class SendSession:
     """One decode rank: its identity on the control socket, its data connections, its transfers by transfer id.
 
-    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` and `descriptor` belong to the
-    control loop."""
+    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` and `descriptor` belong to
+    the control loop."""
 
     def __init__(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
+from sglang_prfaas.config.gateway import gateway_findings
 from sglang_prfaas.config.prefix_cache import prefix_cache_findings
 from sglang_prfaas.config.schema import (
     PolicyConfig,
@@ -169,6 +171,7 @@ def _links(config: SiteConfig) -> Iterator[_Raw]:
     for link in config.links:
         if link.to_site == config.site.name:
             yield f"links.{link.to_site}.to_site", "this is the site itself; write the name of the other site", True
+        yield from gateway_findings(config, link)
 
 
 def _arguments(config: SiteConfig) -> Iterator[_Raw]:
@@ -307,10 +310,11 @@ def _router_reports(config: RouterConfig) -> Iterator[_Raw]:
 
 
 def _router_codecs(config: RouterConfig) -> Iterator[_Raw]:
+    of_movers = ("codec", "connections", "socket_buffer_bytes", "congestion_control", "pacing_mbps")
     for site in config.sites:
         for link in site.links:
-            if link.codec:
-                path = f"sites.{site.name}.links.{link.to_site}.codec"
+            for key in filter(partial(getattr, link), of_movers):
+                path = f"sites.{site.name}.links.{link.to_site}.{key}"
                 yield path, "a router moves no KVCache; write it in [[links]] of that site's own file", True
 
 

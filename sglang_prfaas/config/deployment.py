@@ -7,7 +7,9 @@ from urllib.parse import urlsplit
 
 from sglang_prfaas.config import ports
 from sglang_prfaas.config.checks import Finding
+from sglang_prfaas.config.gateway import offered_ports
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, SiteConfig, TransportConfig
+from sglang_prfaas.errors import ConfigError
 
 
 def deployment_findings(sites: Mapping[str, SiteConfig], routers: Mapping[str, RouterConfig]) -> list[Finding]:
@@ -15,6 +17,7 @@ def deployment_findings(sites: Mapping[str, SiteConfig], routers: Mapping[str, R
     return [
         *_site_names(sites),
         *_links(sites),
+        *_gateways(sites),
         *_cache_peers(sites),
         *_security(sites),
         *_router_sites(sites, routers),
@@ -41,6 +44,38 @@ def _links(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:
             if link.to_site not in names:
                 text = f"none of the given files describes that site; they describe {', '.join(sorted(names))}"
                 yield Finding(source, f"links.{link.to_site}.to_site", text, fatal=False)
+
+
+def _gateways(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:
+    """Whether both sites of a link agree on who dials, and on the ports to be had at the gateway."""
+    by_name = {config.site.name: (source, config) for source, config in sites.items()}
+    for source, config in sites.items():
+        for link in config.links:
+            there, other = by_name.get(link.to_site, ("", None))
+            back = next((one for one in other.links if one.to_site == config.site.name), None) if other else None
+            path = f"links.{link.to_site}"
+            if other is None or link.dial == "decode":
+                continue
+            if back is None or back.dial != "prefill":
+                text = f'{there} does not say so of its link to {config.site.name}; write dial = "prefill" there too'
+                yield Finding(source, f"{path}.dial", text)
+            elif bool(link.gateway_ports) == bool(back.gateway_ports):
+                text = f"either this file or {there} needs it: that of the site which is dialled"
+                yield Finding(source, f"{path}.gateway_ports", text)
+            elif link.gateway_ports:
+                yield from _gateway_ports(source, f"{path}.gateway_ports", link.gateway_ports, other)
+
+
+def _gateway_ports(source: str, path: str, listed: list[int], other: SiteConfig) -> Iterator[Finding]:
+    try:
+        offered = offered_ports(other).keys()
+    except ConfigError:
+        return  # found in that file
+    if missing := sorted(offered - set(listed)):
+        text = f"lacks {', '.join(map(str, missing))} of site {other.site.name}; what listens there cannot be reached"
+        yield Finding(source, path, text, fatal=False)
+    if surplus := sorted(set(listed) - offered):
+        yield Finding(source, path, f"site {other.site.name} offers no {', '.join(map(str, surplus))}; remove that")
 
 
 def _cache_peers(sites: Mapping[str, SiteConfig]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from sglang_prfaas.errors import ConfigError, PrfaasError
 COMMANDS = {
     "site": "start one datacenter: its servers and its agent",
     "router": "start a router",
+    "gateway": "join two sites of which only the prefilling one can dial",
     "check": "check configuration files and print what would run",
     "keys": "make the keys with which sites prove themselves to each other",
     "cache": "show what the prefix caches of running sites hold",

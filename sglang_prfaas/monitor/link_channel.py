@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.core.link_capacity import WINDOW_S, LinkCapacity
+from sglang_prfaas.core.link_counts import LinkCounts
 from sglang_prfaas.monitor.reports import LinkLoad
 
 MAX_MESSAGE_BYTES = 64 << 10
@@ -32,6 +33,7 @@ class LinkView(Struct, frozen=True, tag="link"):
 
     mover: str
     load: LinkLoad
+    counts: LinkCounts | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -86,6 +88,7 @@ class LinkViews:
         self._configured = configured_bytes_per_s
         self._silent_after_s = silent_after_s
         self._views: dict[tuple[str, str, str], tuple[float, LinkLoad]] = {}
+        self._counts: dict[tuple[str, str, str], LinkCounts] = {}
         self._together: dict[tuple[str, str], LinkCapacity] = {}
         """Of links that several movers share: none of them sees more than its own share."""
 
@@ -95,6 +98,8 @@ class LinkViews:
         now_s = self._clock.now_s()
         pair = (load.from_site, load.to_site)
         self._views[*pair, view.mover] = (now_s, load)
+        if view.counts is not None:
+            self._counts[*pair, view.mover] = view.counts
         loads = [one for key, (at_s, one) in self._views.items() if key[:2] == pair and now_s - at_s <= WINDOW_S]
         if len(loads) > 1:
             together = self._together.setdefault(pair, LinkCapacity(self._configured.get(load.to_site, 0.0)))
@@ -108,6 +113,7 @@ class LinkViews:
         for key, (at_s, load) in sorted(self._views.items(), key=lambda item: item[0]):
             if now_s - at_s > self._silent_after_s:
                 del self._views[key]
+                self._counts.pop(key, None)
                 continue
             aged = msgspec.structs.replace(load, age_s=load.age_s + now_s - at_s)
             by_link.setdefault(key[:2], []).append(aged)
@@ -121,6 +127,10 @@ class LinkViews:
             )
             for pair, loads in by_link.items()
         ]
+
+    def counts(self) -> dict[tuple[str, str, str], LinkCounts]:
+        """By from site, to site and mover, of those that have told lately."""
+        return {key: self._counts[key] for key in sorted(self._counts)}
 
 
 def new_endpoint() -> str:
@@ -145,10 +155,10 @@ class LinkSender:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(endpoint)
 
-    def send(self, load: LinkLoad) -> bool:
+    def send(self, load: LinkLoad, counts: LinkCounts | None = None) -> bool:
         """Tell the agent; whether there was room for it."""
         try:
-            self._socket.send(_encoder.encode(LinkView(self._mover, load)), zmq.NOBLOCK)
+            self._socket.send(_encoder.encode(LinkView(self._mover, load, counts)), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from sglang_prfaas.core.link_counts import LinkCounts
 from sglang_prfaas.monitor.link_channel import LinkSender
 from sglang_prfaas.monitor.reports import LinkLoad
 from sglang_prfaas.transport.link_estimator import LinkFigures
@@ -14,10 +17,12 @@ class LinkReports:
         """endpoint: of the agent. mover: unique in the site (`server/rank`)."""
         self._site = site
         self._sender = LinkSender(endpoint, mover)
+        self.counts: Callable[[str], LinkCounts | None] = lambda site: None
+        """Of the mover, by site; set once there is one."""
 
     def __call__(self, to_site: str, figures: LinkFigures) -> None:
         if to_site:
-            self._sender.send(load_of(self._site, to_site, figures))
+            self._sender.send(load_of(self._site, to_site, figures), self.counts(to_site))
 
     def close(self) -> None:
         self._sender.close()

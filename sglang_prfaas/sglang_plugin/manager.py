@@ -112,7 +112,10 @@ class PrfaasKVManager(BaseKVManager):
             links=links,
             report=self._link_reports,
             codecs=CodecChoice(self.config.codec, env.link_codecs_from_env(os.environ)),
+            site=self.site,
         )
+        if self._link_reports is not None:
+            self._link_reports.counts = self.send_mover.counts
         self.send_mover.start()
         self.register_to_bootstrap()
         logger.info(
@@ -132,6 +135,7 @@ class PrfaasKVManager(BaseKVManager):
             site=self.site,
             server=self.server,
             rank=self._rank,
+            links=env.links_from_env(os.environ),
         )
         self.receive_mover.start()
 

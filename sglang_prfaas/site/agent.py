@@ -251,6 +251,7 @@ class Agent:
         text = metrics.render(
             self._config.site.name, servers, self._links.links(), self._control.results, routers, self._caches.samples()
         )
+        text += metrics.render_transfers(self._links.counts())
         return text + (metrics.render_cache(self._config.site.name, self._cache.stats()) if self._cache else "")
 
     def _server_state(self, name: str) -> ServerState:

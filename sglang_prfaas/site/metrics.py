@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
+from sglang_prfaas.core.link_counts import LinkCounts
 from sglang_prfaas.monitor.reports import LinkLoad, ServerLoad
 from sglang_prfaas.site.lifecycle import State
 from sglang_prfaas.transport.object_server import ServedStats
@@ -109,6 +110,56 @@ def render(
     lines += _family("prfaas_server_cached_blocks", "gauge", text, cached_blocks)
     lines += _family("prfaas_agent_routers", "gauge", "Routers that get reports.", [({"site": site}, routers)])
     return "\n".join(lines) + "\n"
+
+
+def render_transfers(counts: Mapping[tuple[str, str, str], LinkCounts]) -> str:
+    """What movers have sent, by from site, to site and mover."""
+    labelled = [
+        ({"from_site": from_site, "to_site": to_site, "mover": mover}, one)
+        for (from_site, to_site, mover), one in counts.items()
+    ]
+    lines: list[str] = []
+    results = [({**labels, "result": name}, getattr(one, name)) for labels, one in labelled for name in _RESULTS]
+    lines += _family("prfaas_transfer_requests_total", "counter", "Requests that have ended, by result.", results)
+    for name, text in (
+        ("resent_chunks", "Chunks sent again: they arrived corrupt, or their connection was lost."),
+        ("corrupt_chunks", "Chunks that arrived with a wrong checksum."),
+        ("reconnects", "Data connections made again after the first time."),
+        ("sessions_ended", "Sessions with decode ranks that have ended."),
+    ):
+        samples = [(labels, getattr(one, name)) for labels, one in labelled]
+        lines += _family(f"prfaas_transfer_{name}_total", "counter", text, samples)
+    codecs = [
+        ({**labels, "codec": name}, one) for labels, link in labelled for name, one in sorted(link.codecs.items())
+    ]
+    lines += _family(
+        "prfaas_transfer_bytes_total",
+        "counter",
+        "Bytes of ended requests, as they lie in memory, by the session's encoding of KVCache.",
+        [(labels, one.bytes) for labels, one in codecs],
+    )
+    lines += _family(
+        "prfaas_transfer_wire_bytes_total",
+        "counter",
+        "The same bytes as they were sent.",
+        [(labels, one.wire_bytes) for labels, one in codecs],
+    )
+    lines += _family(
+        "prfaas_transfer_saved_bytes_total",
+        "counter",
+        "Bytes that the encoding has saved.",
+        [(labels, one.bytes - one.wire_bytes) for labels, one in codecs],
+    )
+    lines += _family(
+        "prfaas_transfer_sessions",
+        "gauge",
+        "Sessions with decode ranks that stand, by encoding.",
+        [(labels, one.sessions) for labels, one in codecs],
+    )
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+_RESULTS = ("done", "failed")
 
 
 def render_cache(site: str, served: ServedStats) -> str:

@@ -20,8 +20,10 @@ from sglang_prfaas.monitor.cache_reports import CacheUpdate, ReadCache
 from sglang_prfaas.monitor.reports import VERSION, Answer, Command, Report, Subscribe
 from sglang_prfaas.monitor.wire import decode_request, encode
 from sglang_prfaas.transport.addresses import endpoint, resolve
+from sglang_prfaas.transport.clients import Doomed
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.security import load_security
+from sglang_prfaas.transport.security.refusals import RefusalLog
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ class ReportServer:
         self._security = load_security(config.transport)
         risk = "can read loads and drain servers"
         self._security.may_listen("the agent's report port", address, config.transport, risk)
-        self._loop = ZmqLoop("prfaas-reports", clock, self._security)
+        self._refusals = RefusalLog(logger, clock)
+        self._loop = ZmqLoop("prfaas-reports", clock, self._security, config.transport.control_messages_per_s)
         self._socket = self._loop.socket(zmq.ROUTER, address)
         self._socket.setsockopt(zmq.SNDHWM, _REPORTS_QUEUED)
         try:
@@ -79,6 +82,7 @@ class ReportServer:
             ) from None
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._loop.add(self._socket, self._receive)
+        self._loop.on_cut(self._socket, self._client_cut)
         self._loop.every(LEASE_S / 4, self._expire)
         self.routers = 0
         """Routers that are subscribed now."""
@@ -114,7 +118,7 @@ class ReportServer:
         try:
             request = decode_request(frames[1].bytes)
         except ProtocolError as error:
-            logger.warning("reports: from a router of site %s: %s", site or "?", error)
+            self._refusals.warn(f"reports: from a router of site {site or '?'}: {error}")
             return
         if isinstance(request, Subscribe):
             self._subscribed(identity, request, site)
@@ -148,6 +152,15 @@ class ReportServer:
         self.routers = len(self._routers)
         logger.info("reports: router %s%s is connected", request.router, f" of site {site}" if site else "")
         self._to_asyncio(self._on_subscribed)
+
+    def _client_cut(self, doomed: Doomed) -> bool:
+        """A router's connection is about to be cut: it gets no more reports."""
+        router = self._routers.pop(doomed.identity, None)
+        if router is None:
+            return False
+        self.routers = len(self._routers)
+        logger.warning("reports: router %s at %s is cut off: %s", router.name, doomed.who, doomed.reason)
+        return True
 
     def _expire(self) -> None:
         now_s = self._clock.now_s()

@@ -9,12 +9,13 @@ import selectors
 import socket
 import ssl
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import PrfaasError, ProtocolError
+from sglang_prfaas.transport.clients import source_of
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import PREFACE, Preface, unpack_preface
 from sglang_prfaas.transport.security import PLAIN, Security
@@ -24,7 +25,9 @@ from sglang_prfaas.transport.security.tls import explain
 logger = logging.getLogger(__name__)
 
 MAX_PENDING_CONNECTIONS = 256
-"""Data connections whose preface has not come yet; one more, and the oldest is closed."""
+"""Data connections whose preface has not come yet; one more, and the oldest is closed of the source that has most."""
+MAX_SOURCE_PENDING = 128
+"""Of one source (`clients.source_of`)."""
 ACCEPT_PAUSE_S = 1.0
 """Rest after an accept that failed, for want of descriptors."""
 MAX_DRAINED_BYTES = 1 << 16
@@ -44,6 +47,7 @@ class _Pending:
 
     def __init__(self, address: str, since_s: float) -> None:
         self.address = address
+        self.source = source_of(address)
         self.since_s = since_s
         self.shaken = False
         self.refused = False
@@ -193,10 +197,7 @@ class Acceptor:
             self._selector.unregister(self._listener)
             self._paused_until_s = self._clock.now_s() + ACCEPT_PAUSE_S
             return
-        if len(self._pending) >= MAX_PENDING_CONNECTIONS:
-            oldest = next(iter(self._pending))
-            self._refuse(oldest, f"no preface, and {MAX_PENDING_CONNECTIONS} others wait")
-            self._drop(oldest)
+        self._make_room(source_of(address[0]))
         sock.setblocking(False)
         try:
             sock = self._security.wrap(sock, server_side=True)
@@ -207,6 +208,18 @@ class Acceptor:
         connection = Connection(sock)
         self._pending[connection] = _Pending(address[0], self._clock.now_s())
         self._selector.register(sock, selectors.EVENT_READ, connection)
+
+    def _make_room(self, source: str) -> None:
+        """For one more connection of a source that has no preface yet."""
+        sources = Counter(pending.source for pending in self._pending.values())
+        crowd, size = source, sources[source]
+        if size < MAX_SOURCE_PENDING:
+            if len(self._pending) < MAX_PENDING_CONNECTIONS:
+                return
+            crowd, size = sources.most_common(1)[0]
+        oldest = next(connection for connection, pending in self._pending.items() if pending.source == crowd)
+        self._refuse(oldest, f"no preface, and {size} of its address and {len(self._pending)} in all wait")
+        self._drop(oldest)
 
     def _unwatch(self, connection: Connection) -> None:
         try:
@@ -271,7 +284,7 @@ class Acceptor:
         data = pending.data
         try:
             if not pending.shaken:
-                connection.site = self._security.handshake(connection.sock)
+                connection.site, connection.certificate = self._security.handshake(connection.sock)
                 pending.shaken = True
             while len(data) < PREFACE.size:
                 more = connection.sock.recv(PREFACE.size - len(data))

@@ -8,6 +8,7 @@ import itertools
 import select
 import socket
 import ssl
+import struct
 import termios
 import threading
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from collections.abc import Callable
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ConfigError, LocalError, PeerClosedError, PeerError, PeerGoneError, PortRefusedError
 from sglang_prfaas.transport import page_pipe, tcp_info
+from sglang_prfaas.transport.link_tuning import set_congestion_control
 from sglang_prfaas.transport.page_pipe import PagePipe
 from sglang_prfaas.transport.security import PLAIN, Security
-from sglang_prfaas.transport.security.tls import explain
+from sglang_prfaas.transport.security.tls import certificate_refused, explain
 from sglang_prfaas.transport.tcp_info import TcpInfo
 
 TLS_RECORD_BYTES = 1 << 14
@@ -27,6 +29,10 @@ TLS_BLOCK_BYTES = 8 * TLS_RECORD_BYTES
 MAX_TLS_RECORDS = 1 << 24
 """Records sent with one set of keys; AES-GCM is sound for 2^24.5 (RFC 8446, section 5.5). `ssl` cannot update keys of a
 connection, so that it is made anew."""
+
+
+SO_MAX_PACING_RATE = 47
+"""Of Linux (asm-generic/socket.h); bytes a second, an unsigned long."""
 
 _NOW = socket.MSG_DONTWAIT
 _numbers = itertools.count()
@@ -46,6 +52,8 @@ class Connection:
         """Of no other connection of this process."""
         self.site = ""
         """The site that the peer has proved to belong to; empty without keys."""
+        self.certificate = ""
+        """Fingerprint of the certificate that it has proved it with."""
         self._lock = threading.Lock()
         self._tls_lock = threading.Lock()
         """OpenSSL lets nobody read a connection while another writes to it."""
@@ -243,27 +251,27 @@ class Connection:
                     self._pipe.close()
 
 
-def _gone(doing: str, error: OSError) -> PeerGoneError:
+def _gone(doing: str, error: OSError) -> PeerError:
+    if certificate_refused(error):
+        return PeerError(f"data connection refused: {explain(error)}")
     closed = isinstance(error, (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError))
     kind = PeerClosedError if closed else PeerGoneError
     return kind(f"data connection lost while {doing}: {explain(error)}")
 
 
 def tune(sock: socket.socket, config: TransportConfig) -> None:
-    """Set what the configuration asks for. Raises ConfigError for a congestion control the kernel does not have."""
+    """Set what the configuration, as it holds for the link, asks for. Raises ConfigError for a congestion control the
+    kernel does not have."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if config.socket_buffer_bytes:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, config.socket_buffer_bytes)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, config.socket_buffer_bytes)
     if config.congestion_control:
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, config.congestion_control.encode())
-        except OSError as error:
-            raise ConfigError(
-                f"transport.congestion_control: the kernel has no {config.congestion_control!r} ({error.strerror}); "
-                "load its module, or name one of /proc/sys/net/ipv4/tcp_available_congestion_control"
-            ) from None
+        set_congestion_control(sock, config.congestion_control)
+    if config.pacing_mbps:
+        rate = int(config.pacing_mbps * 1e6 / 8 / config.connections)
+        sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("@L", rate))
 
 
 def listen(host: str, port: int, config: TransportConfig) -> socket.socket:
@@ -321,7 +329,7 @@ def connect(
     except OSError as error:
         raise PeerGoneError(f"{where} cannot be reached: {explain(error)}") from None
     try:
-        connection.site = security.handshake(connection.sock)
+        connection.site, connection.certificate = security.handshake(connection.sock)
     except PeerGoneError as error:
         raise PeerGoneError(f"{where}: {error}") from None
     except PeerError as error:

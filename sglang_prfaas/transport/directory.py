@@ -99,7 +99,7 @@ class DirectoryServer:
         self._security = load_security(config)
         self._security.may_listen("the bootstrap directory", host, config)
         self._refusals = RefusalLog(logger, clock)
-        self._loop = ZmqLoop("prfaas-directory", clock, self._security)
+        self._loop = ZmqLoop("prfaas-directory", clock, self._security, config.control_messages_per_s)
         self._socket = self._loop.socket(zmq.ROUTER, host)
         try:
             self._socket.bind(endpoint(host, port))

@@ -74,6 +74,10 @@ class Health:
         """What was heard last when its silence was noticed."""
         self._refusals: dict[int, int] = {}
 
+    def expects(self, connections: int) -> None:
+        """How many data connections there will be, where the peer has another number. Before the first stands."""
+        self._all = connections
+
     def connected(self, index: int, now_s: float, *, heard: bool = True) -> None:
         """A data connection stands. heard: the peer's process has said so, not only its system."""
         self.reconnects += index in self._dialled

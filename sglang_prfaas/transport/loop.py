@@ -16,9 +16,11 @@ from zmq.utils.monitor import parse_monitor_message
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.transport.addresses import dialable, endpoint
+from sglang_prfaas.transport.client_gate import ClientGate, Told
 from sglang_prfaas.transport.messages import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from sglang_prfaas.transport.security import PLAIN, Security, ServerKey, curve
 from sglang_prfaas.transport.security.curve import Loss
+from sglang_prfaas.transport.security.peers import Watch
 from sglang_prfaas.transport.security.refusals import RefusalLog
 
 __all__ = ["ZmqLoop", "dialable", "endpoint"]
@@ -31,17 +33,22 @@ MAX_MESSAGES_QUEUED = 8192
 """Messages that wait for one peer, or at a DEALER; twice the requests that a decode rank may have open."""
 MESSAGES_PER_TURN = 256
 """Messages taken from one socket before the others, the calls and the ticks get their turn."""
+WATCH_S = 0.25
+"""Between two looks at the clients of bound sockets, and at the list of sites."""
+HANDSHAKE_MS = 10_000
+"""For ZeroMQ's handshake with a client."""
 
 
 class ZmqLoop:
     """Polls sockets, runs calls handed over by other threads, and ticks. An error in a callback is logged, no more.
 
     With keys in `security`, sockets speak CURVE, and this loop is the ZAP handler of its context that lets clients in.
+    messages_per_s: of one client of a bound socket, see `clients`.
 
     `stop()` joins the thread and closes what it owns, whether or not it was ever started.
     """
 
-    def __init__(self, name: str, clock: Clock, security: Security = PLAIN) -> None:
+    def __init__(self, name: str, clock: Clock, security: Security = PLAIN, messages_per_s: float = math.inf) -> None:
         self.context = zmq.Context()
         self._clock = clock
         self._security = security
@@ -49,9 +56,13 @@ class ZmqLoop:
         self._poller = zmq.Poller()
         self._handlers: dict[Any, Callable[[list[zmq.Frame]], None]] = {}
         self._monitors: dict[Any, zmq.Socket[bytes]] = {}
-        self._clients: dict[Any, dict[int, str]] = {}
-        """Of bound sockets: addresses of the clients that are connected, by descriptor."""
+        self._connected: dict[Any, set[int]] = {}
+        """Of bound sockets: the descriptors of the clients that are connected."""
         self._client_lost: dict[Any, Callable[[int], None]] = {}
+        self._messages_per_s = messages_per_s
+        self._gates: dict[Any, ClientGate] = {}
+        self._watch = security.watch()
+        self._list_changed: list[Callable[[Watch], None]] = []
         self._calls: deque[Callable[[], object]] = deque()
         self._ticks: list[list[Any]] = []
         self._wake_read, self._wake_write = socket.socketpair()
@@ -65,6 +76,7 @@ class ZmqLoop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         if security.keys is not None:
             self._let_in_by(security.keys.peers.site_of_curve_key)
+        self.every(WATCH_S, self._look_at_clients)
 
     def start(self) -> None:
         self._thread.start()
@@ -86,15 +98,28 @@ class ZmqLoop:
         sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         if serves:
             self._security.serve(sock)
-            self._watch_clients(sock)
+            sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+            self._gates[sock] = ClientGate(self._clock, self._security, self._refusals, self._messages_per_s)
+            self._connected[sock] = set()
+            events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | curve.HANDSHAKE_FAILED
+            self._monitor(sock, events, partial(self._client_seen, sock))
         else:
             self._security.dial(sock, server or self._security.own_server_key)
         return sock
 
     def add(self, sock: zmq.Socket[bytes], handler: Callable[[list[zmq.Frame]], None]) -> None:
         """Deliver every multipart message of `sock` to `handler`. Before `start`, or from within the loop."""
-        self._handlers[sock] = handler
+        gate = self._gates.get(sock)
+        self._handlers[sock] = gate.guard(handler) if gate is not None else handler
         self._poller.register(sock, zmq.POLLIN)
+
+    def on_cut(self, sock: zmq.Socket[bytes], told: Told) -> None:
+        """Call `told` with a client of a bound socket that is about to be cut; it returns whether it has logged it."""
+        self._gates[sock].told = told
+
+    def on_list_change(self, function: Callable[[Watch], None]) -> None:
+        """Call `function` when the list of sites has changed, after the clients that are not on it were doomed."""
+        self._list_changed.append(function)
 
     def on_loss(
         self,
@@ -132,30 +157,26 @@ class ZmqLoop:
     def connected(self, sock: zmq.Socket[bytes], descriptor: int) -> bool:
         """Whether a client's connection to a bound socket stands. From within the loop."""
         self._drain(self._monitors[sock])
-        return descriptor in self._clients[sock]
+        return descriptor in self._connected[sock]
 
-    def _watch_clients(self, sock: zmq.Socket[bytes]) -> None:
-        """Know the clients of a bound socket, and log those that fail the handshake. Their end follows the failure at
-        once."""
-        addresses = self._clients[sock] = {}
-        reasons: list[tuple[str, int]] = []
+    def _client_seen(self, sock: zmq.Socket[bytes], event: int, value: int) -> None:
+        """What the monitor of a bound socket tells."""
+        self._gates[sock].seen(event, value)
+        if event == zmq.EVENT_ACCEPTED:
+            self._connected[sock].add(value)
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._connected[sock].discard(value)
+            if sock in self._client_lost:
+                self._client_lost[sock](value)
 
-        def seen(event: int, value: int) -> None:
-            if event == zmq.EVENT_ACCEPTED:
-                addresses[value] = curve.peer_address(value)
-            elif event == zmq.EVENT_DISCONNECTED:
-                address = addresses.pop(value, "an unknown address")
-                if reasons:
-                    reason, level = reasons.pop()
-                    self._refusals.warn(f"control connection from {address} refused: {reason}", level)
-                elif sock in self._client_lost:
-                    self._client_lost[sock](value)
-            else:
-                reason = curve.refused_client(event, value, keys=self._security.keys is not None)
-                level = logging.INFO if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL else logging.WARNING
-                reasons[:] = [(reason, level)] if reason else []
-
-        self._monitor(sock, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | curve.HANDSHAKE_FAILED, seen)
+    def _look_at_clients(self) -> None:
+        changed = self._watch.changed()
+        for gate in list(self._gates.values()):
+            if changed:
+                gate.list_changed(self._watch)
+            gate.tick()
+        for function in self._list_changed if changed else ():
+            self._contain(partial(function, self._watch))
 
     def _monitor(self, sock: zmq.Socket[bytes], events: int, seen: Callable[[int, int], None]) -> None:
         """Deliver events of `sock`, with their values. Unbounded, lest ZeroMQ waits for a loop that has stopped."""
@@ -186,6 +207,7 @@ class ZmqLoop:
 
     def remove(self, sock: zmq.Socket[bytes]) -> None:
         """Stop polling `sock` and close it, with the linger it was given. From within the loop. Idempotent."""
+        self._gates.pop(sock, None)
         monitor = self._monitors.pop(sock, None)
         if monitor is not None:
             sock.disable_monitor()

@@ -107,6 +107,10 @@ class Welcome(_Message, frozen=True):
     instance: Instance
     codec: CodecName = "raw"
     """How full-attention KVCache may come: one of those of `Hello`, or raw."""
+    connections: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Data connections to dial; 0: as many as `Hello` announced."""
+    site: ShortText = ""
+    """Of the prefill rank, for the settings of the link to it. Proves nothing."""
 
 
 class Refuse(_Message, frozen=True):

@@ -41,6 +41,8 @@ HANDSHAKE_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 300.0
+WATCH_S = 0.5
+"""Between two looks at the list of sites."""
 ACCEPT_PAUSE_S = 1.0
 """Rest after an accept that failed, for want of descriptors."""
 
@@ -101,6 +103,9 @@ class ObjectServer:
                 f"prefix_cache.serve_port {port} on {host} cannot be used: {error}; choose another"
             ) from None
         self.port: int = self._listener.getsockname()[1]
+        self._listener.settimeout(WATCH_S)
+        self._watch = self._security.watch()
+        self._watched_s = self._clock.now_s()
         self._thread = threading.Thread(target=self._accept, name="prfaas-cache-accept", daemon=True)
         self._thread.start()
 
@@ -130,8 +135,11 @@ class ObjectServer:
 
     def _accept(self) -> None:
         while True:
+            self._cut_unlisted()
             try:
                 sock, address = self._listener.accept()
+            except TimeoutError:
+                continue
             except OSError as error:
                 if not self._stopping.is_set():
                     logger.warning("prfaas: a connection to the prefix cache could not be accepted: %s", error)
@@ -156,6 +164,24 @@ class ObjectServer:
                 connection.close()
                 self._refuse(address[0], f"{MAX_CONNECTIONS} connections are open already")
 
+    def _cut_unlisted(self) -> None:
+        """End the connections of certificates that are not let in any more."""
+        now_s = self._clock.now_s()
+        if now_s - self._watched_s < WATCH_S / 2:
+            return  # connections come quickly
+        self._watched_s = now_s
+        if not self._watch.changed():
+            return
+        with self._lock:
+            for connection in self._connections:
+                digest = connection.certificate
+                if digest and not self._watch.has_certificate(connection.site, digest):
+                    connection.cut()
+                    self._refusals.warn(
+                        f"prefix cache: connection of site {connection.site} ended: its certificate {digest} is not in "
+                        "peers.toml any more"
+                    )
+
     def _run(self, connection: Connection, address: str) -> None:
         try:
             self._let_in(connection)
@@ -176,7 +202,7 @@ class ObjectServer:
         tune(connection.sock, self._config)
         connection.sock.settimeout(HANDSHAKE_TIMEOUT_S)
         connection.sock = self._security.wrap(connection.sock, server_side=True)
-        connection.site = self._security.handshake(connection.sock)
+        connection.site, connection.certificate = self._security.handshake(connection.sock)
         if self._security.keys is not None and connection.site not in self._sites:
             raise PeerError(f"site {connection.site} is not in prefix_cache.serve_to")
 

@@ -55,7 +55,7 @@ class DataReceiver:
 
     def dial(self, session: PeerSession, host: str, welcome: Welcome) -> None:
         """Open all data connections of a session. Never waits."""
-        for index in range(self._config.connections):
+        for index in range(session.config.connections):
             thread = threading.Thread(
                 target=self._run, args=(session, host, welcome, index), name="prfaas-receive-data", daemon=True
             )
@@ -110,7 +110,7 @@ class DataReceiver:
     def _connection(self, session: PeerSession, host: str, welcome: Welcome, index: int) -> bool:
         """Dial, then place every chunk that comes. Returns whether prefill asked for the connection to be made anew,
         False where the session has ended; raises PrfaasError for any other end."""
-        connection = data_tcp.unconnected(host, self._config)
+        connection = data_tcp.unconnected(host, session.config)
         try:
             with session.lock:
                 if session.failure:

@@ -9,17 +9,19 @@ import secrets
 import socket
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import msgspec
 import zmq
 
 from sglang_prfaas.clock import Clock, Deadline
-from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.errors import ChecksumError, LocalError, PeerGoneError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint
 from sglang_prfaas.transport.codec.session import RAW, SessionCodec, obstacle, offered
 from sglang_prfaas.transport.health import REFUSALS, Contact
 from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.link_tuning import check_links, for_link, kernel_buffers
 from sglang_prfaas.transport.lookup import DirectoryClient
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.mailbox import ENVELOPE, unseal
@@ -50,6 +52,7 @@ from sglang_prfaas.transport.receive_session import Incoming, PeerSession
 from sglang_prfaas.transport.resolver import resolve_in_background
 from sglang_prfaas.transport.security import ServerKeys, load_security
 from sglang_prfaas.transport.security.curve import Loss
+from sglang_prfaas.transport.security.peers import Watch
 from sglang_prfaas.transport.session import IncomingTransfer
 
 __all__ = ["Incoming", "PeerSession", "ReceiveMover"]
@@ -78,8 +81,13 @@ class ReceiveMover:
         site: str = "",
         server: str = "",
         rank: int = 0,
+        links: Mapping[str, LinkConfig] | None = None,
     ) -> None:
+        """links: as configured, by the site they lead to."""
         self.layout = layout
+        self._links = links or {}
+        self._buffers = kernel_buffers("receive")
+        check_links(self._links, config, self._buffers)
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -97,6 +105,7 @@ class ReceiveMover:
         self._data = DataReceiver(config, self._security, clock, lose=self._lose, complete=self._tell_done)
         self._loop = ZmqLoop("prfaas-receive-control", clock, self._security)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._tick)
+        self._loop.on_list_change(self._list_changed)
         self._directories = DirectoryClient(self._loop, clock, config.handshake_timeout_s, self._server_keys)
         self._last_ping_s = self._last_tick_s = clock.now_s()
 
@@ -206,7 +215,7 @@ class ReceiveMover:
         except zmq.ZMQError as error:
             self._lose(session, f"its control port cannot be dialled: {error}")
             return
-        config = self._config
+        config = for_link(self._config, self._links.get(session.server.site), self._buffers)
         hello = session.hello = Hello(
             PROTOCOL_VERSION,
             self._site,
@@ -321,6 +330,7 @@ class ReceiveMover:
                     return
                 session.codec = SessionCodec(message.codec, layout)
                 session.instance = message.instance
+                self._tune(session, message)
                 self._data.dial(session, host, message)
             elif message.instance != session.instance:
                 self._lose(session, "its process has restarted")
@@ -340,6 +350,17 @@ class ReceiveMover:
         elif isinstance(message, Unknown) and session.instance:
             restarted = message.instance != session.instance
             self._lose(session, "its process has restarted" if restarted else "it has given this session up")
+
+    def _tune(self, session: PeerSession, welcome: Welcome) -> None:
+        """The data connections as they are to be for the link to the prefill rank's site."""
+        assert session.hello is not None
+        link = self._links.get(session.server.site or welcome.site)
+        connections = welcome.connections or session.hello.connections
+        fixed = msgspec.structs.replace(link, connections=connections) if link is not None else None
+        tuned = for_link(self._config, fixed, self._buffers)
+        session.config = msgspec.structs.replace(tuned, connections=connections)
+        with session.lock:
+            session.health.expects(connections)
 
     def _tick(self) -> None:
         self._directories.tick()
@@ -366,6 +387,24 @@ class ReceiveMover:
                 self._send(session, envelope)
             if ping or session.mailbox.owing or session.health.contact is Contact.SUSPENDED:
                 self._send(session, session.mailbox.unnumbered(encode(Ping())))
+
+    def _list_changed(self, watch: Watch) -> None:
+        """End what stands of sites, keys and certificates that are not let in any more."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            site, key = session.server.site, session.server.public.decode()
+            if site and not watch.has_key(site, key):
+                self._lose(session, f"its key {key} is not in peers.toml any more")
+                continue
+            with session.lock:
+                connections = list(session.connections.values())
+            for connection in connections:
+                if connection.certificate and not watch.has_certificate(site, connection.certificate):
+                    logger.warning(
+                        "prfaas: %s: its certificate %s is not in peers.toml any more", session, connection.certificate
+                    )
+                    connection.cut()
 
     def _renew_if_silent(self, session: PeerSession, now_s: float) -> None:
         """Cut the data connections of a prefill rank that has fallen silent; their threads dial them again."""

@@ -72,6 +72,8 @@ class PeerSession:
         self.connected = False
         """Whether the control connection stands."""
         self.was_connected = False
+        self.config = config
+        """As it holds for the link, once the session is let in."""
         self.health = Health(config, config.connections, now_s)
         self.mailbox = Mailbox(now_s)
         self.ended = threading.Event()

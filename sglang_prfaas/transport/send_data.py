@@ -192,7 +192,7 @@ class DataSender:
     def _run(self, session: SendSession, link: DataLink) -> None:
         connection = link.connection
         try:
-            data_tcp.tune(connection.sock, self._config)
+            data_tcp.tune(connection.sock, session.config)
             if self._config.zero_copy:
                 connection.may_lend()
             while tasks := self._batch(session, link):

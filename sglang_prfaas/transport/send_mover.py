@@ -7,21 +7,26 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import zmq
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import LinkConfig, TransportConfig
+from sglang_prfaas.core.link_counts import LinkCounts
 from sglang_prfaas.errors import ChecksumError, LocalError, ProtocolError
 from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.addresses import endpoint, resolve
+from sglang_prfaas.transport.clients import Doomed
 from sglang_prfaas.transport.codec.session import RAW, CodecChoice, SessionCodec, obstacle
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.handshake import refusal
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.layout import Layout
+from sglang_prfaas.transport.link_counters import LinkCounters
 from sglang_prfaas.transport.link_monitor import LinkMonitor, Report, Traffic
+from sglang_prfaas.transport.link_tuning import check_links, for_link, kernel_buffers
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.memory import Indices, RankMemory
@@ -49,6 +54,9 @@ from sglang_prfaas.transport.pacing import paced_chunk_bytes
 from sglang_prfaas.transport.part_memory import prefill_view
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
+from sglang_prfaas.transport.security.curve import KEY_PROPERTY
+from sglang_prfaas.transport.security.peers import Watch
+from sglang_prfaas.transport.security.refusals import RefusalLog
 from sglang_prfaas.transport.send_data import SMALL_BYTES, DataSender
 from sglang_prfaas.transport.send_session import SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer, State
@@ -72,7 +80,7 @@ class SendMover:
 
     links: as configured, by the site they lead to. report: called with the state of every link, from a thread of the
     mover, every `link_sample_interval_s`. codecs: how full-attention KVCache goes to which site; `config.codec` to all
-    where left out.
+    where left out. site: this rank's, told to decode ranks.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class SendMover:
         links: Mapping[str, LinkConfig] | None = None,
         report: Report | None = None,
         codecs: CodecChoice | None = None,
+        site: str = "",
     ) -> None:
         self.layout = layout
         self._codecs = codecs or CodecChoice(config.codec)
@@ -100,8 +109,14 @@ class SendMover:
         self._farewells: dict[bytes, str] = {}
         """Why sessions ended whose decode ranks have yet to be told."""
         self._instance = secrets.token_bytes(16)
+        self._counters = LinkCounters()
         self._closing = False
+        self._refusals = RefusalLog(logger, clock)
         self._last_expiry_s = clock.now_s()
+        self._site = site
+        self._configured_links = links or {}
+        self._buffers = kernel_buffers("send")
+        check_links(self._configured_links, config, self._buffers)
         address = resolve(host)
         self.security = load_security(config)
         self.security.may_listen("the KVCache mover", address, config)
@@ -109,8 +124,8 @@ class SendMover:
         self.data_port: int = listener.getsockname()[1]
         self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self, self.security)
         self._data = DataSender(config, clock, self._lock, lose=self._lose, abort=self.abort, acceptor=self._acceptor)
-        self.links = LinkMonitor(config, clock, links=links or {}, pool_bytes=memory.nbytes, report=report)
-        self._loop = ZmqLoop("prfaas-send-control", clock, self.security)
+        self.links = LinkMonitor(config, clock, links=self._configured_links, pool_bytes=memory.nbytes, report=report)
+        self._loop = ZmqLoop("prfaas-send-control", clock, self.security, config.control_messages_per_s)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
             self._control.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -126,6 +141,8 @@ class SendMover:
         self.control_port = int(bound.rpartition(":")[2])
         self._loop.add(self._control, self._receive)
         self._loop.on_client_loss(self._control, self._control_lost)
+        self._loop.on_cut(self._control, self._client_cut)
+        self._loop.on_list_change(self._list_changed)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._expire)
         self._loop.every(config.link_sample_interval_s, self._look_at_links)
 
@@ -227,8 +244,15 @@ class SendMover:
         self.abort(transfer, "the request ended on the prefill side")
         with self._lock:
             session = self._rooms.forget(transfer)
+            if session is not None:
+                self._counters.forgotten(session, transfer)
         if session is not None:
             session.dispatch.drop(transfer)
+
+    def counts(self, site: str) -> LinkCounts:
+        """What went to a site so far."""
+        with self._lock:
+            return self._counters.of(site, self._sessions.values())
 
     # --- control --------------------------------------------------------------------------------------------------
 
@@ -272,7 +296,7 @@ class SendMover:
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 2:
-            logger.warning("prfaas: control message of %d frames dropped, expected 2", len(frames))
+            self._refusals.warn(f"control message of {len(frames)} frames dropped, expected 2")
             return
         identity = frames[0].bytes
         session = self._sessions.get(identity)
@@ -283,10 +307,10 @@ class SendMover:
                 return
             message = decode_to_prefill(body)
         except ChecksumError as error:
-            logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
+            self._refusals.warn(f"{session or 'a peer without a session'}: {error}")
             return  # it comes again
         except ProtocolError as error:
-            logger.warning("prfaas: %s: %s", session or "a peer without a session", error)
+            self._refusals.warn(f"{session or 'a peer without a session'}: {error}")
             self._reply(identity, Refuse(reason_text(str(error))))
             if session is not None:
                 self._lose(session, str(error))
@@ -294,7 +318,7 @@ class SendMover:
         if session is not None:
             session.health.heard(now_s)
         if isinstance(message, Hello):
-            self._hello(identity, message, str(frames[1].get("User-Id")) if self.security.keys else "")
+            self._hello(identity, message, self._proof(frames[1]))
         else:
             self._act(identity, session, message)
         session = self._sessions.get(identity)
@@ -336,21 +360,34 @@ class SendMover:
         elif isinstance(message, Ping):
             self._reply(identity, Pong())
 
-    def _hello(self, identity: bytes, hello: Hello, site: str) -> None:
-        """A decode rank opens a session. `site`: the one that it has proved to be of, empty without keys."""
+    def _proof(self, frame: zmq.Frame) -> tuple[str, str]:
+        """The site that the sender of a message has proved to be of, and its key; empty without keys."""
+        if self.security.keys is None:
+            return "", ""
+        return str(frame.get("User-Id")), str(frame.get(KEY_PROPERTY))
+
+    def _hello(self, identity: bytes, hello: Hello, proof: tuple[str, str]) -> None:
+        """A decode rank opens a session."""
+        site, curve_key = proof
+        asked = hello
+        tuned = self._tuned(site or hello.site, hello)
+        hello = msgspec.structs.replace(hello, connections=tuned.connections)
         who = f"{hello.site}/{hello.server}"
         with self._lock:
             sessions = len(self._sessions)
             connections = sum(session.hello.connections for session in self._sessions.values())
-        reason = refusal(self.layout, hello, sessions=sessions, connections=connections, proved_site=site)
+            own = sum(session.site == site for session in self._sessions.values())
+        reason = refusal(
+            self.layout, hello, sessions=sessions, connections=connections, proved_site=site, site_sessions=own
+        )
         if self._closing:
             reason = "the prefill server is stopping"
         if reason:
-            logger.error("prfaas: decode %s refused: %s", who, reason)
+            self._refusals.warn(f"decode {who} refused: {reason}", logging.ERROR)
             self._reply(identity, Refuse(reason_text(reason)))
             return
         known = self._sessions.get(identity)
-        if known is not None and known.hello == hello:
+        if known is not None and known.asked == asked:
             self._reply(identity, self._welcome(known))  # the first one was lost
             return
         for old in self._replaced(identity, hello):
@@ -358,7 +395,7 @@ class SendMover:
             self._lose(old, "its process has restarted" if restarted else "the decode server opened a new session")
         view = prefill_view(self.layout, self._memory, hello.layout)
         codec = self._codec(who, hello, site or hello.site, view.layout)
-        session = SendSession(identity, hello, self._config, self._clock.now_s(), view, site, codec)
+        session = SendSession(identity, hello, tuned, self._clock.now_s(), view, site, codec, curve_key, asked)
         with self._lock:
             self._sessions[identity] = session
             self._tokens[session.token] = session
@@ -366,7 +403,24 @@ class SendMover:
         self._reply(identity, self._welcome(session))
 
     def _welcome(self, session: SendSession) -> Welcome:
-        return Welcome(session.token, self.data_port, self._instance, session.codec.name)
+        return Welcome(
+            session.token,
+            self.data_port,
+            self._instance,
+            session.codec.name,
+            session.hello.connections,
+            self.security.site or self._site,
+        )
+
+    def _tuned(self, site: str, hello: Hello) -> TransportConfig:
+        """As it holds for the link to a decode rank's site. Where its entry names no number of connections, there are
+        as many as decode asks for, or more if this end needs them."""
+        link = self._configured_links.get(site)
+        tuned = for_link(self._config, link, self._buffers)
+        if link is None or not link.connections:
+            needed = tuned.connections if tuned.connections > self._config.connections else 1
+            tuned = msgspec.structs.replace(tuned, connections=max(hello.connections, needed))
+        return tuned
 
     def _codec(self, who: str, hello: Hello, site: str, layout: Layout) -> SessionCodec:
         """How full-attention KVCache goes to a decode rank: as its site is to get it, where both ends can."""
@@ -379,6 +433,26 @@ class SendMover:
             return SessionCodec()
         logger.info("prfaas: full-attention KVCache to decode %s is encoded as %s", who, wanted)
         return SessionCodec(wanted, layout)
+
+    def _client_cut(self, doomed: Doomed) -> bool:
+        """A decode rank's control connection is about to be cut: its session ends with it."""
+        session = self._sessions.get(doomed.identity)
+        if session is not None:
+            self._lose(session, doomed.reason)
+        return session is not None
+
+    def _list_changed(self, watch: Watch) -> None:
+        """End what stands of sites, keys and certificates that are not let in any more."""
+        with self._lock:
+            sessions = [(session, list(session.links.values())) for session in self._sessions.values()]
+        for session, links in sessions:
+            if not watch.has_key(session.site, session.curve_key):
+                self._lose(session, f"its key {session.curve_key} is not in peers.toml any more")
+                continue
+            for link in links:
+                certificate = link.connection.certificate
+                if not watch.has_certificate(session.site, certificate):
+                    self._data.give_up(session, link, f"its certificate {certificate} is not in peers.toml any more")
 
     def _replaced(self, identity: bytes, hello: Hello) -> list[SendSession]:
         """The sessions that a new one takes the place of: of the same rank of the same server, where it has a name."""
@@ -493,6 +567,7 @@ class SendMover:
             if self._sessions.get(session.identity) is session:
                 del self._sessions[session.identity]
             self._tokens.pop(session.token, None)
+            self._counters.lost(session)
             why = f"connection to {session} lost: {reason}"
             self._farewells[session.identity] = why
             transfers = self._rooms.lost(session, why)

@@ -181,12 +181,19 @@ class SendSession:
         view: SessionView,
         site: str = "",
         codec: SessionCodec | None = None,
+        curve_key: str = "",
+        asked: Hello | None = None,
     ) -> None:
+        """hello: with as many connections as there will be; asked: as it came. config: as it holds for the link."""
         self.identity = identity
         self.hello = hello
+        self.asked = asked or hello
+        self.config = config
         self.view = view
         self.site = site
         """The site that the decode rank has proved to be of; empty without keys."""
+        self.curve_key = curve_key
+        """The key that it has proved it with."""
         self.codec = codec or SessionCodec()
         self.token = secrets.token_bytes(16)
         self.opened_s = now_s

@@ -27,7 +27,7 @@ from sglang_prfaas.router.agent_links import AgentLinks
 from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.site.agent import Agent
 from sglang_prfaas.transport.layout import Component
-from tests.router.pd_fakes import run
+from tests.router.pd_fakes import MODEL, Cluster, header, run
 from tests.router.test_live_policy import REACTION_S, get, live, long_route
 from tests.transport.namespaces import Wire, obstacle, wire
 from tests.transport.rig import CONFIG, Memory, Pair, layout, some_slots
@@ -40,6 +40,17 @@ COUNTS = (16, 1, 1)
 TRANSFER_BYTES = 16 << 16
 PAUSE_S = 0.03
 LINK = LinkConfig(to_site="home", capacity_gbps=1.0, rtt_ms=0.1)
+
+
+BACK_S = 30.0
+"""Until requests cross the link again. Measured in a second or two; its old capacity fades with a half-life of 10 s."""
+
+
+async def longer_route(c: Cluster) -> str:
+    """Of a request longer than all before it: t is their length, where they come as fast as they are answered."""
+    answer = await c.request(body={"model": MODEL, "prompt": "a " * 80})
+    assert answer.status == 200
+    return header(answer, "x-prfaas-route")
 
 
 class Traffic:
@@ -138,6 +149,12 @@ def test_a_link_that_gets_slow_sends_requests_local_within_a_second(tmp_path: Pa
                 metrics = agent.metrics()
                 assert 'prfaas_link_congested{from_site="far",to_site="home"} 1' in metrics
                 assert agent.report().links[0].connections == CONFIG.connections
+                link.rate(1000)
+                start_s = time.monotonic()
+                async with asyncio.timeout(BACK_S):
+                    while await longer_route(c) != "prfaas":
+                        pass
+                print(f"back after {time.monotonic() - start_s:.2f} s")
             sender.close()
 
     with wire(1000.0) as link:

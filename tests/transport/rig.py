@@ -122,6 +122,8 @@ class Pair:
         first_port: int = 0,
         site: str = "pd",
         links: dict[str, LinkConfig] | None = None,
+        decode_links: dict[str, LinkConfig] | None = None,
+        prefill_site: str = "",
         report: Report | None = None,
         within: tuple[Callable[[Callable[[], Any]], Any], Callable[[Callable[[], Any]], Any]] | None = None,
     ) -> None:
@@ -143,6 +145,7 @@ class Pair:
                 first_port=first_port,
                 links=links,
                 report=report,
+                site=prefill_site,
             )
         )
         self.receiver: ReceiveMover = self._in_decode(
@@ -153,6 +156,7 @@ class Pair:
                 clock,
                 site=site,
                 server="decode-0",
+                links=decode_links,
             )
         )
 

@@ -165,6 +165,7 @@ def test_resets_and_corrupt_bytes(codec: str) -> None:
         relay = FaultyRelay(pair.sender.data_port, 5)
         relay.corrupt_rate = 0.05
         pair.sender.data_port = relay.port
+        pair.session()  # one that is being opened does not survive a reset
         stop = threading.Event()
 
         def resets() -> None:

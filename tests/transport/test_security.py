@@ -189,14 +189,14 @@ def test_a_site_taken_out_of_the_list_and_put_back(tmp_path: Path, caplog: pytes
         try:
             session = pair.dial(other)
             wait_until(lambda: session.failure, "refusal")
-            assert established.up
+            wait_until(lambda: established.failure, "end of what stood")
             path.write_text("[pd\n")
-            works(pair, 2)
             session = pair.dial(other)
             wait_until(lambda: session.failure, "refusal")
             assert lines(caplog, "peers as before, for now", "peers.toml")
             path.write_text(text)
             assert pair.session(other).up
+            works(pair, 2)
         finally:
             other.close()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 from collections.abc import Callable
 
 import zmq
@@ -12,6 +14,8 @@ from msgspec import Struct
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_DOMAIN = b"prfaas"
 ZAP_VERSION = b"1.0"
+KEY_PROPERTY = "Prfaas-Key"
+"""Property of messages: the CURVE public key (Z85) that their sender has proved. Its site is `User-Id`."""
 
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -59,10 +63,15 @@ def zap_answer(
         key = zmq.utils.z85.encode(body[6]).decode()
         site = site_of(key)
         if site:
-            return [*path, ZAP_VERSION, request_id, b"200", b"", site.encode(), b""]
+            return [*path, ZAP_VERSION, request_id, b"200", b"", site.encode(), _property(KEY_PROPERTY, key)]
         reason = f"its key {key} is not in peers.toml"
     refused(f"control connection from {address} refused: {reason}")
     return [*path, ZAP_VERSION, request_id, b"400", b"unknown key", b"", b""]
+
+
+def _property(name: str, value: str) -> bytes:
+    """As ZMTP has metadata (RFC 23): the name with its length, the value with its own."""
+    return struct.pack("!B", len(name)) + name.encode() + struct.pack("!I", len(value)) + value.encode()
 
 
 def refused_client(event: int, value: int, *, keys: bool) -> str:
@@ -98,15 +107,47 @@ def loss(event: int, value: int, site: str) -> Loss | None:
     return None
 
 
-def peer_address(descriptor: int) -> str:
-    """The address of the peer at a connected descriptor of ZeroMQ's, as good as can be: it may be closed by now."""
+def peer_address(descriptor: int) -> tuple[str, int] | None:
+    """Address and port of the peer at a connected descriptor of ZeroMQ's; None where it is closed by now."""
+    sock = _same(descriptor)
+    if sock is None:
+        return None
+    with sock:
+        return _peer_of(sock)
+
+
+def cut(descriptor: int, address: tuple[str, int] | None) -> bool:
+    """End the connection at a descriptor of ZeroMQ's, if it is still that to `address`; returns whether it was. ZeroMQ
+    cannot close a single connection of a socket: it then does so as if the peer had ended it."""
+    sock = _same(descriptor)
+    if sock is None:
+        return False
+    with sock:
+        if address is None or _peer_of(sock) != address:
+            return False
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return False
+        return True
+
+
+def _same(descriptor: int) -> socket.socket | None:
+    """Another name of a connection, under which it cannot become another one when ZeroMQ closes its own."""
     try:
-        sock = socket.socket(fileno=descriptor)
+        copy = os.dup(descriptor)
     except OSError:
-        return "an unknown address"
+        return None
     try:
-        return str(sock.getpeername()[0])
-    except (OSError, IndexError):
-        return "an unknown address"
-    finally:
-        sock.detach()  # it stays ZeroMQ's
+        return socket.socket(fileno=copy)
+    except OSError:  # it is something else by now
+        os.close(copy)
+        return None
+
+
+def _peer_of(sock: socket.socket) -> tuple[str, int] | None:
+    try:
+        name = sock.getpeername()
+        return str(name[0]), int(name[1])
+    except (OSError, IndexError, TypeError, ValueError):
+        return None

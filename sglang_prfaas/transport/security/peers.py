@@ -6,7 +6,7 @@
     certificates = ["sha256:..."]                        # fingerprints of its TLS certificates
 
 Several keys of one site are for the time in which they are exchanged. The file is read again once it changes: a site
-that is taken out of it cannot connect any more. Established connections stay.
+or a key that is taken out of it cannot connect any more, and the connections that it has are cut (`Watch`).
 """
 
 from __future__ import annotations
@@ -114,6 +114,39 @@ class PeerList:
         """The site that a certificate (DER) belongs to, or an empty string."""
         digest = fingerprint(der)
         return next((site for site, peer in self.current().items() if digest in peer.certificates), "")
+
+
+class Watch:
+    """Tells one owner of connections when the list has changed. Not thread-safe.
+
+    A change counts once two looks in a row have found the same list: a file that is just being written may lack sites,
+    which refuses new connections for a moment, and must not cost those that stand."""
+
+    def __init__(self, peers: PeerList | None) -> None:
+        """peers: None where no keys are used; then nothing ever changes."""
+        self._peers = peers
+        self._seen = self._latest = peers.current() if peers is not None else {}
+
+    def changed(self) -> bool:
+        """Whether the list is another one than it was when this was true last. To be called a few times a second."""
+        if self._peers is None:
+            return False
+        before, self._latest = self._latest, self._peers.current()
+        if self._latest is not before or self._latest is self._seen:
+            return False
+        self._seen = self._latest
+        return True
+
+    def has_key(self, site: str, key: str) -> bool:
+        """Whether a CURVE public key (Z85) stood under a site when `changed` was true last, or at the start."""
+        return self._peers is None or key in self._seen.get(site, _NOBODY).curve
+
+    def has_certificate(self, site: str, digest: str) -> bool:
+        """The same of a certificate, by its fingerprint."""
+        return self._peers is None or digest in self._seen.get(site, _NOBODY).certificates
+
+
+_NOBODY = Peer()
 
 
 def signature(*paths: Path) -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from sglang_prfaas.config.security import NO_KEYS, uses_keys
 from sglang_prfaas.errors import ConfigError, PeerError, PeerGoneError
 from sglang_prfaas.transport.security import curve, key_files
 from sglang_prfaas.transport.security.key_files import KeyFiles, load_keys
-from sglang_prfaas.transport.security.peers import fingerprint, signature
+from sglang_prfaas.transport.security.peers import Watch, fingerprint, signature
 from sglang_prfaas.transport.security.server_keys import ServerKey
 from sglang_prfaas.transport.security.tls import client_context, explain, server_context
 
@@ -39,6 +39,10 @@ class Security:
     def site(self) -> str:
         """The site that the keys belong to, empty without any."""
         return self.keys.site if self.keys else ""
+
+    def watch(self) -> Watch:
+        """Tells when the allow-list changes."""
+        return Watch(self.keys.peers if self.keys is not None else None)
 
     # --- ZeroMQ ---------------------------------------------------------------------------------------------------
 
@@ -83,11 +87,12 @@ class Security:
         context = self._current_contexts()[0 if server_side else 1]
         return context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
 
-    def handshake(self, sock: socket.socket) -> str:
-        """Shake hands on a wrapped socket, and return the peer's site: empty without keys. Raises PeerError for a peer
-        that is not let in, ssl.SSLWantReadError and ssl.SSLWantWriteError where the socket does not block."""
+    def handshake(self, sock: socket.socket) -> tuple[str, str]:
+        """Shake hands on a wrapped socket, and return the peer's site and its certificate's fingerprint: empty without
+        keys. Raises PeerError for a peer that is not let in, ssl.SSLWantReadError and ssl.SSLWantWriteError where the
+        socket does not block."""
         if not isinstance(sock, ssl.SSLSocket) or self.keys is None:
-            return ""
+            return "", ""
         try:
             sock.do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -98,7 +103,7 @@ class Security:
         site = self.keys.peers.site_of_certificate(der)
         if not site:
             raise PeerError(f"its certificate {fingerprint(der)} is not in peers.toml")
-        return site
+        return site, fingerprint(der)
 
     def context(self, *, listens: bool) -> ssl.SSLContext:
         """For the side that is dialled, or the one that dials; with the files of now. Only with keys."""

@@ -65,6 +65,16 @@ def explain(error: OSError) -> str:
     return _words(reason) or str(error)
 
 
+def certificate_refused(error: OSError) -> bool:
+    """Whether it is the peer's alert about this side's certificate, which it will not take the next time either."""
+    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
+    return "_ALERT_" in reason and reason.endswith(_CERTIFICATE_ALERTS)
+
+
+_CERTIFICATE_ALERTS = ("CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN", "UNKNOWN_CA")
+"""RFC 8446, section 6.2."""
+
+
 def _words(constant: str) -> str:
     return constant.lower().replace("_", " ")
 

@@ -25,6 +25,7 @@ from sglang_prfaas.site import Site
 from sglang_prfaas.site.progress import Progress, silent
 from sglang_prfaas.site.reporter import Reporter
 from sglang_prfaas.transport.security import make
+from sglang_prfaas.transport.security.key_files import read_curve_key
 from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed, free_ports
 
 ROLES = ("prefill", "prefill", "decode")
@@ -370,6 +371,28 @@ def test_keys_decide_who_is_told_and_who_commands(keyed: Plan, tmp_path: Path) -
             assert refused.message == "routers of site east may not command site pd; see agent.commands_from"
             assert (await own.command("pd", Drain("prefill_0"), PATIENCE_S)).done
             for one in (own, east, stranger, nobody):
+                await one.stop()
+
+    run(main())
+
+
+def test_a_router_whose_site_is_taken_off_the_list_is_told_nothing_more(
+    keyed: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with keyed.site():
+            own = keyed.links(with_keys(tmp_path / "keys" / "pd"))
+            east = keyed.links(with_keys(tmp_path / "keys" / "east"))
+            for one in (own, east):
+                one.start()
+                await until(partial(one.reports.state, "pd"), "reports")
+            path = tmp_path / "keys" / "pd" / "peers.toml"
+            key = read_curve_key(tmp_path / "keys" / "east" / "curve.key")[0].decode()
+            path.write_text(path.read_text().replace(f'"{key}"', ""))
+            await until(lambda: east.problem("pd"), "the end of its connection")
+            assert (await own.command("pd", Drain("prefill_0"), PATIENCE_S)).done
+            assert [text for text in caplog.messages if "reports: router" in text and "is cut off: its key" in text]
+            for one in (own, east):
                 await one.stop()
 
     run(main())

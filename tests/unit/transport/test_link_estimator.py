@@ -136,7 +136,19 @@ def test_an_old_measurement_goes_back_to_the_configured_capacity() -> None:
     unknown = LinkEstimator()
     link = SimulatedLink(25e6)
     link.run(unknown, 2.0)
-    assert link.run(unknown, 100.0, offered=0.0)[-1].capacity_bytes_per_s == pytest.approx(25e6, rel=0.02)
+    assert link.run(unknown, 4.5, offered=0.0)[-1].capacity_bytes_per_s == pytest.approx(25e6, rel=0.02), "held"
+
+
+def test_a_link_that_was_slow_and_is_not_used_any_more_is_tried_again() -> None:
+    """Nothing is configured, and nobody sends over it since it got slow: only time can tell."""
+    unknown = LinkEstimator()
+    link = SimulatedLink(125e6)
+    link.run(unknown, 2.0)
+    link.bytes_per_s = 2.5e6
+    assert link.run(unknown, 3.0)[-1].capacity_bytes_per_s == pytest.approx(2.5e6, rel=0.05)
+    idle = link.run(unknown, 25.0, offered=0.0)[-1]
+    assert not idle.congested
+    assert idle.capacity_bytes_per_s > 0.7 * 125e6
 
 
 def test_a_receiver_that_is_too_slow_is_not_the_link() -> None:

@@ -31,7 +31,10 @@ def answer(frames: list[bytes]) -> tuple[list[bytes] | None, list[str]]:
 
 
 def test_a_known_key_is_let_in_as_its_site() -> None:
-    assert answer(request(KEY)) == ([b"peer", b"", b"1.0", b"7", b"200", b"", b"pd", b""], [])
+    assert answer(request(KEY)) == (
+        [b"peer", b"", b"1.0", b"7", b"200", b"", b"pd", b"\x0aPrfaas-Key\0\0\0\x28" + TEXT.encode()],
+        [],
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.transport.security import key_files, make
 from sglang_prfaas.transport.security.key_files import load_keys
-from sglang_prfaas.transport.security.peers import PeerList, read_peers
+from sglang_prfaas.transport.security.peers import PeerList, Watch, read_peers
 from tests.unit.transport.security.conftest import NOW
 
 
@@ -156,3 +156,26 @@ def test_addresses(keys: Path) -> None:
     assert pd.is_at("pd.example.org")
     for host in ("10.2.1.0", "fd00::1", "example.org", ""):
         assert not pd.is_at(host)
+
+
+def test_a_change_counts_once_it_has_settled(tmp_path: Path) -> None:
+    path = tmp_path / "peers.toml"
+    whole = f'[pd]\ncurve = ["{"a" * 40}"]\n[third]\ncurve = ["{"b" * 40}"]\n'
+    path.write_text(whole)
+    watch = Watch(PeerList(path))
+    assert not watch.changed()
+    path.write_text("")
+    assert not watch.changed(), "it may be being written"
+    path.write_text(whole)
+    assert not any(watch.changed() and not watch.has_key("pd", "a" * 40) for _ in range(5))
+    path.write_text(whole.partition("[third]")[0])
+    assert [watch.changed() for _ in range(4)] == [False, True, False, False]
+    assert watch.has_key("pd", "a" * 40)
+    assert not watch.has_key("third", "b" * 40)
+    assert not watch.has_certificate("pd", "sha256:0")
+
+
+def test_without_keys_nothing_changes() -> None:
+    watch = Watch(None)
+    assert not watch.changed()
+    assert watch.has_key("", "")

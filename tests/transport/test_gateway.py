@@ -1,0 +1,302 @@
+"""A prefill site that nobody can dial: movers at both ends of a gateway, over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sglang_prfaas.clock import MonotonicClock
+from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.errors import ConfigError, LocalError
+from sglang_prfaas.transport import gateway as gateway_module
+from sglang_prfaas.transport.dial_out import DialOut
+from sglang_prfaas.transport.gateway import Gateway
+from sglang_prfaas.transport.gateway_messages import PREFACE, PREFACE_MAGIC
+from sglang_prfaas.transport.splice import Splicer
+from tests.transport.fakes import at_end, read_exactly
+from tests.transport.keyring import Keyring
+from tests.transport.namespaces import Wire, obstacle, wire
+from tests.transport.rig import CONFIG, DEADLINE_S, PAGES, Pair, some_slots, wait_ended, wait_until
+from tests.transport.test_faults import works
+from tests.transport.test_security import lines
+
+HERE, THERE = "127.0.0.1", "127.0.0.5"
+"""Where the prefill site's servers listen, and where its gateway in the decode site does."""
+
+
+def free_pair(host: str) -> int:
+    """A port that is free, as is the next one."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind((host, 0))
+            port: int = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                other.bind((host, port + 1))
+                return port
+
+
+@contextlib.contextmanager
+def joined(
+    ports: list[int], config: TransportConfig = CONFIG, out: TransportConfig | None = None, site: str = "prfaas"
+) -> Iterator[tuple[Gateway, DialOut]]:
+    """Both ends, once they have found each other."""
+    gateway = Gateway(THERE, free_pair(THERE), ports, "prfaas", config, MonotonicClock())
+    targets = dict.fromkeys(ports, HERE)
+    dialler = DialOut(
+        THERE, gateway.port, targets, site=site, to_site="pd", config=out or config, clock=MonotonicClock()
+    )
+    try:
+        gateway.start()
+        dialler.start()
+        wait_until(lambda: gateway.reachable, "the site has dialled in")
+        yield gateway, dialler
+    finally:
+        dialler.stop()
+        gateway.stop()
+
+
+def refused(port: int) -> bool:
+    """Whether a connection to a port of the gateway is ended by it."""
+    try:
+        sock = socket.create_connection((THERE, port), DEADLINE_S)
+    except ConnectionResetError:
+        return True  # at once
+    with sock:
+        return at_end(sock)
+
+
+def ports_of(pair: Pair) -> list[int]:
+    return [pair.sender.control_port, pair.sender.data_port]
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_transfers_through_a_gateway(tmp_path: Path, keys: bool) -> None:
+    keyring = Keyring(tmp_path / "keys") if keys else None
+    config, decode_config = (keyring.prfaas, keyring.pd) if keyring else (CONFIG, CONFIG)
+    with (
+        Pair(config=config, decode_config=decode_config) as pair,
+        joined(ports_of(pair), decode_config, config) as (gateway, _),
+    ):
+        pair.host = THERE
+        for room in range(5):
+            works(pair, room)
+        assert len(gateway._splicer) == 1 + CONFIG.connections, "control and data connections go through it"
+
+
+def test_a_gateway_that_is_started_anew_costs_no_request() -> None:
+    with Pair() as pair:
+        pair.host = THERE
+        slots = some_slots(1)
+        with joined(ports_of(pair)):
+            transfer, item = pair.ready(1, slots)
+            pair.sender.send(transfer, PAGES, 0, slots[PAGES][:5])
+            wait_until(lambda: item.transfer.bytes, "some pages")
+        with joined(ports_of(pair)):
+            pair.sender.send(transfer, PAGES, 5, slots[PAGES][5:])
+            for component in range(1, len(slots)):
+                pair.sender.send(transfer, component, 0, slots[component])
+            pair.sender.finish(transfer)
+            wait_ended(transfer, item.transfer)
+            assert not transfer.reason, transfer.reason
+
+
+def test_a_site_that_has_not_dialled_in(caplog: pytest.LogCaptureFixture) -> None:
+    port = free_pair(THERE)
+    gateway = Gateway(THERE, free_pair(THERE), [port], "prfaas", CONFIG, MonotonicClock())
+    try:
+        gateway.start()
+        assert refused(port)
+        wait_until(lambda: lines(caplog, "site prfaas has not dialled in"), "the line")
+        with pytest.raises(LocalError, match="the gateway cannot have ports"):
+            Gateway(THERE, free_pair(THERE), [port], "prfaas", CONFIG, MonotonicClock())
+    finally:
+        gateway.stop()
+
+
+def test_ports_where_nobody_listens_or_that_are_not_offered(caplog: pytest.LogCaptureFixture) -> None:
+    unused, other = free_pair(HERE), free_pair(HERE)
+    with joined([unused, other]) as (_, dialler):
+        del dialler._targets[other]
+        for port, why in ((unused, f"port {unused}: Connection refused"), (other, f"port {other} is not offered")):
+            assert refused(port)
+            wait_until(lambda why=why: lines(caplog, "gateway: site prfaas", why), "the line")
+
+
+def test_a_token_that_nobody_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    with joined([free_pair(HERE)]) as (gateway, _):
+        for first in (PREFACE.pack(PREFACE_MAGIC, secrets.token_bytes(16)), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"):
+            with socket.create_connection((THERE, gateway.port + 1), DEADLINE_S) as sock:
+                sock.sendall(first)
+                assert at_end(sock)
+        assert lines(caplog, "gateway: connection from 127.0.0.1 refused: nobody waits for it")
+
+
+def test_connections_without_a_preface_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_module, "MAX_WAITING", 3)
+    with Pair() as pair, joined(ports_of(pair)) as (gateway, _), contextlib.ExitStack() as stack:
+        socks = [
+            stack.enter_context(socket.create_connection((THERE, gateway.port + 1), DEADLINE_S)) for _ in range(10)
+        ]
+        wait_until(lambda: len(gateway._arriving) <= 3, "the oldest are closed")
+        assert all(at_end(sock) for sock in socks[:5])
+
+
+@pytest.mark.parametrize("case", ["another site", "stranger", "no keys"])
+def test_who_may_dial_in(tmp_path: Path, case: str) -> None:
+    keyring = Keyring(tmp_path / "keys")
+    config = {
+        "another site": keyring.config("third"),
+        "stranger": Keyring(tmp_path / "strangers").prfaas,
+        "no keys": CONFIG,
+    }[case]
+    gateway = Gateway(THERE, free_pair(THERE), [free_pair(HERE)], "prfaas", keyring.pd, MonotonicClock())
+    dialler = DialOut(THERE, gateway.port, {}, site="prfaas", to_site="pd", config=config, clock=MonotonicClock())
+    right = DialOut(THERE, gateway.port, {}, site="prfaas", to_site="pd", config=keyring.prfaas, clock=MonotonicClock())
+    try:
+        gateway.start()
+        dialler.start()
+        wait_until(lambda: dialler._said or gateway._refusals._told, "refusal")
+        assert not gateway.reachable
+        right.start()
+        wait_until(lambda: gateway.reachable, "the right one gets in")
+    finally:
+        dialler.stop()
+        right.stop()
+        gateway.stop()
+
+
+def test_no_keys_beyond_loopback() -> None:
+    with pytest.raises(ConfigError, match="the gateway would listen on"):
+        Gateway("0.0.0.0", free_pair(HERE), [], "prfaas", CONFIG, MonotonicClock())
+
+
+@contextlib.contextmanager
+def spliced() -> Iterator[tuple[socket.socket, socket.socket, Splicer]]:
+    """Both outer ends of a relayed connection."""
+    splicer = Splicer("relay")
+    ends, inner = [], []
+    for _ in range(2):
+        with socket.create_server((HERE, 0)) as listener:
+            ends.append(socket.create_connection(listener.getsockname(), DEADLINE_S))
+            inner.append(listener.accept()[0])
+    try:
+        splicer.add(*inner)
+        yield ends[0], ends[1], splicer
+    finally:
+        splicer.stop()
+        for sock in ends:
+            sock.close()
+
+
+def test_a_relay_moves_everything_both_ways_and_each_end_on_its_own() -> None:
+    with spliced() as (one, other, splicer):
+        there, back = os.urandom(5_000_000), os.urandom(1_000_000)
+
+        def send() -> None:
+            one.sendall(there)
+            one.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert read_exactly(other, len(there)) == there
+        assert other.recv(1) == b""
+        thread.join()
+        echo = threading.Thread(target=lambda: (other.sendall(back), other.close()))
+        echo.start()
+        assert read_exactly(one, len(back)) == back
+        assert one.recv(1) == b""
+        echo.join()
+        wait_until(lambda: not len(splicer), "both are over")
+
+
+def test_a_reset_goes_through() -> None:
+    with spliced() as (one, other, splicer):
+        one.sendall(b"x")
+        assert other.recv(1) == b"x"
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        other.close()
+        with pytest.raises(ConnectionResetError):
+            one.recv(1)
+        wait_until(lambda: not len(splicer), "the end")
+
+
+MEASURED_BYTES = 256 << 20
+
+
+def test_what_a_relay_costs() -> None:
+    """Prints; loopback, one connection, from one thread to another, the relay between them or not."""
+
+    def moved_s(one: socket.socket, other: socket.socket) -> tuple[float, float]:
+        block, began_s, began_cpu_s = bytes(1 << 20), time.monotonic(), time.process_time()
+
+        def send() -> None:
+            for _ in range(MEASURED_BYTES // len(block)):
+                one.sendall(block)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        buffer, left = bytearray(1 << 20), MEASURED_BYTES
+        while left:
+            count = other.recv_into(buffer)
+            assert count
+            left -= count
+        thread.join()
+        return time.monotonic() - began_s, time.process_time() - began_cpu_s
+
+    figures = []
+    for _ in range(3):
+        with socket.create_server((HERE, 0)) as listener:
+            one = socket.create_connection(listener.getsockname(), DEADLINE_S)
+            other = listener.accept()[0]
+        with one, other:
+            direct_s, direct_cpu_s = moved_s(one, other)
+        with spliced() as (one, other, _):
+            relayed_s, relayed_cpu_s = moved_s(one, other)
+        figures.append((direct_s / relayed_s, (relayed_cpu_s - direct_cpu_s) / MEASURED_BYTES * 1e9, relayed_s))
+    for ratio, cpu_s_per_gb, relayed_s in figures:
+        rate = MEASURED_BYTES / relayed_s / 1e9
+        print(f"relayed: {rate:.2f} GB/s, {ratio:.2f} of direct, {cpu_s_per_gb:.2f} CPU s/GB more")
+
+
+OBSTACLE = obstacle()
+
+
+@pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
+def test_between_networks_of_which_one_cannot_be_dialled() -> None:
+    """The prefill rank listens on the loopback of its own namespace: nobody in the other one can reach that."""
+    config = msgspec.structs.replace(CONFIG, security="off", handshake_timeout_s=1.0)
+    with wire(1000.0) as link:
+        within = (link.near.call, link.far.call)
+        with Pair(config=config, within=within) as pair, contextlib.ExitStack() as stack:
+            ports = ports_of(pair)
+            unreached = link.far.call(pair.dial)
+            wait_until(lambda: unreached.failure, "nobody is there")
+            port = link.far.call(lambda: free_pair(Wire.far_host))
+            gateway = link.far.call(lambda: Gateway(Wire.far_host, port, ports, "prfaas", config, MonotonicClock()))
+            stack.callback(gateway.stop)
+            link.far.call(gateway.start)
+            dialler = link.near.call(
+                lambda: DialOut(
+                    Wire.far_host,
+                    port,
+                    dict.fromkeys(ports, HERE),
+                    site="prfaas",
+                    to_site="pd",
+                    config=config,
+                    clock=MonotonicClock(),
+                )
+            )
+            stack.callback(dialler.stop)
+            link.near.call(dialler.start)
+            wait_until(lambda: gateway.reachable, "the site has dialled in")
+            pair.host = Wire.far_host
+            link.far.call(lambda: works(pair, 1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sglang_prfaas.transport.outbox import at_hand
+
 
 def written_so_far() -> Callable[[], None]:
     """A function that waits until everything launched on the current stream before this call is done. On a CPU it
@@ -11,13 +13,9 @@ def written_so_far() -> Callable[[], None]:
     from sglang.srt.runtime_context import get_device
 
     if str(get_device().device) != "cuda":
-        return _nothing_to_wait_for
+        return at_hand
     import torch
 
     event = torch.cuda.Event(blocking=True)
     event.record()
     return event.synchronize  # type: ignore[no-any-return]
-
-
-def _nothing_to_wait_for() -> None:
-    """CPU kernels are done when they return."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 import selectors
 import socket
 import ssl
@@ -69,7 +71,9 @@ class Acceptor:
         self._owner = owner
         self._security = security
         self._refusals = RefusalLog(logger, clock)
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.EpollSelector()
+        self._epoll = select.epoll.fromfd(os.dup(self._selector.fileno()))
+        """The same, for any thread."""
         self._pending: dict[Connection, _Pending] = {}
         self._admitted: dict[Connection, Callable[[], bool]] = {}
         self._discarded: deque[Connection] = deque()
@@ -93,6 +97,22 @@ class Acceptor:
                 return
             self._discarded.append(connection)
             self._wake()
+
+    def look_away(self, connection: Connection) -> bool:
+        """Do not watch an admitted connection for a while: the caller reads it. From any thread; returns False where it
+        is not watched. `look_again` must follow."""
+        return connection.unless_closed(lambda descriptor: self._watch(descriptor, 0))
+
+    def look_again(self, connection: Connection) -> None:
+        """Watch a connection as before."""
+        connection.unless_closed(lambda descriptor: self._watch(descriptor, select.EPOLLIN))
+
+    def _watch(self, descriptor: int, events: int) -> bool:
+        try:
+            self._epoll.modify(descriptor, events)
+        except FileNotFoundError:
+            return False  # its peer has ended it
+        return True
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Stop accepting and close everything. Idempotent; works on one that was never started."""
@@ -127,6 +147,7 @@ class Acceptor:
             self._ended = True
         for connection in [*self._pending, *self._admitted, *self._discarded]:
             connection.close()
+        self._epoll.close()
         self._selector.close()
         self._listener.close()
         self._wake_read.close()

@@ -11,6 +11,7 @@ import ssl
 import struct
 import termios
 import threading
+from collections.abc import Callable
 
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ConfigError, LocalError, PeerClosedError, PeerError, PeerGoneError, PortRefusedError
@@ -33,6 +34,7 @@ connection, so that it is made anew."""
 SO_MAX_PACING_RATE = 47
 """Of Linux (asm-generic/socket.h); bytes a second, an unsigned long."""
 
+_NOW = socket.MSG_DONTWAIT
 _numbers = itertools.count()
 
 
@@ -45,6 +47,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.tls = isinstance(sock, ssl.SSLSocket)
         self.number = next(_numbers)
         """Of no other connection of this process."""
         self.site = ""
@@ -63,19 +66,17 @@ class Connection:
         """Whether `lend` may be called; see `may_lend`."""
         self._pipe: PagePipe | None = None
         self._records = 0
-
-    @property
-    def tls(self) -> bool:
-        return isinstance(self.sock, ssl.SSLSocket)
+        self._pollers: dict[bool, select.poll] = {}
 
     @property
     def used_up(self) -> bool:
         """Whether its keys have protected as much as they may."""
         return self.tls and self._records >= MAX_TLS_RECORDS
 
-    def unblock(self) -> None:
-        """From here on nothing waits. By the owner."""
-        self.sock.setblocking(False)
+    def unblock(self, *, receiving: bool = False) -> None:
+        """From here on nothing waits, but where it is asked to. `receiving`: `receive` may be, and nothing is lent. By
+        the owner."""
+        self.sock.setblocking(receiving and not self.tls)
 
     def may_lend(self) -> None:
         """From here on memory may be lent, where this system can. By the owner, once TLS is on or is not to be."""
@@ -119,7 +120,7 @@ class Connection:
             if not self.tls:
                 if not self._pour():
                     return 0
-                sent = self.sock.sendmsg(views, (), socket.MSG_MORE if more else 0)
+                sent = self.sock.sendmsg(views, (), _NOW | socket.MSG_MORE if more else _NOW)
             elif self._flush():
                 # A copy: OpenSSL wants the same bytes again where it could not send them, and pages may end before.
                 self._outgoing = _joined(views)
@@ -152,12 +153,12 @@ class Connection:
                 self._outgoing = self._outgoing[count:]
             return True
 
-    def receive(self, views: list[memoryview]) -> int | None:
-        """Fill views from the front; returns how many bytes came, 0 at the end, None where it would have to wait.
-        Raises PeerGoneError."""
+    def receive(self, views: list[memoryview], *, wait: bool = False) -> int | None:
+        """Fill views from the front; returns how many bytes came, 0 at the end, None where it would have to wait. With
+        `wait`, and no TLS, it does, for what `want` says. Raises PeerGoneError."""
         try:
             if not self.tls:
-                return self.sock.recvmsg_into(views)[0]
+                return self.sock.recvmsg_into(views, 0, 0 if wait else _NOW)[0]
             return self._receive_records(views)
         except (BlockingIOError, InterruptedError):
             return None
@@ -181,7 +182,7 @@ class Connection:
         return total
 
     def want(self, nbytes: int) -> None:
-        """Let `wait` return only when so many bytes have come, the end, or an error; less wakes it for nothing."""
+        """Let a wait return only when so many bytes have come, the end, or an error; less wakes it for nothing."""
         if not self.tls and nbytes != self._low_water:
             self._low_water = nbytes
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
@@ -189,9 +190,12 @@ class Connection:
     _low_water = 1
 
     def wait(self, *, write: bool, timeout_s: float | None = None) -> bool:
-        """Wait until more can be sent or received, or the connection has ended. Returns False after `timeout_s`."""
-        poller = select.poll()
-        poller.register(self.sock, select.POLLOUT if write else select.POLLIN)
+        """Wait until more can be sent or received, or the connection has ended. Returns False after `timeout_s`. One
+        thread may wait for either."""
+        poller = self._pollers.get(write)
+        if poller is None:
+            poller = self._pollers[write] = select.poll()
+            poller.register(self.sock, select.POLLOUT if write else select.POLLIN)
         return bool(poller.poll(None if timeout_s is None else timeout_s * 1000))
 
     def unsent_bytes(self) -> int:
@@ -202,6 +206,12 @@ class Connection:
             buffer = array.array("i", [0])
             fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, buffer)
             return buffer[0]
+
+    def unless_closed(self, act: Callable[[int], bool]) -> bool:
+        """Do something with its descriptor, which stays its own meanwhile; False where it has none any more. From any
+        thread."""
+        with self._lock:
+            return not self._closed and act(self.sock.fileno())
 
     @property
     def closed(self) -> bool:
@@ -229,6 +239,7 @@ class Connection:
         """Put TLS on a connection that was dialled, where there are keys. By the owner. Raises OSError."""
         with self._lock:
             self.sock = security.wrap(self.sock, server_side=False)
+            self.tls = isinstance(self.sock, ssl.SSLSocket)
 
     def close(self) -> None:
         """Free the descriptor. By the owner. Idempotent."""

@@ -16,7 +16,6 @@ own connection, from 0; their check is the low 32 bits of xxh3-64 of magic and n
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import xxhash
 from msgspec import Struct
@@ -107,17 +106,27 @@ def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYT
 class PayloadCheck:
     """The checksum of a chunk's payload, taken as it comes: that is when it lies in the processor's cache."""
 
-    __slots__ = ("_state", "update")
+    __slots__ = ("_digest", "_length", "_seed", "_state")
 
-    def __init__(self, raw_header: bytes | memoryview) -> None:
-        self._state = xxhash.xxh3_64(seed=_seed(raw_header))
-        self.update: Callable[[Payload], None] = self._state.update
+    def __init__(self, raw_header: bytes | memoryview, length: int) -> None:
+        self._seed = _seed(raw_header)
+        self._length = length
+        self._state: xxhash.xxh3_64 | None = None
+        self._digest = -1
+
+    def update(self, part: Payload) -> None:
         """Take the next bytes."""
+        if self._state is None:
+            if len(part) == self._length:
+                self._digest = xxhash.xxh3_64_intdigest(part, seed=self._seed)
+                return
+            self._state = xxhash.xxh3_64(seed=self._seed)
+        self._state.update(part)
 
     def holds(self, header: ChunkHeader) -> bool:
         """Whether all of them were right."""
-        result: bool = self._state.intdigest() == header.checksum
-        return result
+        digest: int = self._digest if self._state is None else self._state.intdigest()
+        return digest == header.checksum
 
 
 class Receipt(Struct, frozen=True):
@@ -140,11 +149,11 @@ class ReceiptReader:
 
     def feed(self, data: bytes) -> list[Receipt]:
         """The receipts that are complete now. Raises ChecksumError for a corrupt one."""
-        self._data += data
-        whole = len(self._data) // RECEIPT.size * RECEIPT.size
-        found = [_unpack_receipt(*fields) for fields in RECEIPT.iter_unpack(self._data[:whole])]
-        self._data = self._data[whole:]
-        return found
+        if self._data:
+            data = self._data + data
+        whole = len(data) // RECEIPT.size * RECEIPT.size
+        self._data = data[whole:]
+        return [_unpack_receipt(*fields) for fields in RECEIPT.iter_unpack(data[:whole])]
 
 
 def _unpack_receipt(magic: bytes, check: int, number: int) -> Receipt:

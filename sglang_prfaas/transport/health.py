@@ -4,7 +4,8 @@
 
 A suspended session keeps its transfers while its connections are dialled again. It is lost once they have been gone
 for `reconnect_timeout_s`, once its control connection has, and once the peer's process has ended: its ports refuse, or
-it closed all data connections and says nothing for `closed_timeout_s`. A peer that says nothing for
+it closed all data connections, or the control connection before there were any, and says nothing for
+`closed_timeout_s`. A peer that says nothing for
 `heartbeat_timeout_s` over connections that stand is `silent`: they are made anew, and it has `reconnect_timeout_s`
 more.
 """
@@ -120,6 +121,11 @@ class Health:
     def heard_s(self) -> float:
         return self._heard_s
 
+    @property
+    def control_stands(self) -> bool:
+        """Whether nothing is known of a loss of the control connection."""
+        return self._control_lost_s is None
+
     def lose(self) -> None:
         """The session is over."""
         self._enter(Contact.LOST, self._since_s)
@@ -133,6 +139,11 @@ class Health:
         if closed and now_s - max(self._heard_s, self._emptied_s) > config.closed_timeout_s:
             return f"its process has ended: it closed all connections, and was gone for {config.closed_timeout_s:g} s"
         if self.contact is Contact.OPENING:
+            lost_s = self._control_lost_s if not self._dialled else None
+            if lost_s is not None and now_s - max(self._heard_s, lost_s) > config.closed_timeout_s:
+                return (
+                    f"its process has ended: it closed its connection, and was gone for {config.closed_timeout_s:g} s"
+                )
             return ""
         gone = [index for index, count in self._refusals.items() if count >= REFUSALS]
         if gone and (self.contact is Contact.SUSPENDED or (-1 in gone and self._control_lost_s is not None)):

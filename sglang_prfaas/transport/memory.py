@@ -23,6 +23,8 @@ Bytes = npt.NDArray[np.uint8]
 
 MAX_VIEWS = 256
 """Places that one chunk may lie at to be sent from there; the kernel takes 1024 in one call."""
+FEW = 16
+"""So many slots are looked at sooner in Python than in numpy."""
 MIN_VIEW_BYTES = 2048
 """Mean bytes of such a place; smaller ones are copied together."""
 
@@ -233,6 +235,10 @@ class RankMemory:
 
     def __init__(self, components: Sequence[Sequence[Buffer]]) -> None:
         self.components = [list(buffers) for buffers in components]
+        self._slots = [
+            min((buffer.slots for buffer in buffers if buffer.item_bytes), default=None) for buffers in self.components
+        ]
+        """Of each component; None where its items have no bytes."""
 
     @property
     def nbytes(self) -> int:
@@ -249,8 +255,12 @@ class RankMemory:
             return np.empty(0, dtype=np.int64)
         if given.dtype.kind not in "iu":
             raise LocalError(f"component {component}: slots must be integers, {given.dtype} given")
-        low, high = int(given.min()), int(given.max())
-        slots = min((b.slots for b in self.components[component] if b.item_bytes), default=high + 1)
-        if low < 0 or high >= slots:
-            raise LocalError(f"component {component}: slots {low} to {high} asked for, 0 to {slots - 1} exist")
+        slots = self._slots[component]
+        if given.size <= FEW:
+            values = given.tolist()
+            low, high = min(values), max(values)
+        else:
+            low, high = int(given.min()), int(given.max())
+        if low < 0 or (slots is not None and high >= slots):
+            raise LocalError(f"component {component}: slots {low} to {high} asked for, 0 to {(slots or 0) - 1} exist")
         return np.array(given, dtype=np.int64)

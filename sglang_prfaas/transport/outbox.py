@@ -23,6 +23,10 @@ MAX_ATTEMPTS = 16
 """How often a chunk is sent before its transfer is given up."""
 
 
+def at_hand() -> None:
+    """`ready` of memory that can be read at any time."""
+
+
 class Task(Struct, eq=False):
     """One chunk to send: `span` of items `first_item`... at `indices`, which may be read once `ready` has returned."""
 
@@ -105,9 +109,16 @@ class Outbox:
             return task
         return None
 
-    def untake(self, lane: Lane) -> None:
-        """The chunk taken last is not sent: its transfer has ended."""
-        lane.flying.pop()
+    def pass_by(self, lane: Lane, tasks: Iterable[Task]) -> None:
+        """Chunks that need not wait are `lane`'s from now on, as after `take`. Only where nothing waits."""
+        for task in tasks:
+            task.attempts += 1
+            lane.flying.append(task)
+
+    def untake(self, lane: Lane, count: int = 1) -> None:
+        """The chunks taken last are not sent: their transfer has ended."""
+        for _ in range(count):
+            lane.flying.pop()
 
     def acknowledged(self, lane: Lane, number: int) -> list[Task]:
         """All chunks of a lane before `number` are dealt with; returns them. Raises ProtocolError for a number that

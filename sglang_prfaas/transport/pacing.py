@@ -30,6 +30,11 @@ class Pacer:
         self._free_s = clock.now_s()
         self._lock = threading.Lock()
 
+    @property
+    def limits(self) -> bool:
+        """Whether there is a limit."""
+        return self._bytes_per_s > 0
+
     def reserve(self, nbytes: int) -> float:
         """Take the next `nbytes` of the rate. Returns how many seconds to wait before they may leave."""
         if not self._bytes_per_s:

@@ -22,6 +22,8 @@ from sglang_prfaas.transport.session import IncomingTransfer
 
 logger = logging.getLogger(__name__)
 
+AHEAD_BYTES = 32 << 10
+"""Of what comes first after a pause: received at one go, header and all, and copied."""
 REDIAL_TIMEOUT_S = 3.0
 """For one attempt to dial a lost connection again."""
 LOW_WATER_BYTES = 128 << 10
@@ -121,7 +123,7 @@ class DataReceiver:
             site = session.server.site
             data_tcp.connect(connection, host, welcome.data_port, timeout_s, self._security, site)
             connection.sock.sendall(Preface(index, welcome.token).pack())
-            connection.unblock()
+            connection.unblock(receiving=True)
             with session.lock:
                 session.health.connected(index, self._clock.now_s(), heard=False)
                 session.up = session.up or (session.health.contact is Contact.UP and not session.failure)
@@ -144,30 +146,46 @@ class DataReceiver:
             lambda transfer: self._complete(session, transfer),
             session.codec,
         )
+        ahead = memoryview(bytearray(AHEAD_BYTES))
         unsent = b""
+        may_wait = False
         try:
             while True:
-                views = lane.begin()
-                wanted = sum(map(len, views))
-                count = None
-                try:
-                    count = connection.receive(views)
-                finally:
-                    lane.end(count or 0)
+                if may_wait:
+                    wanted, count = len(ahead), connection.receive([ahead], wait=True)
+                else:
+                    wanted, count = self._receive_in_place(lane, connection)
                 if count == 0:
                     end = "closed" if lane.between_chunks else "closed in the middle of a chunk"
                     raise PeerGoneError(f"data connection {end}")
                 if count is not None:
                     session.health.heard(self._clock.now_s())
-                    lane.advance(count)
+                    if may_wait:
+                        lane.take(ahead[:count])
+                    else:
+                        lane.advance(count)
                 unsent += lane.answers(idle=count is None or count < wanted or lane.renewed)
                 if unsent:
                     unsent = unsent[connection.send([memoryview(unsent)]) :]
                     connection.flush()
                 if lane.renewed:
                     return
+                may_wait = False
                 if count is None or (count < wanted and not connection.tls):
                     connection.want(min(lane.wanted_bytes, LOW_WATER_BYTES))
-                    connection.wait(write=False)
+                    may_wait = lane.between_chunks and not connection.tls  # nothing is pinned then
+                    if not may_wait:
+                        connection.wait(write=False)
         finally:
             lane.lost()
+
+    @staticmethod
+    def _receive_in_place(lane: ReceiveLane, connection: Connection) -> tuple[int, int | None]:
+        """Receive what has come to where it belongs. Returns how many bytes there was room for, and how many came: None
+        for none, 0 at the end."""
+        views, room_bytes, count = lane.begin(), lane.room_bytes, None
+        try:
+            count = connection.receive(views)
+        finally:
+            lane.end(count or 0)
+        return room_bytes, count

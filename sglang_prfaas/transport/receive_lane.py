@@ -96,6 +96,25 @@ class ReceiveLane:
         if self._claim is not None:
             self._claim.unpin()
 
+    def take(self, data: memoryview) -> None:
+        """Bytes that came already. Raises as `advance`."""
+        while data:
+            count = 0
+            for view in self.begin():
+                part = data[count : count + len(view)]
+                view[: len(part)] = part
+                count += len(part)
+            self.end(count)
+            data = data[count:]
+            self.advance(count)
+
+    @property
+    def room_bytes(self) -> int:
+        """Of what `begin` returns."""
+        if self._missing_bytes <= MAX_PIECE_BYTES:
+            return self._missing_bytes + HEADER_BYTES - self._head_bytes
+        return MAX_PIECE_BYTES
+
     @property
     def wanted_bytes(self) -> int:
         """So many bytes at least are still to come before anything can be done with them."""
@@ -163,7 +182,7 @@ class ReceiveLane:
             views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
         self._staged = not views
         self._missing = views or [self._scratch_memory()[: header.length].data]
-        self._check = PayloadCheck(self._raw)
+        self._check = PayloadCheck(self._raw, header.length)
 
     def _drain(self) -> None:
         """The rest of the chunk is not wanted."""

@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError, PeerClosedError, PeerError, PrfaasError, ProtocolError
 from sglang_prfaas.transport import data_tcp
+from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import RENEWAL, Receipt
 from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Task
@@ -21,14 +23,17 @@ from sglang_prfaas.transport.session import OutgoingTransfer
 
 logger = logging.getLogger(__name__)
 
-RECEIPT_READ_BYTES = 4096
+PATIENCE_S = 0.002
+"""So long who waits for a receipt reads by itself; then it leaves that to the acceptor's thread."""
+SMALL_BYTES = 64 << 10
+"""Up to so many are sent from the thread that hands them over: waking another takes longer than sending them."""
 
 
 class DataSender:
     """Sends the chunks of sessions over their data connections.
 
     `lock` guards the sessions' `links` and `health`. Called from its threads: `abort` with a transfer that cannot go on
-    and why, `discard` with a connection that is done with, `lose` with a session that cannot go on and why."""
+    and why, `lose` with a session that cannot go on and why."""
 
     def __init__(
         self,
@@ -38,14 +43,14 @@ class DataSender:
         *,
         lose: Callable[[SendSession, str], None],
         abort: Callable[[OutgoingTransfer, str], None],
-        discard: Callable[[Connection], None],
+        acceptor: Acceptor,
     ) -> None:
         self._config = config
         self._clock = clock
         self._lock = lock
         self._lose = lose
         self._abort = abort
-        self._discard = discard
+        self._acceptor = acceptor
         self._threads: list[threading.Thread] = []
         self._pacer = Pacer(clock, config.rate_limit_mbps * 1e6 / 8)
 
@@ -56,7 +61,11 @@ class DataSender:
         Raises ProtocolError for an index that is not to be had, LocalError where there is no thread."""
         if index >= session.hello.connections:
             raise ProtocolError(f"{session} did not announce a data connection with index {index}")
-        link = DataLink(index, connection, self._clock.now_s())
+        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
+        chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
+        sending = SendLane(session.view.memory, chunk_bytes, self._abort, session.codec)
+        link = DataLink(index, connection, sending, self._clock.now_s())
+        link.read_until = partial(self._read_until, session, link)
         thread = threading.Thread(target=self._run, args=(session, link), name="prfaas-send-data", daemon=True)
         before = session.links.get(index)
         session.links[index] = link
@@ -121,40 +130,62 @@ class DataSender:
     # --- receipts, in the acceptor's thread -----------------------------------------------------------------------
 
     def _readable(self, session: SendSession, link: DataLink) -> bool:
-        buffer = bytearray(RECEIPT_READ_BYTES)
         try:
-            while (count := link.connection.receive([memoryview(buffer)])) is not None:
-                if count == 0:
-                    raise PeerClosedError("decode closed it")
-                for receipt in link.receipts.feed(bytes(buffer[:count])):
-                    self._receipt(session, link, receipt)
-                if count < RECEIPT_READ_BYTES and not link.connection.tls:
-                    break
+            with link.reading:
+                self._read_receipts(session, link)
         except ProtocolError as error:
             self._lose(session, str(error))
             return False
         except PeerError as error:
             self.give_up(session, link, str(error), closed=isinstance(error, PeerClosedError))
             if link.renewing:
-                self._discard(link.connection)
+                self._acceptor.discard(link.connection)
             return False
         session.health.heard(self._clock.now_s())
         return True
 
+    def _read_until(self, session: SendSession, link: DataLink, came: Callable[[], bool]) -> None:
+        """Read receipts on the calling thread, which waits for one that should come at once: no other has to wake."""
+        connection = link.connection
+        if came() or not link.reader.acquire(blocking=False):
+            return
+        try:
+            if not self._acceptor.look_away(connection):
+                return
+            until_s = self._clock.now_s() + PATIENCE_S
+            while not came() and (left_s := until_s - self._clock.now_s()) > 0:
+                if not connection.wait(write=False, timeout_s=left_s) or not self._readable(session, link):
+                    break
+            self._acceptor.look_again(connection)
+        finally:
+            link.reader.release()
+
+    def _read_receipts(self, session: SendSession, link: DataLink) -> None:
+        buffer = link.read_buffer
+        while (count := link.connection.receive([buffer])) is not None:
+            if count == 0:
+                raise PeerClosedError("decode closed it")
+            for receipt in link.receipts.feed(bytes(buffer[:count])):
+                self._receipt(session, link, receipt)
+            if count < len(buffer) and not link.connection.tls:
+                return
+
     def _receipt(self, session: SendSession, link: DataLink, receipt: Receipt) -> None:
-        lane, number = link.lane, receipt.number
-        if lane.lost:
+        number = receipt.number
+        if link.lane.lost:
             return
         if not receipt.again:
-            for task in session.dispatch.change(lambda outbox: outbox.acknowledged(lane, number)):
+            for task in session.dispatch.acknowledged(link, number):
                 with task.transfer.lock:
                     task.transfer.acknowledged(task.span.length)
             return
-        for task in session.dispatch.change(lambda outbox: outbox.again(lane, number)):
-            with task.transfer.lock:
-                task.transfer.corrupt_chunks += 1
-            if task.attempts >= MAX_ATTEMPTS:
-                self._abort(task.transfer, f"a chunk arrived corrupt {task.attempts} times")
+        corrupt = session.dispatch.again(link, number)
+        if corrupt is None:
+            return
+        with corrupt.transfer.lock:
+            corrupt.transfer.corrupt_chunks += 1
+        if corrupt.attempts >= MAX_ATTEMPTS:
+            self._abort(corrupt.transfer, f"a chunk arrived corrupt {corrupt.attempts} times")
 
     # --- sending, a thread for each connection --------------------------------------------------------------------
 
@@ -164,17 +195,14 @@ class DataSender:
             data_tcp.tune(connection.sock, session.config)
             if self._config.zero_copy:
                 connection.may_lend()
-            chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
-            chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
-            lane = SendLane(session.view.memory, chunk_bytes, self._abort, session.codec)
-            while tasks := self._batch(session, link, lane):
-                delay_s = self._pacer.reserve(lane.batch_bytes)
+            while tasks := self._batch(session, link):
+                delay_s = self._pacer.reserve(link.sending.batch_bytes)
                 if delay_s:
                     time.sleep(delay_s)
-                self._send(session, connection, lane)
-                for task in tasks:
-                    with task.transfer.lock:
-                        task.transfer.sent(task.span.length, task.wire_bytes, again=task.attempts > 1)
+                while not _push(connection, link.sending):
+                    session.dispatch.share()
+                    connection.wait(write=True)
+                _note_sent(tasks)
                 if connection.used_up:
                     self._renew(link)
                     return  # decode closes it, once it has read and acknowledged all of it
@@ -182,11 +210,42 @@ class DataSender:
             self.give_up(session, link, str(error), closed=isinstance(error, PeerClosedError))
         except PrfaasError as error:
             self._lose(session, str(error))
-        self._discard(connection)
+        self._acceptor.discard(connection)
 
-    def _batch(self, session: SendSession, link: DataLink, lane: SendLane) -> list[Task]:
-        """Fill the lane with chunks, waiting for the first. Empty once the connection is lost."""
-        dispatch = session.dispatch
+    def send_at_once(self, session: SendSession, tasks: list[Task]) -> bool:
+        """Send a few small chunks of one transfer from the calling thread, where a connection is idle: none has to wake
+        for them. Waits for nothing. Returns False, and does nothing, where they have to wait their turn."""
+        link = None if self._pacer.limits else session.dispatch.borrow(tasks)
+        if link is None:
+            return False
+        tasks[0].transfer.read_receipts = link.read_until
+        begun = tasks
+        try:
+            begun = self._fill(session, link, tasks)
+            if _push(link.connection, link.sending):
+                _note_sent(begun)
+                begun = []
+        except PeerError as error:
+            link.failure = error
+        finally:
+            session.dispatch.give_back(link, begun)
+        return True
+
+    @staticmethod
+    def _fill(session: SendSession, link: DataLink, tasks: list[Task]) -> list[Task]:
+        """Make a batch of chunks that were borrowed for; returns those that are in it."""
+        link.sending.reset()
+        for at, task in enumerate(tasks):
+            if not link.sending.add(task, copy=True):
+                session.dispatch.untake(link, len(tasks) - at)
+                return tasks[:at]
+        return tasks
+
+    @staticmethod
+    def _batch(session: SendSession, link: DataLink) -> list[Task]:
+        """Make the next batch, waiting for its first chunk, or go on with one that was begun. Empty once the connection
+        is lost. Raises PeerError where a borrower has met one."""
+        dispatch, lane = session.dispatch, link.sending
         lane.reset()
         tasks: list[Task] = []
         while not lane.full:
@@ -197,25 +256,10 @@ class DataSender:
                 tasks.append(task)
             else:
                 dispatch.untake(link)
-        return tasks
-
-    def _send(self, session: SendSession, connection: Connection, lane: SendLane) -> None:
-        while True:
-            views = lane.begin(lend=connection.lends)
-            try:
-                if lane.lending:
-                    sent = connection.lend(views)
-                else:
-                    sent = connection.send(views, more=lane.more) if views else 0
-            finally:
-                lane.end()
-            if sent:
-                lane.advance(sent)
-                continue
-            if not views and connection.flush():
-                return
-            session.dispatch.share()
-            connection.wait(write=True)
+        if link.failure is not None:
+            raise link.failure
+        begun, link.begun = link.begun, []
+        return begun or tasks
 
     def _renew(self, link: DataLink) -> None:
         """The connection's keys are used up: have decode dial it again."""
@@ -227,3 +271,24 @@ class DataSender:
             rest = [rest[0][sent:]] if rest and sent < len(rest[0]) else []
             if rest or not link.connection.flush():
                 link.connection.wait(write=True)
+
+
+def _push(connection: Connection, lane: SendLane) -> bool:
+    """Send what the socket takes of a batch. Returns whether all of it has left. Raises PeerGoneError."""
+    while not lane.empty:
+        views = lane.begin(lend=connection.lends)
+        try:
+            sent = connection.lend(views) if lane.lending else connection.send(views, more=lane.more)
+        finally:
+            lane.end()
+        if not sent:
+            return False
+        lane.advance(sent)
+    return connection.flush()
+
+
+def _note_sent(tasks: list[Task]) -> None:
+    """A batch has left."""
+    for task in tasks:
+        with task.transfer.lock:
+            task.transfer.sent(task.span.length, task.wire_bytes, again=task.attempts > 1)

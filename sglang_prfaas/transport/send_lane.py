@@ -67,9 +67,9 @@ class SendLane:
         """Whether the batch is large enough."""
         return self.batch_bytes >= self._chunk_bytes or len(self._views) >= MAX_PARTS
 
-    def add(self, task: Task) -> bool:
-        """Put a chunk into the batch. Returns False where its transfer has ended, or ends with this: its memory could
-        not be read."""
+    def add(self, task: Task, *, copy: bool = False) -> bool:
+        """Put a chunk into the batch, where it is small a `copy`: that costs less than looking after its pages. Returns
+        False where its transfer has ended, or ends with this: its memory could not be read."""
         transfer, span, expected = task.transfer, task.span, task.transfer.expected
         if expected is None or not transfer.live:
             return False
@@ -89,6 +89,8 @@ class SendLane:
                         header = plain
                         views, owner = self._payload(task)
                     head = pack_header(header, *views)
+                if copy:
+                    head, views = b"".join((head, *views)), []
             finally:
                 transfer.unpin()
         except Exception as error:
@@ -136,6 +138,11 @@ class SendLane:
         buffer.gather(task.indices, task.first_item, span.offset, out)
         self._staged += span.length
         return [out.data], None
+
+    @property
+    def empty(self) -> bool:
+        """Whether all of the batch has left."""
+        return not self._views
 
     @property
     def more(self) -> bool:

@@ -42,13 +42,14 @@ from sglang_prfaas.transport.messages import (
     Pong,
     Redial,
     Refuse,
+    ToPrefill,
     Unknown,
     Welcome,
     decode_to_prefill,
     encode,
     reason_text,
 )
-from sglang_prfaas.transport.outbox import Task
+from sglang_prfaas.transport.outbox import Task, at_hand
 from sglang_prfaas.transport.pacing import paced_chunk_bytes
 from sglang_prfaas.transport.part_memory import prefill_view
 from sglang_prfaas.transport.rooms import Rooms
@@ -56,7 +57,7 @@ from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.security.curve import KEY_PROPERTY
 from sglang_prfaas.transport.security.peers import Watch
 from sglang_prfaas.transport.security.refusals import RefusalLog
-from sglang_prfaas.transport.send_data import DataSender
+from sglang_prfaas.transport.send_data import SMALL_BYTES, DataSender
 from sglang_prfaas.transport.send_session import SendSession
 from sglang_prfaas.transport.session import OutgoingTransfer, State
 from sglang_prfaas.transport.streams import cut
@@ -105,6 +106,8 @@ class SendMover:
         self._rooms = Rooms(clock, config.waiting_timeout_s)
         self._sessions: dict[bytes, SendSession] = {}
         self._tokens: dict[bytes, SendSession] = {}
+        self._farewells: dict[bytes, str] = {}
+        """Why sessions ended whose decode ranks have yet to be told."""
         self._instance = secrets.token_bytes(16)
         self._counters = LinkCounters()
         self._closing = False
@@ -120,9 +123,7 @@ class SendMover:
         listener = data_tcp.listen(address, first_port + 1 if first_port else 0, config)
         self.data_port: int = listener.getsockname()[1]
         self._acceptor = Acceptor(listener, clock, config.handshake_timeout_s, self, self.security)
-        self._data = DataSender(
-            config, clock, self._lock, lose=self._lose, abort=self.abort, discard=self._acceptor.discard
-        )
+        self._data = DataSender(config, clock, self._lock, lose=self._lose, abort=self.abort, acceptor=self._acceptor)
         self.links = LinkMonitor(config, clock, links=self._configured_links, pool_bytes=memory.nbytes, report=report)
         self._loop = ZmqLoop("prfaas-send-control", clock, self.security, config.control_messages_per_s)
         try:
@@ -139,6 +140,7 @@ class SendMover:
         bound = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self.control_port = int(bound.rpartition(":")[2])
         self._loop.add(self._control, self._receive)
+        self._loop.on_client_loss(self._control, self._control_lost)
         self._loop.on_cut(self._control, self._client_cut)
         self._loop.on_list_change(self._list_changed)
         self._loop.every(min(config.heartbeat_interval_s, TICK_S), self._expire)
@@ -188,7 +190,7 @@ class SendMover:
         component: int,
         first_item: int,
         indices: Indices,
-        ready: Callable[[], None] = lambda: None,
+        ready: Callable[[], None] = at_hand,
         *,
         buffers: Sequence[int] | None = None,
     ) -> Indices:
@@ -196,7 +198,8 @@ class SendMover:
         are computed); they lie at `indices`. `ready` is called before the memory is read, and may wait for a device.
 
         Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
-        under the transfer's lock. Raises LocalError for slots that do not exist."""
+        under the transfer's lock. A few bytes that are at hand leave before, from the calling thread, where a
+        connection is idle. Raises LocalError for slots that do not exist."""
         items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)
@@ -209,14 +212,18 @@ class SendMover:
         spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
             queued = transfer.queue(component, first_item, len(items), len(spans), which, len(item_bytes))
+            nbytes = sum(span.length for span in spans)
             if queued and session is not None:
-                transfer.queued_bytes += sum(span.length for span in spans)
+                transfer.queued_bytes += nbytes
         if not queued or session is None:
             self._report(transfer)
             return items
+        tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
+        small = nbytes <= SMALL_BYTES and ready is at_hand and session.codec.name == RAW
+        if small and self._data.send_at_once(session, tasks):
+            return items
         expected = transfer.expected
         remaining_bytes = layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0
-        tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
         session.dispatch.put(transfer, tasks, remaining_bytes, self._clock.now_s())
         return items
 
@@ -258,6 +265,8 @@ class SendMover:
 
     def _refuse(self, session: SendSession, why: str) -> None:
         """The session is over; another of the same name may have taken its place."""
+        with self._lock:
+            self._farewells.pop(session.identity, None)
         if session.identity not in self._sessions:
             self._reply(session.identity, Refuse(reason_text(why)))
 
@@ -310,10 +319,38 @@ class SendMover:
             session.health.heard(now_s)
         if isinstance(message, Hello):
             self._hello(identity, message, self._proof(frames[1]))
-        elif isinstance(message, Abort):
+        else:
+            self._act(identity, session, message)
+        session = self._sessions.get(identity)
+        if session is not None:
+            self._came_over(session, int(frames[1].get(zmq.SRCFD)), now_s)
+
+    def _came_over(self, session: SendSession, descriptor: int, now_s: float) -> None:
+        """A message came over a control connection, which may have ended since."""
+        if descriptor == session.descriptor and session.health.control_stands:
+            return
+        session.descriptor = descriptor
+        stands = self._loop.connected(self._control, descriptor)
+        with self._lock:
+            if stands:
+                session.health.control_found(now_s)
+            else:
+                session.health.control_lost(now_s)
+
+    def _control_lost(self, descriptor: int) -> None:
+        """A control connection has ended. Its decode rank may dial again."""
+        with self._lock:
+            for session in self._sessions.values():
+                if session.descriptor == descriptor:
+                    session.health.control_lost(self._clock.now_s())
+
+    def _act(self, identity: bytes, session: SendSession | None, message: ToPrefill) -> None:
+        if isinstance(message, Abort):
             self._aborted(session, message)
         elif session is None:
-            self._reply(identity, Unknown(self._instance))
+            with self._lock:
+                why = self._farewells.get(identity)
+            self._reply(identity, Refuse(reason_text(why)) if why else Unknown(self._instance))
         elif isinstance(message, Expect):
             self._expect(session, message)
         elif isinstance(message, Done):
@@ -532,6 +569,7 @@ class SendMover:
             self._tokens.pop(session.token, None)
             self._counters.lost(session)
             why = f"connection to {session} lost: {reason}"
+            self._farewells[session.identity] = why
             transfers = self._rooms.lost(session, why)
             connections = [link.connection for link in session.links.values()]
             session.health.lose()

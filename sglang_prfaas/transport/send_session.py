@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.errors import PeerError
 from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import ReceiptReader
@@ -15,17 +16,34 @@ from sglang_prfaas.transport.mailbox import Mailbox
 from sglang_prfaas.transport.messages import Hello
 from sglang_prfaas.transport.outbox import Lane, Outbox, Task
 from sglang_prfaas.transport.part_memory import SessionView
+from sglang_prfaas.transport.send_lane import SendLane
 from sglang_prfaas.transport.session import OutgoingTransfer
+
+RECEIPT_READ_BYTES = 4096
 
 
 class DataLink:
-    """One data connection of a session, with the thread that sends on it."""
+    """One data connection of a session, with the thread that sends on it. While that thread is idle, another may borrow
+    the connection from `Dispatch` and send."""
 
-    def __init__(self, index: int, connection: Connection, now_s: float) -> None:
+    def __init__(self, index: int, connection: Connection, sending: SendLane, now_s: float) -> None:
         self.index = index
         self.connection = connection
         self.lane = Lane(index)
+        self.sending = sending
+        """The batch that is being sent. Whose turn it is to send owns it."""
+        self.begun: list[Task] = []
+        """What a borrower has begun to send; the connection's own thread goes on with it."""
+        self.failure: PeerError | None = None
+        """What a borrower met; the connection's own thread deals with it."""
         self.receipts = ReceiptReader()
+        self.reader = threading.Lock()
+        """Held by who waits for receipts and reads them by itself."""
+        self.reading = threading.Lock()
+        """Held while receipts are read."""
+        self.read_buffer = memoryview(bytearray(RECEIPT_READ_BYTES))
+        self.read_until: Callable[[Callable[[], bool]], None] | None = None
+        """See `OutgoingTransfer.read_receipts`."""
         self.renewing = False
         """Whether it is the last word on it that it be dialled again."""
         self.moved: tuple[int, int, int] = (0, 0, 0)
@@ -63,7 +81,7 @@ class Dispatch:
         """The next chunk for a connection; None once it is lost, or where none is there and `wait` is false."""
         while True:
             with self.lock:
-                if self._closed or link.lane.lost:
+                if self._closed or link.lane.lost or link.begun or link.failure:
                     return None
                 task = self.outbox.take(link.lane)
                 if task is not None or not wait:
@@ -71,23 +89,49 @@ class Dispatch:
                 self._idle.append(link)
             link.sleep()
 
-    def untake(self, link: DataLink) -> None:
-        """The chunk taken last is not sent."""
+    def borrow(self, tasks: list[Task]) -> DataLink | None:
+        """An idle connection for chunks that need not wait, which the caller is to send; `give_back` must follow. None
+        where they have to."""
+        with self.lock:
+            if self._closed or self.outbox.count or not self._idle or self._idle[-1].connection.used_up:
+                return None
+            link = self._idle.pop()
+            self.outbox.pass_by(link.lane, tasks)
+            return link
+
+    def give_back(self, link: DataLink, begun: list[Task]) -> None:
+        """A borrowed connection is idle again, or its own thread has to go on: with `begun`, which has yet to leave."""
+        with self.lock:
+            link.begun = begun
+            if begun or link.failure or link.lane.lost or self._closed or self.outbox.count:
+                link.wake()
+            else:
+                self._idle.append(link)
+
+    def untake(self, link: DataLink, count: int = 1) -> None:
+        """The chunks taken last are not sent."""
         with self.lock:
             if not link.lane.lost:
-                self.outbox.untake(link.lane)
+                self.outbox.untake(link.lane, count)
 
     def share(self) -> None:
         """A connection has to wait for its socket: let another go on."""
         with self.lock:
             self._wake(1)
 
-    def change(self, change: Callable[[Outbox], list[Task] | Task | int | None]) -> list[Task]:
-        """Apply receipts. Returns the tasks they are about."""
+    def acknowledged(self, link: DataLink, number: int) -> list[Task]:
+        """As `Outbox.acknowledged`."""
         with self.lock:
-            found = change(self.outbox)
+            found = self.outbox.acknowledged(link.lane, number)
             self._wake(1)
-        return found if isinstance(found, list) else [found] if isinstance(found, Task) else []
+            return found
+
+    def again(self, link: DataLink, number: int) -> Task | None:
+        """As `Outbox.again`."""
+        with self.lock:
+            found = self.outbox.again(link.lane, number)
+            self._wake(1)
+            return found
 
     def lose(self, link: DataLink) -> int:
         """The connection is lost: its thread ends, its chunks go again. Returns how many. Idempotent."""
@@ -125,8 +169,8 @@ class Dispatch:
 class SendSession:
     """One decode rank: its identity on the control socket, its data connections, its transfers by transfer id.
 
-    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` belongs to the control
-    loop."""
+    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` and `descriptor` belong to
+    the control loop."""
 
     def __init__(
         self,
@@ -159,6 +203,8 @@ class SendSession:
         self.health = Health(config, hello.connections, now_s)
         self.mailbox = Mailbox(now_s)
         self.closed = False
+        self.descriptor = -1
+        """Of the control connection that its last message came over."""
 
     def __str__(self) -> str:
         return f"decode {self.hello.site}/{self.hello.server}" if self.hello.site else f"decode {self.hello.server}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import ProtocolError
@@ -94,7 +94,8 @@ class Transfer:
     @property
     def live(self) -> bool:
         """Whether it has not ended."""
-        return self._state not in FINAL
+        state = self._state
+        return state is not State.DONE and state is not State.FAILED
 
     def pin(self) -> bool:
         """Begin a copy; takes the lock itself. Returns False, and nothing may be touched, where the transfer has ended
@@ -168,6 +169,9 @@ class OutgoingTransfer(Transfer):
         self.queued_bytes = 0
         """Bytes that were put on the way, sent or not."""
         self.acknowledged_bytes = 0
+        self.read_receipts: Callable[[Callable[[], bool]], None] | None = None
+        """Where one connection has what was sent last: reads its receipts on the calling thread until the condition
+        holds, or for a moment; else another thread does."""
         self._admission: Admission[OutgoingTransfer] | None = None
         self._expected_bytes = 0
         self._queued = 0
@@ -266,9 +270,17 @@ class OutgoingTransfer(Transfer):
     def wait_acknowledged(self, nbytes: int, timeout_s: float) -> bool:
         """Wait until decode has so many bytes in place, or the end; takes the lock itself. Returns whether it has
         come."""
+
+        def has_come() -> bool:
+            return self.acknowledged_bytes >= nbytes or not self.live
+
+        if self.read_receipts is not None:
+            self.read_receipts(has_come)
         with self.lock:
+            if has_come():
+                return True
             self._late += 1
-            came = self._unpinned.wait_for(lambda: self.acknowledged_bytes >= nbytes or not self.live, timeout_s)
+            came = self._unpinned.wait_for(has_come, timeout_s)
             self._late -= 1
             return came
 

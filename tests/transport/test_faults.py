@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 import threading
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,11 +34,13 @@ from sglang_prfaas.transport.messages import (
     Refuse,
     Unknown,
     Welcome,
+    encode,
 )
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
 from sglang_prfaas.transport.session import State
 from tests.transport.fakes import INSTANCE, FakeDecode, FakePrefill, at_end, chunk, read_exactly, reset
+from tests.transport.relay import FaultyRelay
 from tests.transport.rig import (
     CONFIG,
     DEADLINE_S,
@@ -398,6 +403,19 @@ def test_not_even_zeromq_on_the_control_port() -> None:
         works(pair, 8)
 
 
+def test_a_decode_rank_hears_first_why_its_session_ended() -> None:
+    with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
+        decode.open(pair.layout)
+        (session,) = pair.sender._sessions.values()
+
+        def lose_and_hear() -> None:
+            pair.sender._lose(session, "test")
+            pair.sender._receive([zmq.Frame(session.identity), zmq.Frame(seal(encode(Ping())))])
+
+        pair.sender._loop.call(lose_and_hear)
+        assert decode.receive(Refuse | Unknown) == Refuse("connection to decode pd/fake lost: test")  # type: ignore[arg-type]
+
+
 def test_messages_without_a_session() -> None:
     with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
         for message in (Expect(1, 7, (1, 1, 1), 0), Done(1, 7), Ping()):
@@ -625,6 +643,53 @@ def test_a_session_whose_data_connections_never_come() -> None:
         wait_until(lambda: not pair.sender._sessions, "end of the session")
 
 
+def test_a_decode_rank_that_ends_before_it_has_a_data_connection() -> None:
+    with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
+        decode.hello(pair.layout)
+        decode.receive(Welcome)
+        decode.send(Expect(1, 7, (20, 2, 1), 0))
+        transfer = pair.sender.transfer(7)
+        wait_until(lambda: transfer.expected, "decode asked")
+        decode.dealer.close(linger=0)
+        wait_ended(transfer)
+        assert transfer.reason.startswith("connection to decode pd/fake lost: its process has ended: it closed its")
+
+
+def test_a_decode_rank_that_ends_before_it_was_heard() -> None:
+    """What it said is read when its connection has ended already."""
+    with Pair() as pair:
+        busy = threading.Event()
+        pair.sender._loop.call(lambda: busy.wait(DEADLINE_S))
+        with FakeDecode(pair.sender.control_port) as decode:
+            decode.hello(pair.layout)
+            decode.send(Expect(1, 7, (20, 2, 1), 0))
+            decode.dealer.close(linger=int(DEADLINE_S * 1000))
+            decode.context.term()
+        busy.set()
+        transfer = pair.sender.transfer(7)
+        wait_ended(transfer)
+        assert transfer.reason.startswith("connection to decode pd/fake lost: its process has ended: it closed its")
+
+
+def test_a_control_connection_that_comes_back_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pair() as pair, closing(FaultyRelay(pair.sender.control_port, 0)) as relay:
+        pair.sender.control_port = relay.port
+        slots = some_slots(1)
+        transfer, item = pair.ready(7, slots)
+        (theirs,) = pair.sender._sessions.values()
+        seen = []
+        for name in ("control_lost", "control_found"):
+            known = getattr(theirs.health, name)
+            monkeypatch.setattr(theirs.health, name, lambda now_s, n=name, f=known: (seen.append(n), f(now_s)))
+        relay.cut(0.0)
+        # Its loss may be seen after it stands again.
+        wait_until(lambda: seen[-1:] == ["control_found"], "the control connection stands again")
+        pair.send_all(transfer, slots)
+        wait_ended(transfer, item.transfer)
+        assert transfer.state is State.DONE
+        assert list(pair.sender._sessions.values()) == [theirs]
+
+
 def test_a_silent_decode_rank() -> None:
     config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.0, reconnect_timeout_s=0.5)
     with Pair(config=config) as pair, FakeDecode(pair.sender.control_port) as decode:
@@ -701,13 +766,14 @@ def test_names_and_addresses_that_do_not_exist() -> None:
 
 
 def two_free_ports() -> int:
+    """Outside of the range that systems take ports of outgoing connections from: those would take them again."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port: int = first.getsockname()[1]
+        port = random.randrange(1024, lowest - 1) if lowest > 2048 else random.randrange(61001, 65534)
         try:
-            with socket.create_server(("127.0.0.1", port + 1)):
+            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
                 return port
-        except (OSError, OverflowError):
+        except OSError:
             continue
 
 
@@ -730,7 +796,8 @@ def test_a_prefill_rank_restarted_on_the_same_ports() -> None:
         item = old.receiver.expect(session, 7, some_slots(1), 0)
         old.sender.close()
         wait_ended(item.transfer)
-        assert "stop" in item.transfer.reason or "closed a data connection" in item.transfer.reason
+        assert "the prefill server" in item.transfer.reason
+        assert "stop" in item.transfer.reason
         restarted = SendMover(old.layout, old.source.rank, CONFIG, MonotonicClock(), host="127.0.0.1", first_port=port)
         restarted.start()
         try:

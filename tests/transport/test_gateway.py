@@ -22,26 +22,13 @@ from sglang_prfaas.transport.dial_out import DialOut
 from sglang_prfaas.transport.gateway import Gateway
 from sglang_prfaas.transport.gateway_messages import PREFACE, PREFACE_MAGIC
 from sglang_prfaas.transport.splice import Splicer
+from tests.transport.addresses import HERE, THERE, free_pair
 from tests.transport.fakes import at_end, read_exactly
 from tests.transport.keyring import Keyring
 from tests.transport.namespaces import Wire, obstacle, wire
 from tests.transport.rig import CONFIG, DEADLINE_S, PAGES, Pair, some_slots, wait_ended, wait_until
 from tests.transport.test_faults import works
 from tests.transport.test_security import lines
-
-HERE, THERE = "127.0.0.1", "127.0.0.5"
-"""Where the prefill site's servers listen, and where its gateway in the decode site does."""
-
-
-def free_pair(host: str) -> int:
-    """A port that is free, as is the next one."""
-    while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind((host, 0))
-            port: int = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                other.bind((host, port + 1))
-                return port
 
 
 @contextlib.contextmanager

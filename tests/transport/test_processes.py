@@ -138,6 +138,21 @@ def test_decode_is_killed_in_the_middle(config: TransportConfig) -> None:
         wait_until(lambda: not pair.sender._sessions, "end of the session")
 
 
+def test_decode_is_killed_right_after_it_asked(config: TransportConfig) -> None:
+    """Whether or not its data connections stand already."""
+    with Pair(config=config) as pair, peer("decode", pair.sender.control_port, config.keys_dir) as decode:
+        transfer = pair.sender.transfer(7)
+        assert decode.process.stdin is not None
+        decode.process.stdin.write("expect 7\n")
+        decode.process.stdin.flush()
+        wait_until(lambda: transfer.expected, "decode asked")
+        killed_s = time.monotonic()
+        decode.process.kill()
+        wait_ended(transfer)
+        assert time.monotonic() - killed_s < AT_ONCE_S + BUSY_S
+        assert transfer.reason.startswith("connection to decode pd/decode-0 lost: its process has ended")
+
+
 def test_prefill_is_stopped_in_the_middle(config: TransportConfig) -> None:
     config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
     with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config) as pair:

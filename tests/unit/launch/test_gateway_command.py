@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.transport.addresses import HERE, THERE, free_pair
 from tests.transport.rig import DEADLINE_S, wait_until
-from tests.transport.test_gateway import HERE, THERE, free_pair
 
 SITE = """
 [site]

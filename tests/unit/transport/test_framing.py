@@ -40,7 +40,7 @@ def parse(data: bytes, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> tuple[ChunkHea
     raw = data[:HEADER_BYTES]
     header = unpack_header(raw, max_chunk_bytes)
     payload = data[HEADER_BYTES : HEADER_BYTES + header.length]
-    check = PayloadCheck(raw)
+    check = PayloadCheck(raw, header.length)
     half = len(payload) // 2
     for part in (payload[:half], payload[half:]):
         check.update(part)
@@ -114,7 +114,7 @@ def test_wrong_magic_and_checksum_messages_hold_both_values() -> None:
 @pytest.mark.parametrize("payload", [b"pAyload", b"payloa", b"payloadd", b""])
 def test_another_payload_does_not_hold(payload: bytes) -> None:
     data = chunk(ChunkHeader(7, 1, 2, 4096, 0), b"payload")
-    check = PayloadCheck(data[:HEADER_BYTES])
+    check = PayloadCheck(data[:HEADER_BYTES], len(b"payload"))
     check.update(payload)
     assert not check.holds(unpack_header(data[:HEADER_BYTES]))
 

@@ -39,6 +39,18 @@ def test_connections_come_and_go() -> None:
     assert health.verdict(7.0) == ""
 
 
+def test_a_peer_that_ends_before_it_has_a_data_connection() -> None:
+    health = Health(CONFIG, 2, 0.0)
+    health.control_lost(1.0)
+    assert health.verdict(1.5) == ""
+    assert health.verdict(1.6) == "its process has ended: it closed its connection, and was gone for 0.5 s"
+    health.control_found(1.6)
+    assert health.verdict(4.0) == ""
+    health.control_lost(4.0)
+    health.connected(0, 4.1)
+    assert health.verdict(5.0) == "", "a data connection stands"
+
+
 def test_a_silent_peer() -> None:
     health = up()
     assert not health.silent(5.0)

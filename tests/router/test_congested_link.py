@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -46,9 +47,8 @@ BACK_S = 30.0
 """Until requests cross the link again. Measured in a second or two; its old capacity fades with a half-life of 10 s."""
 
 
-async def longer_route(c: Cluster) -> str:
-    """Of a request longer than all before it: t is their length, where they come as fast as they are answered."""
-    answer = await c.request(body={"model": MODEL, "prompt": "a " * 80})
+async def longer_route(c: Cluster, words: int) -> str:
+    answer = await c.request(body={"model": MODEL, "prompt": "a " * words})
     assert answer.status == 200
     return header(answer, "x-prfaas-route")
 
@@ -149,10 +149,14 @@ def test_a_link_that_gets_slow_sends_requests_local_within_a_second(tmp_path: Pa
                 metrics = agent.metrics()
                 assert 'prfaas_link_congested{from_site="far",to_site="home"} 1' in metrics
                 assert agent.report().links[0].connections == CONFIG.connections
+                # Each longer than all before it: where requests of one length come as fast as they are answered, t is
+                # that length.
+                lengths = itertools.count(80)
+                assert [await longer_route(c, next(lengths)) for _ in range(10)] == ["local"] * 10
                 link.rate(1000)
                 start_s = time.monotonic()
                 async with asyncio.timeout(BACK_S):
-                    while await longer_route(c) != "prfaas":
+                    while await longer_route(c, next(lengths)) != "prfaas":
                         pass
                 print(f"back after {time.monotonic() - start_s:.2f} s")
             sender.close()

@@ -18,6 +18,7 @@ from sglang_prfaas.sglang_plugin import inner_rail, transfer_metrics
 from sglang_prfaas.sglang_plugin.kv_pages import layout_of, memory_of, model_identity
 from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.sglang_plugin.ranks import split_address
+from sglang_prfaas.sglang_plugin.role_prefixes import RolePrefixes
 from sglang_prfaas.transport import transfer_log
 from sglang_prfaas.transport.addresses import dialable, resolve
 from sglang_prfaas.transport.codec.session import CodecChoice
@@ -94,6 +95,7 @@ class PrfaasKVManager(BaseKVManager):
             from sglang_prfaas.sglang_plugin.inner_rail.rail import Rail
 
             self.rail = Rail(self.config.inner_rail, self.site, args, disaggregation_mode, server_args, is_mla_backend)
+        self._prefixes = RolePrefixes()
         self._registration: Registration | None = None
         self._link_reports: LinkReports | None = None
         self.prefill_info_table = _AnyPrefillTable()
@@ -135,6 +137,7 @@ class PrfaasKVManager(BaseKVManager):
         )
 
     def _start_decode(self) -> None:
+        self._prefixes.decode()
         self.receive_mover = ReceiveMover(
             self.layout,
             self.memory,
@@ -219,6 +222,7 @@ class PrfaasKVManager(BaseKVManager):
         if self.rail is not None:
             self.rail.close()
             self.rail = None
+        self._prefixes.end()
 
     def log_transfer(self, **values: Any) -> None:
         """Count a finished transfer, and append it to the transfer log, where that is asked for."""

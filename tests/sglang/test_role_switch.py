@@ -20,12 +20,12 @@ from .driving import DEADLINE_S, DECODE, LOCAL, PD, REMOTE, Driver, fetch, get, 
 pytestmark = pytest.mark.sglang
 
 
-def through(cluster: Driver, prefill: str, decode: str, seed: int) -> list[int]:
+def through(cluster: Driver, prefill: str, decode: str, seed: int, more: list[int] | None = None) -> list[int]:
     """One request to two servers of our choice, as a router would send it; checked against the single server."""
     source = random.Random(seed)
     site = cluster.cluster.sites["prfaas" if prefill == REMOTE else "pd"]
     body: dict[str, Any] = {
-        "input_ids": [source.randrange(10, 500) for _ in range(700)],
+        "input_ids": [source.randrange(10, 500) for _ in range(700)] + (more or []),
         "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
     }
     pair = {
@@ -49,6 +49,19 @@ def test_prefill_to_decode_and_back(cluster: Driver) -> None:
     through(cluster, REMOTE, LOCAL, 2)
     cluster.switch_role(LOCAL, "prefill")
     through(cluster, LOCAL, DECODE, 3)
+    cluster.wait_usual_roles()
+
+
+def test_a_server_that_prefilled_decodes_with_its_prefix_cache(cluster: Driver) -> None:
+    """Its cache was made for prefill. A prompt that repeats, or goes on where one ended, is not lost in it."""
+    cluster.switch_role(LOCAL, "decode")
+    try:
+        first = through(cluster, REMOTE, LOCAL, 5)
+        assert [through(cluster, REMOTE, LOCAL, 5) for _ in range(2)] == [first, first]
+        through(cluster, REMOTE, LOCAL, 5, more=first)
+    finally:
+        cluster.switch_role(LOCAL, "prefill")
+    through(cluster, LOCAL, DECODE, 5)
     cluster.wait_usual_roles()
 
 

@@ -219,7 +219,7 @@ class SendMover:
             self._report(transfer)
             return items
         tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
-        small = nbytes <= SMALL_BYTES and ready is at_hand and session.codec.name == RAW
+        small = 0 < nbytes <= SMALL_BYTES and ready is at_hand and session.codec.name == RAW
         if small and self._data.send_at_once(session, tasks):
             return items
         expected = transfer.expected

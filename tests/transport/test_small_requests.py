@@ -52,6 +52,20 @@ def test_one_after_another() -> None:
         assert_moved(pair.source, ours, pair.target, theirs)
 
 
+def test_nothing_at_all_is_sent_like_anything_else() -> None:
+    """Ranks that share the layers of a pass hand over what is theirs, which may be nothing."""
+    with Pair() as pair:
+        slots = some_slots(1)
+        transfer, item = pair.ready(7, slots)
+        (session,) = pair.sender._sessions.values()
+        wait_until(lambda: session.dispatch._idle, "an idle connection")
+        assert len(pair.sender.send(transfer, PAGES, 0, slots[PAGES][:0])) == 0
+        assert len(pair.sender.send(transfer, PAGES, 0, slots[PAGES], buffers=())) == len(slots[PAGES])
+        pair.send_all(transfer, slots)
+        wait_ended(transfer, item.transfer)
+        assert_moved(pair.source, slots, pair.target, slots)
+
+
 def test_several_threads_wait_over_one_connection() -> None:
     with Pair(config=msgspec.structs.replace(CONFIG, connections=1)) as pair:
         requests = [(some_slots(room), *pair.ready(room, some_slots(room))) for room in range(6)]

@@ -53,8 +53,9 @@ class TestLayerwise:
             assert chunkwise.ahead_bytes == 0
             assert layerwise.ahead_bytes > 0.8 * layerwise.bytes, "all but states goes ahead"
             assert chunkwise.exposed_s / whole_s(chunkwise) > 0.8
-            hidden = layerwise.exposed_s / whole_s(layerwise) < 0.5
-            if hidden and layerwise.exposed_s < 0.6 * chunkwise.exposed_s:
+            # What can be hidden is the shorter of the two, however quick this machine is beside the link.
+            most_s = min(layerwise.prefill_s, whole_s(chunkwise))
+            if chunkwise.exposed_s - layerwise.exposed_s > 0.5 * most_s:
                 return
         raise AssertionError((layerwise, chunkwise))
 

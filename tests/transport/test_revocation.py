@@ -147,7 +147,9 @@ def test_decode_takes_the_prefill_site_off_its_list(keyring: Keyring, caplog: py
         key = keyring.curve("prfaas")[0].decode()
         without(keyring, "pd", key)
         wait_until(lambda: session.failure, "end of the session", SECONDS)
-        assert len(lines(caplog, "session with prefill", f"its key {key} is not in peers.toml any more")) == 1
+        why = f"its key {key} is not in peers.toml any more"
+        assert why in session.failure
+        wait_until(lambda: len(lines(caplog, "session with prefill", why)) == 1, "one line in the log", SECONDS)
 
 
 def test_readers_of_a_prefix_cache_are_cut(keyring: Keyring, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

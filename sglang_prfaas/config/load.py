@@ -1,7 +1,7 @@
 """Reading configuration files: TOML in, frozen structs out, flags over both.
 
 `load_site` and `load_router` raise ConfigError with one clear message per problem: what is wrong, where, and what to
-write instead. Rules that span fields are in `checks.py` and run here too.
+write instead. Rules that span fields are in `checks` and run here too.
 """
 
 from __future__ import annotations
@@ -82,6 +82,5 @@ def _load(path: PathLike | None, kind: type[T], overrides: Sequence[Override]) -
 
 
 def _refuse(findings: Sequence[checks.Finding]) -> None:
-    problems = [str(finding) for finding in findings if finding.fatal]
-    if problems:
+    if problems := checks.fatal(findings):
         raise ConfigError(problems)

@@ -7,7 +7,7 @@ import shlex
 import sys
 
 from sglang_prfaas.config import checks, load
-from sglang_prfaas.config.deployment import deployment_findings
+from sglang_prfaas.config.checks import deployment_findings
 from sglang_prfaas.config.prefix_cache import serve_host
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
 from sglang_prfaas.errors import ConfigError

@@ -1,7 +1,7 @@
 """Configuration as frozen structs: every default of the project stands in this package, units in the key names.
 
 One TOML file per datacenter (`SiteConfig`, in `site.py`) and one for the router (`RouterConfig`, in `router.py`); a
-module for each part of them. Rules that span fields are in `config/checks.py`, reading and overriding in
+module for each part of them. Rules that span fields are in `config/checks/`, reading and overriding in
 `config/load.py`. The `description` of a field is its `--help` text and its JSON Schema description.
 """
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from sglang_prfaas.config.checks import site_findings
-from sglang_prfaas.config.deployment import deployment_findings
+from sglang_prfaas.config.checks import deployment_findings, site_findings
 from sglang_prfaas.config.gateway import gateway_address, offered_ports
 from sglang_prfaas.config.schema import (
     AgentConfig,

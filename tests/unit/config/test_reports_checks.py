@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_prfaas.config.checks import Finding, router_findings, site_findings
-from sglang_prfaas.config.deployment import deployment_findings
+from sglang_prfaas.config.checks import Finding, deployment_findings, router_findings, site_findings
 from sglang_prfaas.config.load import load_router, load_site
 from tests.unit.config.conftest import PD, ROUTER, WriteToml
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sglang_prfaas.config.checks.tenancy import kv_event_findings, tenancy_findings
 from sglang_prfaas.config.schema import (
     RouterConfig,
     RouterSection,
@@ -14,7 +15,6 @@ from sglang_prfaas.config.schema import (
     TenancyConfig,
     TenantConfig,
 )
-from sglang_prfaas.config.tenancy import kv_event_findings, tenancy_findings
 
 DIGEST = "ab" * 32
 HEADER = TenancyConfig(header="x-tenant")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from sglang_prfaas.config.checks.finding import Raw, repeated
 from sglang_prfaas.config.schema import RouterConfig
-
-Raw = tuple[str, str, bool]
-"""Path of the key, text, whether it refuses the file."""
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -18,12 +15,10 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 def tenancy_findings(config: RouterConfig) -> Iterator[Raw]:
     """What is wrong with a router's tenants."""
     sites = {site.name: site for site in config.sites}
-    for name, count in Counter(tenant.name for tenant in config.tenants).items():
-        if count > 1:
-            yield "tenants", f"{count} tenants are named {name!r}; give each a name of its own", True
-    for key, count in Counter(key.lower() for tenant in config.tenants for key in tenant.api_keys).items():
-        if count > 1:
-            yield "tenants", f"the API key with digest {key[:12]}... is listed {count} times; keep one", True
+    for name, count in repeated(tenant.name for tenant in config.tenants):
+        yield "tenants", f"{count} tenants are named {name!r}; give each a name of its own", True
+    for key, count in repeated(key.lower() for tenant in config.tenants for key in tenant.api_keys):
+        yield "tenants", f"the API key with digest {key[:12]}... is listed {count} times; keep one", True
     for tenant in config.tenants:
         path = f"tenants.{tenant.name}"
         if not all(map(_SHA256.fullmatch, tenant.api_keys)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sglang_prfaas.config.prefix_cache import Raw
+from sglang_prfaas.config.checks.finding import Raw
 from sglang_prfaas.config.schema import SiteConfig
 
 _PATH = "transport.inner_rail"

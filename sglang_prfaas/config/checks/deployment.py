@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 from sglang_prfaas.config import ports
-from sglang_prfaas.config.checks import Finding
+from sglang_prfaas.config.checks.finding import Finding
 from sglang_prfaas.config.gateway import offered_ports
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, SiteConfig, TransportConfig
 from sglang_prfaas.errors import ConfigError

@@ -42,10 +42,26 @@ class Framing(Enum):
     CLOSE = "until close"
 
 
-class Request:
+class _Message:
+    """What requests and answers share."""
+
+    __slots__ = ("headers",)
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a header (lower-case name), or None."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+
+class Request(_Message):
     """One complete request of a client."""
 
-    __slots__ = ("body", "headers", "http_1_1", "keep_alive", "method", "path", "peer", "query", "target")
+    __slots__ = ("body", "http_1_1", "keep_alive", "method", "path", "peer", "query", "target")
 
     def __init__(
         self,
@@ -58,44 +74,30 @@ class Request:
         keep_alive: bool = True,
         peer: str = "",
     ) -> None:
+        super().__init__(headers)
         self.method = method
         self.target = target  # as received, without scheme and authority
         path, _, self.query = target.partition(b"?")
         self.path = unquote(path) if b"%" in path else path.decode("latin-1")
-        self.headers = headers
         self.body = body
         self.http_1_1 = http_1_1
         self.keep_alive = keep_alive
         self.peer = peer
 
-    def header(self, name: bytes) -> bytes | None:
-        """The first value of a header (lower-case name), or None."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
-
     def __repr__(self) -> str:
         return f"Request({self.method} {self.path}, {len(self.body)} bytes)"
 
 
-class ResponseHead:
+class ResponseHead(_Message):
     """Status line and headers of a server's answer."""
 
-    __slots__ = ("content_length", "framing", "headers", "status")
+    __slots__ = ("content_length", "framing", "status")
 
     def __init__(self, status: int, headers: Headers, framing: Framing, content_length: int = 0) -> None:
+        super().__init__(headers)
         self.status = status
-        self.headers = headers
         self.framing = framing
         self.content_length = content_length
-
-    def header(self, name: bytes) -> bytes | None:
-        """The first value of a header (lower-case name), or None."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
 
     def __repr__(self) -> str:
         return f"ResponseHead({self.status}, {self.framing.value})"

@@ -1,12 +1,8 @@
-"""The router's process: endpoints, start and stop."""
+"""The router: its parts, its endpoints, start and stop."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import logging
-import signal
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -54,7 +50,6 @@ from sglang_prfaas.router.tokens import TokenCounter
 log = logging.getLogger(__name__)
 
 _MODELS_REFRESH_S = 1.0
-_GC_OBJECTS = 20_000  # some hundred requests' worth
 _JSON = ((b"content-type", b"application/json"),)
 
 
@@ -299,63 +294,3 @@ class _ModelCard(msgspec.Struct):
 
 class _ModelList(msgspec.Struct):
     data: list[_ModelCard]
-
-
-async def run_router(
-    config: RouterConfig,
-    *,
-    stop: asyncio.Event,
-    ready: Callable[[int], None] | None = None,
-    counter: TokenCounter | None = None,
-) -> None:
-    """Serve until `stop` is set, then drain. `ready` gets the port once the router listens.
-
-    Raises ConfigError when the model's tokenizer cannot be loaded, LocalError when the address is taken.
-    """
-    if counter is None:
-        counter = TokenCounter(config.router.model, trust_remote_code=config.router.trust_remote_code)
-        await asyncio.to_thread(counter.load)
-    router = Router(config, counter)
-    try:
-        port = await router.start()
-        gc.collect()
-        gc.freeze()  # the tokenizer's libraries hold many objects: full collections over them would stall requests
-        gc.set_threshold(_GC_OBJECTS, 20, 20)
-        policy = "live t from" if config.policy.is_live else "t ="
-        where = f"http://{config.router.host}:{port}"
-        log.info("router listens on %s, %s %d tokens", where, policy, config.policy.threshold_tokens)
-        if ready is not None:
-            ready(port)
-        models = asyncio.create_task(_watch_models(router))
-        await stop.wait()
-        log.info("router stops: %d requests in work", router.server.active)
-        models.cancel()
-    finally:
-        await router.stop()
-        counter.close()
-
-
-async def _watch_models(router: Router) -> None:
-    while True:
-        await router.refresh_models()
-        await asyncio.sleep(router.config.limits.health_interval_s * (10 if router.models.listed else 1))
-
-
-def run(config: RouterConfig, *, ready: Callable[[int], None] | None = None) -> None:
-    """Run the router in this process until SIGTERM or SIGINT; blocks. Uses uvloop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:  # not on Windows
-        runner = asyncio.Runner()
-    else:
-        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-
-    async def main() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        await run_router(config, stop=stop, ready=ready)
-
-    with runner:
-        runner.run(main())

@@ -17,7 +17,6 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -34,11 +33,10 @@ from sglang_prfaas.http import (
     Response,
     ServerLimits,
     TlsPeers,
-    relay,
 )
 from sglang_prfaas.monitor.link_channel import LinkReceiver, LinkViews
 from sglang_prfaas.monitor.reports import Command, ConfiguredLink, ServerState, SiteState
-from sglang_prfaas.site import metrics, operator_control
+from sglang_prfaas.site import metrics, operator_control, server_relay
 from sglang_prfaas.site.cache_server import CacheServer
 from sglang_prfaas.site.cache_watch import CacheWatch
 from sglang_prfaas.site.control import SiteControl
@@ -47,37 +45,11 @@ from sglang_prfaas.site.load_watch import LoadWatch
 from sglang_prfaas.site.report_server import ReportServer
 from sglang_prfaas.site.reporter import Reporter
 from sglang_prfaas.site.server import Server
+from sglang_prfaas.site.server_relay import ServerRelay
 from sglang_prfaas.transport.security import SiteTls, load_security
 
 logger = logging.getLogger(__name__)
 
-WAN_PATHS: Mapping[str, frozenset[str]] = {
-    "POST": frozenset(
-        (
-            "/generate",
-            "/v1/chat/completions",
-            "/v1/completions",
-            "/v1/messages",
-            "/v1/responses",
-        )
-    ),
-    "GET": frozenset(
-        (
-            "/get_model_info",
-            "/health",
-            "/health_generate",
-            "/metrics",
-            "/model_info",
-            "/ping",
-            "/ready",
-            "/v1/loads",
-            "/v1/models",
-        )
-    ),
-}
-"""What is relayed to the servers of a PrfaaS site, by method."""
-
-_PREFIX = "/servers/"
 _TEXT = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 _LINKS_INTERVAL_S = 0.1
 _LIMITS = ServerLimits(max_body_bytes=1 << 30)
@@ -117,7 +89,7 @@ class Agent:
         self._reporter: Reporter | None = None
         self._cache: CacheServer | None = None
         self._tasks: set[asyncio.Task[object]] = set()
-        self._relayed = dict.fromkeys(servers, 0)
+        self._relay = ServerRelay(config, servers, self._control)
         self._draining = False
         self._change_pending = False
 
@@ -246,7 +218,7 @@ class Agent:
                 state=server.state,
                 offered=self._control.state(name) == State.READY and not self.draining,
                 restarts=server.restarts,
-                relayed=self._relayed[name],
+                relayed=self._relay.relayed[name],
                 load=self._loads.load(name),
             )
             for name, server in self._servers.items()
@@ -265,7 +237,7 @@ class Agent:
             name=name,
             role=self._loads.role(name),
             state=str(State.STOPPING) if self.draining else self._control.state(name),
-            path=_PREFIX + name,
+            path=server_relay.PREFIX + name,
             bootstrap_host=self._config.transport.advertise_host or _reachable(server.command.host),
             bootstrap_port=server.command.bootstrap_port,
             restarts=server.restarts,
@@ -321,8 +293,9 @@ class Agent:
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: Request, response: Response) -> None:
-        if request.path.startswith(_PREFIX):
-            await self._relay(request, response)
+        if request.path.startswith(server_relay.PREFIX):
+            assert self._client is not None
+            await self._relay.handle(request, response, self._client, draining=self.draining)
         elif request.path.startswith(operator_control.PREFIX):
             command = operator_control.command_of(request, self._config.site.role)
             done, message = await asyncio.shield(self._execute(command))
@@ -341,35 +314,6 @@ class Agent:
             response.send(200, self.metrics().encode(), (_TEXT,))
         else:
             raise HttpError(404, f"No such path: {request.path}. See /site.", code="not_found")
-
-    async def _relay(self, request: Request, response: Response) -> None:
-        raw = request.target[len(_PREFIX) :]
-        name, slash, rest = raw.partition(b"/")
-        server = self._servers.get(name.decode("latin-1"))
-        if not request.target.startswith(_PREFIX.encode()) or server is None:
-            raise HttpError(404, f"No such server; site {self._config.site.name} has {', '.join(self._servers)}.")
-        target = slash + rest
-        path = unquote_to_bytes(target.partition(b"?")[0]).decode("latin-1")
-        if self._config.site.role == "prfaas" and path not in WAN_PATHS.get(request.method, ()):
-            raise HttpError(403, f"{request.method} {path} is not relayed to a PrfaaS site.", code="not_relayed")
-        if self.draining:
-            raise HttpError(503, f"Site {self._config.site.name} is stopping.", code="draining")
-        if server.pid is None:
-            raise HttpError(503, f"Server {server.name} is {server.state}.", code="server_unavailable")
-        assert self._client is not None
-        upstream = self._client.upstream(server.url)
-        self._relayed[server.name] += 1
-        if request.method != "POST":
-            await relay(request, response, upstream, target=target or b"/")
-            return
-        refused = self._control.refuses(server.name)
-        if refused:
-            raise HttpError(503, refused, code="draining")
-        self._control.relayed[server.name] += 1
-        try:
-            await relay(request, response, upstream, target=target or b"/")
-        finally:
-            self._control.relayed[server.name] -= 1
 
 
 def _reachable(host: str) -> str:

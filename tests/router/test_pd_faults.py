@@ -14,7 +14,7 @@ import pytest
 from sglang_prfaas.config.schema import RouterLimits
 from sglang_prfaas.errors import LocalError
 from sglang_prfaas.http import Framing, Request, Response, UpstreamConnectError
-from sglang_prfaas.router.app import run_router
+from sglang_prfaas.router.process import run_router
 from tests.router.pd_fakes import DEADLINE_S, FakeServer, WordCounter, cluster, header, raw_exchange, run, until
 
 Behaviour = Callable[[Request, Response], Coroutine[Any, Any, bool]]

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import load
+from sglang_prfaas.config.keys import toml_value
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
 from sglang_prfaas.launch.local_deployment import templates
 from sglang_prfaas.site.commands import ServerCommand, plain_command
@@ -136,19 +136,19 @@ def _common_values(choices: Choices, directory: Path, model: Path, log: Path) ->
     args = [*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), "--enable-metrics"]
     args += ["--enable-pd-role-switch", *choices.args]
     return {
-        "model": _toml(str(model)),
-        "args": _toml(args),
-        "prefill_args": _toml(list(choices.prefill_args)),
-        "decode_args": _toml(list(choices.decode_args)),
+        "model": toml_value(str(model)),
+        "args": toml_value(args),
+        "prefill_args": toml_value(list(choices.prefill_args)),
+        "decode_args": toml_value(list(choices.decode_args)),
         "decode_env": _toml_lines(choices.decode_env),
         "env": _toml_lines({**cpu_server_env(family), env.TRANSFER_LOG: str(log), **choices.env}),
-        "logs": _toml(str(directory / "logs")),
+        "logs": toml_value(str(directory / "logs")),
         "name": MODEL_NAME,
         "capacity": f"{choices.capacity_gbps:g}",
         "threshold": choices.threshold_tokens,
         "startup": f"{STARTUP_TIMEOUT_S:g}",
         "heartbeat": f"{HEARTBEAT_TIMEOUT_S:g}",
-        "prfaas_tls": _toml(choices.keys),
+        "prfaas_tls": toml_value(choices.keys),
         "prfaas_scheme": "https" if choices.keys else "http",
         "cache_rate": choices.prefill_tokens_per_s,
     }
@@ -159,9 +159,9 @@ def _own_values(choices: Choices, directory: Path, name: str) -> dict[str, objec
     site = "pd" if name == "router" else name
     return {
         "site": site,
-        "keys": _toml(str(directory / _KEYS / site) if choices.keys else ""),
+        "keys": toml_value(str(directory / _KEYS / site) if choices.keys else ""),
         "transport": _toml_lines(choices.transport.get(site, {})),
-        "cache_dir": _toml(str(directory / f"cache-{site}")),
+        "cache_dir": toml_value(str(directory / f"cache-{site}")),
     }
 
 
@@ -177,9 +177,4 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _toml_lines(table: Mapping[str, str | float]) -> str:
-    return "\n".join(f"{key} = {_toml(value)}" for key, value in table.items())
-
-
-def _toml(value: str | float | list[str]) -> str:
-    """A string, a number, or a list of strings, in TOML: JSON's form is valid TOML for all of them."""
-    return msgspec.json.encode(value).decode()
+    return "\n".join(f"{key} = {toml_value(value)}" for key, value in table.items())

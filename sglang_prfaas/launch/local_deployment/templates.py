@@ -24,12 +24,7 @@ keys_dir = {keys}
 startup_timeout_s = {startup}
 """
 
-PRFAAS = (
-    """\
-# The PrfaaS datacenter: prefill only, for other sites.
-"""
-    + _SITE
-    + """\
+_PRFAAS_OWN = """\
 [[servers]]
 name = "prfaas-prefill-0"
 role = "prefill"
@@ -48,15 +43,10 @@ reports_port = {p8}
 commands_from = ["prfaas", "pd"]
 
 """
-    + _TRANSPORT
-)
 
-PD = (
-    """\
-# The PD datacenter: serves requests end to end, and takes prefills from the PrfaaS site.
-"""
-    + _SITE
-    + """\
+PRFAAS = "# The PrfaaS datacenter: prefill only, for other sites.\n" + _SITE + _PRFAAS_OWN + _TRANSPORT
+
+_PD_OWN = """\
 [[servers]]
 name = "pd-prefill-0"
 role = "prefill"
@@ -79,6 +69,11 @@ port = {p7}
 reports_port = {p9}
 
 """
+
+PD = (
+    "# The PD datacenter: serves requests end to end, and takes prefills from the PrfaaS site.\n"
+    + _SITE
+    + _PD_OWN
     + _TRANSPORT
     + "min_prefill_servers = 0\n"
 )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -18,7 +19,7 @@ from sglang_prfaas.transport.link_monitor import Report
 from sglang_prfaas.transport.memory import HostBuffer, RankMemory
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession, ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
-from sglang_prfaas.transport.session import OutgoingTransfer, Transfer
+from sglang_prfaas.transport.session import OutgoingTransfer, State, Transfer
 
 DEADLINE_S = 60.0
 """How long a test waits for an event that should come in milliseconds."""
@@ -30,6 +31,8 @@ CONFIG = TransportConfig(
     heartbeat_interval_s=0.2,
     heartbeat_timeout_s=20.0,
 )
+
+ONE_CONNECTION = msgspec.structs.replace(CONFIG, connections=1)
 
 PAGES, STATES, AUX = 0, 1, 2
 SLOTS = (64, 8, 16)
@@ -204,3 +207,15 @@ def assert_moved(source: Memory, source_slots: Slots, target: Memory, target_slo
     for component, (ours, theirs) in enumerate(zip(source.arrays, target.arrays, strict=True)):
         for ours_buffer, theirs_buffer in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(ours_buffer[source_slots[component]], theirs_buffer[target_slots[component]])
+
+
+def works(pair: Pair, room: int) -> None:
+    """A whole transfer, in a new session where the old one has failed."""
+    slots = some_slots(room)
+    transfer, item = pair.ready(room, slots)
+    pair.send_all(transfer, slots)
+    wait_ended(transfer, item.transfer)
+    assert (transfer.state, item.transfer.state) == (State.DONE, State.DONE), transfer.reason
+    assert_moved(pair.source, slots, pair.target, slots)
+    pair.sender.release(transfer)
+    pair.receiver.release(item)

@@ -27,8 +27,8 @@ from tests.transport.rig import (
     DEADLINE_S,
     Pair,
     wait_until,
+    works,
 )
-from tests.transport.test_faults import works
 from tests.transport.test_security import AT_ONCE_S, lines
 
 

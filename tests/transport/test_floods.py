@@ -21,8 +21,7 @@ from sglang_prfaas.transport.messages import Abort, Ping, Refuse, Unknown, Welco
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from tests.transport.fakes import FakeDecode, at_end
 from tests.transport.keyring import Keyring
-from tests.transport.rig import CONFIG, DEADLINE_S, Memory, Pair, layout, wait_until
-from tests.transport.test_faults import works
+from tests.transport.rig import CONFIG, DEADLINE_S, Memory, Pair, layout, wait_until, works
 from tests.transport.test_security import lines
 
 SLOW = msgspec.structs.replace(CONFIG, control_messages_per_s=500.0)

@@ -15,8 +15,7 @@ from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.site.metrics import render_transfers
 from sglang_prfaas.transport.link_estimator import LinkFigures
 from tests.transport.relay import FaultyRelay
-from tests.transport.rig import CONFIG, PAGES, Pair, some_slots, wait_ended, wait_until
-from tests.transport.test_faults import works
+from tests.transport.rig import CONFIG, PAGES, Pair, some_slots, wait_ended, wait_until, works
 
 
 def sample(text: str, name: str, **labels: str) -> float:

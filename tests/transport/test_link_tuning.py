@@ -14,8 +14,7 @@ from sglang_prfaas.config.schema import LinkConfig
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.transport.data_tcp import SO_MAX_PACING_RATE
 from tests.transport.keyring import Keyring
-from tests.transport.rig import CONFIG, Pair, some_slots, wait_ended, wait_until
-from tests.transport.test_faults import works
+from tests.transport.rig import CONFIG, Pair, some_slots, wait_ended, wait_until, works
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the options of Linux sockets")
 

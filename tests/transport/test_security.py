@@ -34,8 +34,8 @@ from tests.transport.rig import (
     some_slots,
     wait_ended,
     wait_until,
+    works,
 )
-from tests.transport.test_faults import works
 
 AT_ONCE_S = 10.0
 """Refusals come in milliseconds; this is below the handshake timeout of 20 s."""

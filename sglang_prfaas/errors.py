@@ -8,9 +8,9 @@ PrfaasError
 │   └── DeadlineError        an operation ran past its deadline
 └── PeerError                the other side's fault
     ├── ProtocolError        bytes that do not follow docs/protocol.md
-    ├── LayoutMismatchError  both sides serve something different: holds both values
     ├── ChecksumError        a chunk arrived corrupt
     └── PeerGoneError        the connection or the process behind it is gone
+        ├── PeerClosedError  its system has closed or reset the connection
         └── PortRefusedError nothing listens where it did
 """
 
@@ -51,10 +51,6 @@ class PeerError(PrfaasError):
 
 class ProtocolError(PeerError):
     """The peer sent bytes that do not follow docs/protocol.md."""
-
-
-class LayoutMismatchError(PeerError):
-    """Prefill and decode hold different models, dtypes, page sizes or layers."""
 
 
 class ChecksumError(PeerError):

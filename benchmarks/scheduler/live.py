@@ -46,7 +46,7 @@ from sglang_prfaas.scheduler.ttft import exposed_transfer_s
 from sglang_prfaas.simulate.scenario import Scenario, run_policy
 from sglang_prfaas.simulate.workload import Arrival, poisson
 
-MODEL, N_P, RTT_S = "case-study", 3, 0.02
+MODEL, N_P = "case-study", 3
 _LINK_GBPS = 100.0
 _DEADLINE_S = 600.0
 _TIMER_S = 0.005

@@ -74,10 +74,6 @@ class EventStream:
         self._held: list[Apply] = []
         self._held_bytes = 0
 
-    @property
-    def replaying(self) -> bool:
-        return self._replay is not None
-
     def connected(self) -> list[Action]:
         """The connection was made, for the first time or again: batches may be missing, and the publisher another."""
         self._drop_held()  # perhaps of a former publisher; the replay has it if not

@@ -49,11 +49,6 @@ class ServerLoad(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Whether it holds no request, not even a part of a prompt between two chunks."""
         return self.requests == 0 and self.waiting_uncached_tokens == 0
 
-    @property
-    def kv_fraction(self) -> float:
-        """Share of the pages in use, 0 where the number of pages is unknown."""
-        return self.kv_tokens_used / self.kv_tokens_total if self.kv_tokens_total else 0.0
-
 
 class LinkLoad(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One direction of the link between two sites, as the movers that send over it see it. Payload bytes."""

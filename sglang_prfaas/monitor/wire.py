@@ -12,7 +12,6 @@ from sglang_prfaas.monitor.reports import Report, Request
 
 MAX_REPORT_BYTES = 16 << 20
 """A report of 1,000 servers has about 0.2 MB."""
-MAX_COMMAND_BYTES = 64 << 10
 
 _encoder = msgspec.msgpack.Encoder()
 _reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)

@@ -78,9 +78,3 @@ class PoolLayout(Struct, frozen=True, kw_only=True):
                 shares[group.name] = blocks[at : at + self.blocks_of(group)]
                 at += self.blocks_of(group)
         return shares
-
-
-def padding_share(groups: tuple[Group, ...], block_bytes: int) -> float:
-    """Share of the bytes of one entry of each group that is padding at this block size."""
-    taken = sum(-(-group.entry_bytes // block_bytes) * block_bytes for group in groups)
-    return 1 - sum(group.entry_bytes for group in groups) / taken

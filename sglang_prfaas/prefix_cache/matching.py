@@ -43,16 +43,6 @@ class Match(Struct, frozen=True):
         match = self.by_holder.get(holder)
         return match.usable_blocks(hybrid) * self.block_tokens if match else 0
 
-    def best_of_sites(self, hybrid: bool) -> dict[str, tuple[Holder, int]]:
-        """The holder with the longest usable prefix in each site, and its tokens (l_prfaas, l_pd of 3.4.3). Of equals,
-        the one with more on the device; sites without any are left out."""
-        best: dict[str, tuple[tuple[int, int, int], Holder]] = {}
-        for holder, match in self.by_holder.items():
-            rank = (match.usable_blocks(hybrid), match.device_blocks, match.host_blocks)
-            if rank[0] and (holder.site not in best or rank > best[holder.site][0]):
-                best[holder.site] = (rank, holder)
-        return {site: (holder, rank[0] * self.block_tokens) for site, (rank, holder) in best.items()}
-
 
 class PrefixWalk:
     """Goes through a prompt's blocks in order; runs of blocks with the same holders count as one step."""

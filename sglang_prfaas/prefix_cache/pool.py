@@ -46,7 +46,6 @@ class Ticket(Struct, eq=False):
 class Transfer(Struct, eq=False):
     """Pool blocks of a transfer under way."""
 
-    length_bytes: int
     blocks: Blocks
 
 
@@ -198,19 +197,12 @@ class HybridPool:
 
     def open_transfer(self, length_bytes: int) -> Transfer:
         """Blocks for bytes on their way out; any length. Evicts prefixes down to their floor. Raises PoolFullError."""
-        return Transfer(length_bytes, self._take_for_transfer(self.layout.blocks_for_bytes(length_bytes)))
-
-    def grow_transfer(self, transfer: Transfer, length_bytes: int) -> None:
-        """More bytes for a transfer, which fill its last block first. Raises PoolFullError."""
-        total_bytes = transfer.length_bytes + length_bytes
-        more = self.layout.blocks_for_bytes(total_bytes) - len(transfer.blocks)
-        transfer.blocks += self._take_for_transfer(more)
-        transfer.length_bytes = total_bytes
+        return Transfer(self._take_for_transfer(self.layout.blocks_for_bytes(length_bytes)))
 
     def close_transfer(self, transfer: Transfer) -> None:
         """The transfer has ended, well or not: its blocks are free."""
         self.ledger.give_back_transfer(transfer.blocks)
-        transfer.blocks, transfer.length_bytes = (), 0
+        transfer.blocks = ()
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,6 @@ OBSTACLE = obstacle()
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
 
 COUNTS = (16, 1, 1)
-TRANSFER_BYTES = 16 << 16
 PAUSE_S = 0.03
 LINK = LinkConfig(to_site="home", capacity_gbps=1.0, rtt_ms=0.1)
 

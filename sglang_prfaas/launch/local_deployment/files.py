@@ -13,7 +13,7 @@ from msgspec import Struct
 from sglang_prfaas import env
 from sglang_prfaas.config import load
 from sglang_prfaas.config.keys import toml_value
-from sglang_prfaas.config.schema import RouterConfig, SiteConfig
+from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.launch.local_deployment import templates
 from sglang_prfaas.site.commands import ServerCommand, plain_command
 from sglang_prfaas.site.free_ports import HeldPort
@@ -77,9 +77,6 @@ class LocalDeployment(Struct, frozen=True, kw_only=True):
 
     def pd(self) -> SiteConfig:
         return load.load_site(self.pd_file)
-
-    def router_config(self) -> RouterConfig:
-        return load.load_router(self.router_file)
 
 
 def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:

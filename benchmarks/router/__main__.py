@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,20 +23,9 @@ import msgspec
 
 from benchmarks.router import contenders as routers
 from benchmarks.router.load import run_load
+from sglang_prfaas.site.free_ports import free_ports
 
 _CLIENTS = 32
-
-
-def free_ports(count: int) -> list[int]:
-    """Free loopback ports, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for held in sockets:
-            held.bind(("127.0.0.1", 0))
-        return [held.getsockname()[1] for held in sockets]
-    finally:
-        for held in sockets:
-            held.close()
 
 
 def measure(contender: routers.Contender, requests: int, *, stream: bool) -> dict[str, float]:

@@ -126,3 +126,15 @@ class HeldPort:
     def release(self) -> None:
         """Give the port up; the child that listens on it keeps it."""
         self._socket.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that are free now, for whoever listens on them soon. Raises LaunchError."""
+    held: list[HeldPort] = []
+    try:
+        for _ in range(count):
+            held.append(HeldPort(avoid=[port.port for port in held]))
+        return [port.port for port in held]
+    finally:
+        for port in held:
+            port.release()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -15,6 +14,7 @@ from sglang_prfaas.config.schema import RouterLimits
 from sglang_prfaas.errors import LocalError
 from sglang_prfaas.http import Framing, Request, Response, UpstreamConnectError
 from sglang_prfaas.router.process import run_router
+from sglang_prfaas.site.free_ports import free_ports
 from tests.router.pd_fakes import DEADLINE_S, FakeServer, WordCounter, cluster, header, raw_exchange, run, until
 
 Behaviour = Callable[[Request, Response], Coroutine[Any, Any, bool]]
@@ -396,7 +396,7 @@ def test_run_router_listens_until_told_to_stop() -> None:
     async def main() -> None:
         async with cluster() as c:
             config = msgspec.structs.replace(
-                c.router.config, router=msgspec.structs.replace(c.router.config.router, port=free_port())
+                c.router.config, router=msgspec.structs.replace(c.router.config.router, port=free_ports(1)[0])
             )
             stop = asyncio.Event()
             ports: list[int] = []
@@ -426,11 +426,3 @@ def test_a_taken_port_is_a_clear_error() -> None:
                 await run_router(config, stop=asyncio.Event(), counter=WordCounter())
 
     run(main)
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-        assert isinstance(port, int)
-        return port

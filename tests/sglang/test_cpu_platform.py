@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
 
 pytestmark = pytest.mark.sglang
@@ -65,16 +65,10 @@ def test_a_hook_that_does_not_apply_stops_the_server(hook: str, message: str) ->
     assert "went on" not in result.stdout
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def running_server(model: Path, log: Path, *extra: str) -> Iterator[str]:
     """A server of ``FAMILY`` on loopback; its address once it is ready, its log in the failure if it is not."""
-    port = _free_port()
+    port = free_ports(1)[0]
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1"]
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import datetime
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from sglang_prfaas.scheduler.profiles import PrefillProfile, ProfileFile, save_p
 from sglang_prfaas.site.cache_server import CacheServer
 from sglang_prfaas.store.stats import StoreStats
 from sglang_prfaas.transport.security import make
+from tests.byte_relay import ByteRelay
 
 from .driving import wait_for
 from .store_server import OUTPUT_TOKENS, StoreServer, prompt
@@ -37,16 +37,11 @@ CURVE = Curve(x=(1, 200, 201, 400), y=(1e-6, 2e-6, 60.0, 120.0))
 TAIL = prompt(3, 40)
 
 
-class Gate:
-    """A relay that can hold back, or cut, what comes from the far side after so many bytes."""
+class Gate(ByteRelay):
+    """Can hold back, or cut, what comes from the far side after so many bytes."""
 
     def __init__(self, port: int) -> None:
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._socks: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept, name="gate", daemon=True)]
-        self._threads[0].start()
+        super().__init__(port)
         self.open = threading.Event()
         self.open.set()
         self.reached = threading.Event()
@@ -64,50 +59,21 @@ class Gate:
         self.stop_at = 1 << 60
         self.open.set()
 
-    def close(self) -> None:
+    def passing(self, data: bytes, *, from_far: bool) -> bool:
+        if not from_far:
+            return True
+        self.passed += len(data)
+        if self.passed > self.stop_at:
+            self.reached.set()
+            if self.cut:
+                self.stop_at = 1 << 60
+                return False
+            self.open.wait()
+        return True
+
+    def __exit__(self, *details: object) -> None:
         self.release()
-        for sock in [self._listener, *self._socks]:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has ended already
-        for thread in self._threads:
-            thread.join()
-        for sock in [self._listener, *self._socks]:
-            sock.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._target))
-            self._socks += [near, far]
-            for source, target in ((near, far), (far, near)):
-                thread = threading.Thread(target=self._copy, args=(source, target, source is far), daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _copy(self, source: socket.socket, target: socket.socket, from_far: bool) -> None:
-        try:
-            while data := source.recv(4096):
-                if from_far:
-                    self.passed += len(data)
-                    if self.passed > self.stop_at:
-                        self.reached.set()
-                        if self.cut:
-                            self.stop_at = 1 << 60
-                            break
-                        self.open.wait()
-                target.sendall(data)
-        except OSError:
-            pass  # one side has gone
-        for sock in (source, target):
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has gone too
+        super().__exit__(*details)
 
 
 class Sites:
@@ -159,8 +125,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
         pd = StoreServer("kimi-linear", base / "pd", 32 << 20)
         served = CacheServer(served_site(pd, keys))
         stack.callback(served.close)
-        gate = Gate(served.port)
-        stack.callback(gate.close)
+        gate = stack.enter_context(Gate(served.port))
         prfaas = StoreServer(
             "kimi-linear",
             base / "prfaas",

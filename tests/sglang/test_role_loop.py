@@ -14,7 +14,7 @@ from sglang_prfaas.config import load
 from sglang_prfaas.launch.demo_client import Answer, complete
 from sglang_prfaas.launch.local_deployment import alive_servers
 from sglang_prfaas.site import Site, running
-from sglang_prfaas.site.free_ports import HeldPort
+from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
 
 from .driving import another_router, get, wait_for, words
@@ -82,20 +82,11 @@ reports_port = {reports}
 """
 
 
-def _ports(count: int) -> list[int]:
-    held: list[HeldPort] = []
-    for _ in range(count):
-        held.append(HeldPort(avoid=[port.port for port in held]))
-    for port in held:
-        port.release()
-    return [port.port for port in held]
-
-
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One PD site, a prefill and two decode servers with little room for KVCache, and a router that changes roles."""
     directory: Path = tmp_path_factory.mktemp("roles")
-    ports = _ports(8)
+    ports = free_ports(8)
     args = [*cpu_server_args(FAMILY), "--chunked-prefill-size", "512", "--enable-metrics", "--enable-pd-role-switch"]
     args += ["--max-total-tokens", str(KV_TOKENS), "--disable-radix-cache"]
     roles = {"p0": "prefill", "d0": "decode", "d1": "decode"}

@@ -1,4 +1,4 @@
-"""Every test here must leave no thread and no descriptor behind."""
+"""Every test here must leave no thread and no descriptor behind. Keys, and two ends of a mover that use them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.transport.rig import wait_until
+from tests.transport.keyring import Keyring
+from tests.transport.rig import Pair, wait_until
 
 
 def descriptors() -> int:
@@ -28,3 +29,19 @@ def nothing_is_left_behind() -> Iterator[None]:
         20.0,
     )
     wait_until(lambda: descriptors() <= open_before, "all descriptors closed", 20.0)
+
+
+@pytest.fixture(scope="module")
+def keyring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
+    return Keyring(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
+    return Keyring(tmp_path_factory.mktemp("strangers"))
+
+
+@pytest.fixture
+def pair(keyring: Keyring) -> Iterator[Pair]:
+    with Pair(config=keyring.prfaas, decode_config=keyring.pd) as made:
+        yield made

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import socket
 import ssl
-import threading
 from pathlib import Path
 
 import msgspec
@@ -15,6 +13,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.security.key_files import CURVE_KEY, read_curve_key
 from sglang_prfaas.transport.security.tls import client_context
+from tests.byte_relay import ByteRelay
 from tests.transport.rig import CONFIG, DEADLINE_S
 
 LOOPBACK = ("127.0.0.0/8", "::1")
@@ -80,50 +79,13 @@ class Keyring:
         return certificate, key
 
 
-class Relay:
-    """Passes bytes on between whoever dials it and `port`, and keeps a copy of them. Use in a `with`."""
+class Relay(ByteRelay):
+    """Keeps a copy of what passes."""
 
     def __init__(self, port: int) -> None:
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        super().__init__(port)
         self.seen = bytearray()
-        self._socks: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept, name="relay-accept")]
 
-    def __enter__(self) -> Relay:
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sock in [self._listener, *self._socks]:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-        for thread in self._threads:
-            thread.join()
-        for sock in [self._listener, *self._socks]:
-            sock.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                one, _ = self._listener.accept()
-            except OSError:
-                return
-            other = socket.create_connection(("127.0.0.1", self._target))
-            self._socks += [one, other]
-            for pair in ((one, other), (other, one)):
-                thread = threading.Thread(target=self._copy, args=pair, name="relay-copy")
-                self._threads.append(thread)
-                thread.start()
-
-    def _copy(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                self.seen += data
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # one side has gone
+    def passing(self, data: bytes, *, from_far: bool) -> bool:
+        self.seen += data
+        return True

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import LinkConfig, TransportConfig
@@ -23,6 +24,9 @@ from sglang_prfaas.transport.session import OutgoingTransfer, State, Transfer
 
 DEADLINE_S = 60.0
 """How long a test waits for an event that should come in milliseconds."""
+
+AT_ONCE_S = 10.0
+"""Refusals come in milliseconds; this is below the handshake timeout of 20 s."""
 
 CONFIG = TransportConfig(
     connections=3,
@@ -219,3 +223,9 @@ def works(pair: Pair, room: int) -> None:
     assert_moved(pair.source, slots, pair.target, slots)
     pair.sender.release(transfer)
     pair.receiver.release(item)
+
+
+def lines(caplog: pytest.LogCaptureFixture, *parts: str) -> list[str]:
+    """Warnings that hold all of `parts`."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if all(part in message for part in parts)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,29 +22,14 @@ from sglang_prfaas.transport.security.tls import client_context
 from tests.transport.fakes import INSTANCE, FakeDecode, at_end
 from tests.transport.keyring import Keyring
 from tests.transport.rig import (
+    AT_ONCE_S,
     CONFIG,
     DEADLINE_S,
     Pair,
+    lines,
     wait_until,
     works,
 )
-from tests.transport.test_security import AT_ONCE_S, lines
-
-
-@pytest.fixture(scope="module")
-def keyring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    return Keyring(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture(scope="module")
-def strangers(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    return Keyring(tmp_path_factory.mktemp("strangers"))
-
-
-@pytest.fixture
-def pair(keyring: Keyring) -> Iterator[Pair]:
-    with Pair(config=keyring.prfaas, decode_config=keyring.pd) as made:
-        yield made
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ from sglang_prfaas.transport.messages import Abort, Ping, Refuse, Unknown, Welco
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from tests.transport.fakes import FakeDecode, at_end
 from tests.transport.keyring import Keyring
-from tests.transport.rig import CONFIG, DEADLINE_S, Memory, Pair, layout, wait_until, works
-from tests.transport.test_security import lines
+from tests.transport.rig import CONFIG, DEADLINE_S, Memory, Pair, layout, lines, wait_until, works
 
 SLOW = msgspec.structs.replace(CONFIG, control_messages_per_s=500.0)
 OTHER_LOOPBACK = "127.0.0.66"

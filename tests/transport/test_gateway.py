@@ -26,8 +26,7 @@ from tests.transport.addresses import HERE, THERE, free_pair
 from tests.transport.fakes import at_end, read_exactly
 from tests.transport.keyring import Keyring
 from tests.transport.namespaces import Wire, obstacle, wire
-from tests.transport.rig import CONFIG, DEADLINE_S, PAGES, Pair, some_slots, wait_ended, wait_until, works
-from tests.transport.test_security import lines
+from tests.transport.rig import CONFIG, DEADLINE_S, PAGES, Pair, lines, some_slots, wait_ended, wait_until, works
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ from sglang_prfaas.transport.object_server import ObjectServer
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.security import load_security, make
 from tests.transport.keyring import Keyring
-from tests.transport.rig import CONFIG, PAGES, Memory, Pair, layout, some_slots, wait_ended, wait_until, works
-from tests.transport.test_security import lines
+from tests.transport.rig import CONFIG, PAGES, Memory, Pair, layout, lines, some_slots, wait_ended, wait_until, works
 
 SECONDS = 5.0
 """Within which a cut has to come."""

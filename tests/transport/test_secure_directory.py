@@ -25,8 +25,7 @@ from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.registration import Registration
 from sglang_prfaas.transport.security import PLAIN, Security, load_security, make
 from tests.transport.keyring import Keyring, now
-from tests.transport.rig import CONFIG, Memory, Pair, layout, wait_until, works
-from tests.transport.test_security import AT_ONCE_S, lines
+from tests.transport.rig import AT_ONCE_S, CONFIG, Memory, Pair, layout, lines, wait_until, works
 
 REGISTER = Register(RankInfo(0, 0, 0, "", 7000), "boot", 1, 1, 1, True)
 

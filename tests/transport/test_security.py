@@ -6,7 +6,6 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -26,41 +25,18 @@ from sglang_prfaas.transport.session import State
 from tests.transport.fakes import INSTANCE, FakeDecode
 from tests.transport.keyring import Keyring, Relay
 from tests.transport.rig import (
+    AT_ONCE_S,
     CONFIG,
     Memory,
     Pair,
     assert_moved,
     layout,
+    lines,
     some_slots,
     wait_ended,
     wait_until,
     works,
 )
-
-AT_ONCE_S = 10.0
-"""Refusals come in milliseconds; this is below the handshake timeout of 20 s."""
-
-
-@pytest.fixture(scope="module")
-def keyring(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    return Keyring(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture(scope="module")
-def strangers(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    return Keyring(tmp_path_factory.mktemp("strangers"))
-
-
-@pytest.fixture
-def pair(keyring: Keyring) -> Iterator[Pair]:
-    with Pair(config=keyring.prfaas, decode_config=keyring.pd) as made:
-        yield made
-
-
-def lines(caplog: pytest.LogCaptureFixture, *parts: str) -> list[str]:
-    """Warnings that hold all of `parts`."""
-    messages = [record.getMessage() for record in caplog.records]
-    return [message for message in messages if all(part in message for part in parts)]
 
 
 def refused(receiver: ReceiveMover, pair: Pair) -> PeerSession:

@@ -16,7 +16,7 @@ from sglang_prfaas.config.keys import toml_value
 from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.launch.local_deployment import templates
 from sglang_prfaas.site.commands import ServerCommand, plain_command
-from sglang_prfaas.site.free_ports import HeldPort
+from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
 
 MODEL_NAME = "tiny"
@@ -92,7 +92,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         from sglang_prfaas.transport.security import make
 
         make.make_keys(directory / _KEYS, {"prfaas": (), "pd": ()}, now=datetime.datetime.now(datetime.UTC))
-    ports = _free_ports(13)
+    ports = free_ports(13)
     values: dict[str, object] = {f"p{index}": port for index, port in enumerate(ports)}
     values |= _common_values(choices, directory, model, log)
     files = {}
@@ -160,17 +160,6 @@ def _own_values(choices: Choices, directory: Path, name: str) -> dict[str, objec
         "transport": _toml_lines(choices.transport.get(site, {})),
         "cache_dir": toml_value(str(directory / f"cache-{site}")),
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    held: list[HeldPort] = []
-    try:
-        for _ in range(count):
-            held.append(HeldPort(avoid=[port.port for port in held]))
-        return [port.port for port in held]
-    finally:
-        for port in held:
-            port.release()
 
 
 def _toml_lines(table: Mapping[str, str | float]) -> str:

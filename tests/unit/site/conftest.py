@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import sys
 import time
@@ -22,6 +21,7 @@ from sglang_prfaas.config.schema import (
     SiteRole,
     SiteSection,
 )
+from sglang_prfaas.site.free_ports import free_ports
 
 PATIENCE_S = 60.0
 
@@ -34,17 +34,6 @@ LIMITS = SiteLimits(
 )
 
 MakeSite = Callable[..., SiteConfig]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture

@@ -22,11 +22,12 @@ from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.monitor.reports import Answer, Command, Drain, ServerState, SetLimits, SiteState, SwitchRole, Undrain
 from sglang_prfaas.router.agent_links import AgentLinks
 from sglang_prfaas.site import Site
+from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.site.progress import Progress, silent
 from sglang_prfaas.site.reporter import Reporter
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.security.key_files import read_curve_key
-from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed, free_ports
+from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed
 
 ROLES = ("prefill", "prefill", "decode")
 REPORTS = ReportsConfig(heartbeat_interval_s=0.1, stale_after_s=PATIENCE_S)

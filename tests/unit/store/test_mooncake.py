@@ -14,6 +14,7 @@ import pytest
 
 from sglang_prfaas.config.schema import PrefixCacheConfig
 from sglang_prfaas.errors import LaunchError
+from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.store.mooncake import MooncakeStore
 from sglang_prfaas.store.objects import frame_head
 from sglang_prfaas.store.stats import Counters
@@ -29,12 +30,6 @@ def config(port: int) -> PrefixCacheConfig:
         mooncake_segment_bytes=SEGMENT_BYTES,
         mooncake_buffer_bytes=16 << 20,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def listens(port: int) -> bool:
@@ -56,7 +51,7 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     except ImportError as error:
         pytest.skip(f"mooncake's client does not load: {error} (Debian: apt-get install libibverbs1)")
     binary = Path(next(iter(spec.submodule_search_locations))) / "mooncake_master"
-    port, metrics_port = free_port(), free_port()
+    port, metrics_port = free_ports(1)[0], free_ports(1)[0]
     log = tmp_path_factory.mktemp("mooncake") / "master.log"
     argv = [str(binary), "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
     argv += ["--metrics_host=127.0.0.1", f"--metrics_port={metrics_port}"]
@@ -112,4 +107,4 @@ def test_a_changed_object_is_a_miss(clients: tuple[MooncakeStore, MooncakeStore]
 def test_no_master_is_one_clear_error() -> None:
     pytest.importorskip("mooncake.store", exc_type=ImportError)
     with pytest.raises(LaunchError, match="nothing answers at"):
-        MooncakeStore(config(free_port()), Counters())
+        MooncakeStore(config(free_ports(1)[0]), Counters())

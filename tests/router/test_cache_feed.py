@@ -28,7 +28,7 @@ from sglang_prfaas.router.cache_feed import CacheFeed
 from sglang_prfaas.router.prefix_lookup import PrefixIndex
 from sglang_prfaas.site.agent import Agent
 from sglang_prfaas.site.cache_watch import CacheWatch
-from tests.unit.site.conftest import free_ports
+from sglang_prfaas.site.free_ports import free_ports
 
 from .kv_publisher import KvPublisher
 from .pd_fakes import run, until

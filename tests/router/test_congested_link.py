@@ -27,12 +27,12 @@ from sglang_prfaas.monitor.site_reports import SiteReports
 from sglang_prfaas.router.agent_links import AgentLinks
 from sglang_prfaas.sglang_plugin.link_reports import LinkReports
 from sglang_prfaas.site.agent import Agent
+from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.transport.layout import Component
 from tests.router.pd_fakes import MODEL, Cluster, header, run
 from tests.router.test_live_policy import REACTION_S, get, live, long_route
 from tests.transport.namespaces import Wire, obstacle, wire
 from tests.transport.rig import CONFIG, Memory, Pair, layout, some_slots
-from tests.unit.site.conftest import free_ports
 
 OBSTACLE = obstacle()
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)

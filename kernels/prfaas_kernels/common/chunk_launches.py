@@ -23,7 +23,7 @@ def run_scalar_prep(
     """``q``, ``k`` ``[T, Hk, K]``, ``beta`` ``[T, HV]`` or None (no delta rule), ``g`` ``[T, HV]`` log decay or
     ``[HV]`` slopes: fills all of the workspace but ``u``.
     """
-    table, work, settings = run.table, run.work, run.settings
+    table = run.table
     if table.bound == 0:
         return
     fixed = g.dim() == 1
@@ -34,29 +34,17 @@ def run_scalar_prep(
         beta,
         table.chunks,
         table.cu_seqlens,
-        work.qg,
-        work.kg,
-        work.w,
-        work.scores,
-        work.lower,
-        work.decay,
+        *run.work.prepared,
         *q.stride()[:2],
         *k.stride()[:2],
         *((0, 0) if fixed else g.stride()),
         *((0, 0) if beta is None else beta.stride()),
         run.heads,
         scale,
-        GROUP=run.heads // q.shape[1],
-        K=run.width,
-        C=CHUNK,
-        BK=min(settings.prep_block, run.width),
         DELTA=beta is not None,
         FIXED=fixed,
         L2NORM=l2norm,
-        DOT=run.precision.dot,
-        PREC=run.precision.prec,
-        num_warps=settings.prep_warps,
-        num_stages=settings.prep_stages,
+        **run.prep_options(q),
     )
 
 

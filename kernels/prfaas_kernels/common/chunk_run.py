@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,11 @@ class Workspace(NamedTuple):
     lower: torch.Tensor | None
     decay: torch.Tensor
 
+    @property
+    def prepared(self) -> tuple[torch.Tensor | None, ...]:
+        """What prep kernels write, in the order of their parameters: all but ``u``, with ``k 2^G`` in ``w``'s place."""
+        return self.qg, self.kg, self.w, self.scores, self.lower, self.decay
+
 
 class ChunkRun(NamedTuple):
     """``heads`` value heads of K = ``width`` and V = ``value_width``, cut into the chunks of ``table``."""
@@ -36,6 +41,19 @@ class ChunkRun(NamedTuple):
     heads: int
     width: int
     value_width: int
+
+    def prep_options(self, q: torch.Tensor) -> dict[str, Any]:
+        """Constants and launch options of a prep kernel for ``q`` ``[T, Hk, K]``."""
+        return {
+            "GROUP": self.heads // q.shape[1],
+            "K": self.width,
+            "C": CHUNK,
+            "BK": min(self.settings.prep_block, self.width),
+            "DOT": self.precision.dot,
+            "PREC": self.precision.prec,
+            "num_warps": self.settings.prep_warps,
+            "num_stages": self.settings.prep_stages,
+        }
 
 
 class StateIo(NamedTuple):

@@ -88,6 +88,7 @@ def find_starts(run: ChunkRun, v: torch.Tensor, state: StateIo, segment_chunks: 
     maps = torch.empty(segments.bound, heads, width, *square, dtype=torch.float32, device=v.device)
     starts = torch.empty(segments.bound, heads, width, value_width, dtype=torch.float32, device=v.device)
     columns = value_width if work.w is None else value_width + width
+    sizes = {"K": width, "V": value_width, "C": CHUNK, "BV": block, "HAS_W": work.w is not None}
     segment_pass_kernel[(columns // block, segments.bound * heads)](
         work.kg,
         work.w,
@@ -101,11 +102,7 @@ def find_starts(run: ChunkRun, v: torch.Tensor, state: StateIo, segment_chunks: 
         segment_chunks,
         *u.stride()[:2],
         heads,
-        K=width,
-        V=value_width,
-        C=CHUNK,
-        BV=block,
-        HAS_W=work.w is not None,
+        **sizes,
         DOT=run.precision.dot,
         PREC=run.precision.prec,
         STAGES=settings.scan_stages,
@@ -123,11 +120,7 @@ def find_starts(run: ChunkRun, v: torch.Tensor, state: StateIo, segment_chunks: 
         segment_chunks,
         *state.strides(state.pool),
         heads,
-        K=width,
-        V=value_width,
-        C=CHUNK,
-        BV=block,
-        HAS_W=work.w is not None,
+        **sizes,
         HAS_WARM=state.warm is not None,
         MERGE_PREC=run.precision.merge_prec,
         num_warps=settings.merge_warps,

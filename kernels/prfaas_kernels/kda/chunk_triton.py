@@ -8,7 +8,6 @@ import torch
 
 from prfaas_kernels.common.chunk_launches import run_solve
 from prfaas_kernels.common.chunk_run import ChunkRun, start_run
-from prfaas_kernels.common.chunk_table import CHUNK
 from prfaas_kernels.common.scan import scan_delta
 from prfaas_kernels.common.tuning import Settings
 from prfaas_kernels.kda.inputs import KdaInputs
@@ -17,7 +16,7 @@ from prfaas_kernels.kda.prep import GATE_LOG_DECAY, GATE_SIGMOID, GATE_SOFTPLUS,
 
 def _run_prep(run: ChunkRun, inputs: KdaInputs, g: torch.Tensor, beta: torch.Tensor) -> None:
     """Fill all of the workspace but ``u``; ``g`` ``[T, HV, K]``, ``beta`` ``[T, HV]``."""
-    table, work, settings = run.table, run.work, run.settings
+    table = run.table
     if table.bound == 0:
         return
     q, k, lower_bound = inputs.q[0], inputs.k[0], inputs.lower_bound
@@ -32,12 +31,7 @@ def _run_prep(run: ChunkRun, inputs: KdaInputs, g: torch.Tensor, beta: torch.Ten
         inputs.dt_bias,
         table.chunks,
         table.cu_seqlens,
-        work.qg,
-        work.kg,
-        work.w,
-        work.scores,
-        work.lower,
-        work.decay,
+        *run.work.prepared,
         torch.empty(table.bound, run.heads, dtype=torch.int32, device=q.device),
         *q.stride()[:2],
         *k.stride()[:2],
@@ -46,21 +40,14 @@ def _run_prep(run: ChunkRun, inputs: KdaInputs, g: torch.Tensor, beta: torch.Ten
         run.heads,
         inputs.score_scale,
         0.0 if lower_bound is None else lower_bound,
-        GROUP=run.heads // q.shape[1],
-        K=run.width,
-        C=CHUNK,
-        BK=min(settings.prep_block, run.width),
         GATE=gate,
         HAS_BIAS=inputs.dt_bias is not None and gate != GATE_LOG_DECAY,
         RAW_BETA=inputs.beta_is_raw,
         L2NORM=inputs.qk_l2norm,
         SPAN=run.precision.span,
-        DOT=run.precision.dot,
-        PREC=run.precision.prec,
-        num_warps=settings.prep_warps,
-        num_stages=settings.prep_stages,
+        **run.prep_options(q),
     )
-    launch(STRONG=False, maxnreg=settings.prep_max_registers)
+    launch(STRONG=False, maxnreg=run.settings.prep_max_registers)
     launch(STRONG=True)
 
 

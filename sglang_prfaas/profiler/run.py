@@ -25,7 +25,6 @@ from sglang_prfaas.profiler.targets import Target
 from sglang_prfaas.profiler.transfers import measure_together, measure_transfers, round_trip_s
 from sglang_prfaas.scheduler.profiles import (
     LinkProfile,
-    MeasuredPoint,
 )
 
 SHARES = {"prefill": 45.0, "transfers": 15.0, "decode": 40.0}
@@ -128,11 +127,7 @@ class Profiler:
             budget=budget,
             say=self._say,
         )
-        if not run.points:
-            raise PeerError(f"{target.name}: no prefill was measured: {run.stopped}")
-        if run.stopped:
-            self._note(f"prefill of {target.hardware}: {run.stopped}")
-        self._note_noise(f"prefill of {target.hardware}", run.points)
+        self._note_run("prefill", "prefill", target, run)
         self._prefill_runs[target.hardware] = run
 
     async def _measure_transfers(self, pair: tuple[Target, Target], budget: Budget) -> None:
@@ -219,11 +214,7 @@ class Profiler:
             budget=budget,
             say=self._say,
         )
-        if not run.points:
-            raise PeerError(f"{target.name}: no decode step was measured: {run.stopped}")
-        if run.stopped:
-            self._note(f"decode of {target.hardware}: {run.stopped}")
-        self._note_noise(f"decode of {target.hardware}", run.points)
+        self._note_run("decode", "decode step", target, run)
         self._decode_runs[target.hardware] = run
 
     def _pairs(self) -> list[tuple[Target, Target]]:
@@ -269,8 +260,14 @@ class Profiler:
         self._notes.append(text)
         self._say(f"note: {text}")
 
-    def _note_noise(self, what: str, points: Sequence[MeasuredPoint]) -> None:
-        if found := noisy(points):
+    def _note_run(self, stage: str, unit: str, target: Target, run: PrefillRun | DecodeRun) -> None:
+        """Note what a run left out, and repeats that differ. Raises PeerError where nothing was measured."""
+        what = f"{stage} of {target.hardware}"
+        if not run.points:
+            raise PeerError(f"{target.name}: no {unit} was measured: {run.stopped}")
+        if run.stopped:
+            self._note(f"{what}: {run.stopped}")
+        if found := noisy(run.points):
             shown = ", ".join(f"{point.x:g} ({point.spread_s / point.median_s:.0%} of the median)" for point in found)
             self._note(f"{what}: repeats differ much at {shown}; is anything else running there?")
 

@@ -1,7 +1,8 @@
 """Our prefill kernels in SGLang's dispatchers and Lightning method, on inputs with the strides that its backends give.
 
 As its attention backends call them: q, k, v are views of one convolution's output; the pools have one
-layer's stride of a pool of all layers.
+layer's stride of a pool of all layers. The truth is the recurrence token by token, called here with arguments of its
+own: it shares nothing with how the plugin hands SGLang's on, which looks alike and is what is tested.
 """
 
 from types import SimpleNamespace

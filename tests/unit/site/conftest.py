@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import stat
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -113,3 +115,15 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 def own_environ(**more: str) -> dict[str, str]:
     return {**os.environ, **more}
+
+
+def ask_agent(agent_url: str, method: str, target: str, body: bytes | None = None) -> tuple[int, bytes]:
+    """Status and body of an agent's answer."""
+    parts = urlsplit(agent_url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE_S)
+    try:
+        connection.request(method, target, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -24,7 +22,7 @@ from sglang_prfaas.store.disk import DiskStore
 from sglang_prfaas.store.stats import Counters, PeerStats, StatsFile, StatsWriter
 from sglang_prfaas.transport.object_client import ObjectClient
 from sglang_prfaas.transport.security import PLAIN
-from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed, wait_until
+from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, ask_agent, changed, wait_until
 
 
 @contextmanager
@@ -39,14 +37,7 @@ def site_with_agent(
 
 
 def ask(site: RunningSite, method: str, target: str, body: bytes | None = None) -> tuple[int, bytes]:
-    parts = urlsplit(site.agent_url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE_S)
-    try:
-        connection.request(method, target, body)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+    return ask_agent(site.agent_url, method, target, body)
 
 
 def test_the_site_is_described(make_site: MakeSite, fake_python: str) -> None:

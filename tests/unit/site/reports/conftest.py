@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -19,7 +17,7 @@ from sglang_prfaas.router.agent_links import AgentLinks
 from sglang_prfaas.site import Site
 from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.site.progress import Progress, silent
-from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, changed
+from tests.unit.site.conftest import LIMITS, PATIENCE_S, MakeSite, ask_agent, changed
 
 ROLES = ("prefill", "prefill", "decode")
 REPORTS = ReportsConfig(heartbeat_interval_s=0.1, stale_after_s=PATIENCE_S)
@@ -91,11 +89,4 @@ def role(links: AgentLinks, name: str = "prefill_0") -> tuple[str, str]:
 
 
 def ask(plan: ChangingSite, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-    parts = urlsplit(f"http://127.0.0.1:{plan.config.agent.port}")
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE_S)
-    try:
-        connection.request(method, path, body)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+    return ask_agent(f"http://127.0.0.1:{plan.config.agent.port}", method, path, body)

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
+from sglang_prfaas.config.addresses import router_addresses, site_addresses, url_problem
 from sglang_prfaas.config.gateway import gateway_findings
 from sglang_prfaas.config.inner_rail import inner_rail_findings
 from sglang_prfaas.config.prefix_cache import prefix_cache_findings
@@ -50,6 +51,7 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
         Finding(source, path, text, fatal)
         for path, text, fatal in (
             *_names(config),
+            *site_addresses(config),
             *_roles(config),
             *_server_ports(config),
             *_links(config),
@@ -68,6 +70,7 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
 def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.path.exists) -> list[Finding]:
     """Check one router. exists: whether a path exists, for the model."""
     found = [
+        *router_addresses(config),
         *_router_sites(config),
         *_model("router.model", config.router.model, exists),
         *_policy(config, exists),
@@ -305,7 +308,7 @@ def _router_reports(config: RouterConfig) -> Iterator[_Raw]:
         path = f"sites.{site.name}.reports_port"
         if site.reports_port and not site.agent_url:
             yield path, "is a port of the site's agent; write agent_url too, or remove it", True
-        host = urlsplit(site.agent_url).hostname or ""
+        host = urlsplit(site.agent_url).hostname or "" if not url_problem(site.agent_url) else "localhost"
         if site.reports_port and beyond_this_machine(host) and not reports.keys_dir and reports.security != "off":
             text = f"the agent at {host} is beyond this machine, and there are no keys; set reports.keys_dir"
             yield path, text, True
@@ -383,8 +386,6 @@ def _router_site(site: RouterSite) -> Iterator[_Raw]:
     if not site.agent_url and not site.servers:
         text = 'has neither agent_url nor servers; write agent_url = "http://HOST:PORT", or add [[sites.servers]]'
         yield path, text, True
-    if site.agent_url and not site.agent_url.startswith(("http://", "https://")):
-        yield f"{path}.agent_url", f'write "http://{site.agent_url}"', True
     for name, count in Counter(server.name for server in site.servers).items():
         if count > 1:
             yield f"{path}.servers", f"{count} servers are named {name!r}; give each a name of its own", True

@@ -80,7 +80,7 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
     site = config.site
     lines = [f"{file}: site {site.name} ({site.role}), model {site.model}"]
     for command in site_commands(config):
-        where = f"{command.host}:{command.port}"
+        where = _address(command.host, command.port)
         if command.bootstrap_port:
             where += f", bootstrap {command.bootstrap_port}"
         lines.append(f"  server {command.name} ({command.role}) on {where}")
@@ -90,13 +90,15 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
         if command.needs_nccl_port:
             lines.append("    # and --nccl-port with a free port, chosen at the start")
     if config.agent.port:
-        lines.append(f"  agent on {config.agent.host}:{config.agent.port}, relays to {len(config.servers)} servers")
+        lines.append(
+            f"  agent on {_address(config.agent.host, config.agent.port)}, relays to {len(config.servers)} servers"
+        )
     cache = config.prefix_cache
     if cache.serve_port:
         to = ", ".join(cache.serve_to) or "no other site with keys"
-        lines.append(f"  prefix cache served on {serve_host(config)}:{cache.serve_port} to {to}")
+        lines.append(f"  prefix cache served on {_address(serve_host(config), cache.serve_port)} to {to}")
     for peer in cache.peers:
-        lines.append(f"  prefixes of site {peer.name} from {peer.host}:{peer.port}")
+        lines.append(f"  prefixes of site {peer.name} from {_address(peer.host, peer.port)}")
     for link in config.links:
         lines.append(f"  link to {link.to_site}: {link.capacity_gbps:g} Gbit/s, {link.rtt_ms:g} ms")
     return lines
@@ -106,7 +108,7 @@ def describe_router(file: str, config: RouterConfig) -> list[str]:
     """What `launch router` would serve."""
     router = config.router
     lines = [
-        f"{file}: router on {router.host}:{router.port}, model {router.served_model_name or router.model}, "
+        f"{file}: router on {_address(router.host, router.port)}, model {router.served_model_name or router.model}, "
         f"{'live threshold from' if config.policy.is_live else 'threshold'} {config.policy.threshold_tokens} tokens"
     ]
     for site in config.sites:
@@ -116,3 +118,7 @@ def describe_router(file: str, config: RouterConfig) -> list[str]:
             bootstrap = f", bootstrap {server.bootstrap_host}:{server.bootstrap_port}" if server.bootstrap_port else ""
             lines.append(f"    {server.name} ({server.role}) {server.url}{bootstrap}")
     return lines
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

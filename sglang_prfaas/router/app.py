@@ -271,6 +271,12 @@ class Router:
                 (),
                 [((), self.counter.bytes_per_token)],
             ),
+            (
+                "prfaas_router_lost_log_lines",
+                "Lines of the request log that could not be written.",
+                (),
+                [((), self.access_log.lost_lines)],
+            ),
             *self.policy.gauges(self.client.loop.time()),
             *self.prefixes.gauges(),
             *self.roles.gauges(),

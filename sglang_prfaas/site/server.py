@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.site import free_ports, health
 from sglang_prfaas.site.commands import ServerCommand, listening_host
 from sglang_prfaas.site.lifecycle import Action, Event, Lifecycle, State
-from sglang_prfaas.site.process import ChildProcess, describe_exit, last_line, rotate, tail
+from sglang_prfaas.site.process import ChildProcess, describe_exit, last_line, note, rotate, tail
 
 _STARTUP_POLL_S = 0.5
 
@@ -244,8 +243,7 @@ class Server:
             self._dispatch(Event.HEALTHY if ok else Event.UNHEALTHY)
 
     def _write_log(self, text: str) -> None:
-        with open(self.log, "ab") as file:
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')} {text}\n".encode())
+        note(self.log, text)
 
 
 def indented_tail(log: Path, lines: int = 30) -> str:

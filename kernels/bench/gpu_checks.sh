@@ -63,6 +63,11 @@ if [ "$plan" -eq 1 ]; then
     exec "$python" kernels/bench --plan --quick --out "$OUT" --parts "${parts[@]}" ${tune[@]+"${tune[@]}"}
 fi
 
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "no GPU that torch of $python can use: nothing to check (--plan works without one)" >&2
+    exit 2
+fi
+
 mkdir -p "$OUT"
 rm -f "$OUT"/{report.json,report.md,bench.txt,tests.txt,summary.txt}
 status=0

@@ -8,6 +8,7 @@ import sys
 
 from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.deployment import deployment_findings
+from sglang_prfaas.config.ports import claims_for_others
 from sglang_prfaas.config.prefix_cache import serve_host
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
 from sglang_prfaas.errors import ConfigError
@@ -93,6 +94,9 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
         lines.append(
             f"  agent on {_address(config.agent.host, config.agent.port)}, relays to {len(config.servers)} servers"
         )
+    claims = claims_for_others(config)
+    if ports := _ranges(sorted({port for claim in claims for port in range(claim.first, claim.last + 1)})):
+        lines.append(f"  for other sites: TCP {ports}; SGLang's own ports stay inside")
     cache = config.prefix_cache
     if cache.serve_port:
         to = ", ".join(cache.serve_to) or "no other site with keys"
@@ -122,3 +126,14 @@ def describe_router(file: str, config: RouterConfig) -> list[str]:
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _ranges(ports: list[int]) -> str:
+    """`8998, 31000-31007` for a sorted list."""
+    groups: list[list[int]] = []
+    for port in ports:
+        if groups and groups[-1][-1] == port - 1:
+            groups[-1].append(port)
+        else:
+            groups.append([port])
+    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)

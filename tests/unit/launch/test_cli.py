@@ -41,6 +41,7 @@ def test_check_prints_what_would_run(files: list[str], capsys: pytest.CaptureFix
     assert f"\n    {command}\n" in out
     assert "PRFAAS_CONNECTIONS=4" in out
     assert "PRFAAS_MOVER_PORT=31000" in out
+    assert "\n  for other sites: TCP 8998, 9000, 31000-31001; SGLang's own ports stay inside\n" in out
     assert "PRFAAS_SITE=prfaas" in out
     assert "site prfaas (prfaas): servers listed by its agent http://127.0.0.1:9010" in out
 

@@ -12,7 +12,7 @@ from sglang_prfaas.config.ports import claims_for_others
 from sglang_prfaas.config.prefix_cache import serve_host
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
 from sglang_prfaas.errors import ConfigError
-from sglang_prfaas.launch.key_check import key_findings
+from sglang_prfaas.launch.key_check import key_findings, router_key_findings
 from sglang_prfaas.launch.overrides import describe_keys, print_warnings
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         except ConfigError as error:
             problems += error.problems
     findings += deployment_findings(sites, routers)
-    findings += key_findings(sites)
+    findings += key_findings(sites) + router_key_findings(routers)
     problems += checks.fatal(findings)
     print_warnings(findings)
     if problems:

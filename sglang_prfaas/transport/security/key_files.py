@@ -27,6 +27,12 @@ SECRET = (PRIVATE_KEY, CURVE_KEY)
 EXPIRES_SOON_S = 30 * 86400.0
 
 _AGAIN = "copy the site's whole directory again from where `launch keys` made it"
+_VERIFY_HINTS = {
+    9: "look at this machine's clock",
+    10: "make a new one where the keys were made, launch keys DIR --roll SITE, and copy the directory; or look at this "
+    "machine's clock",
+}
+"""By X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED of OpenSSL's x509_vfy.h."""
 _OWNER = "the user that runs the servers must own it, run chown on it"
 
 
@@ -118,6 +124,9 @@ def _certificate(directory: Path) -> tuple[bytes, float]:
         ours = self_handshake(
             server_context(ca, certificate, private_key), client_context(ca, certificate, private_key)
         )
+    except ssl.SSLCertVerificationError as error:
+        what_to_do = _VERIFY_HINTS.get(error.verify_code, _AGAIN)
+        raise ConfigError(f"{directory}: {CERTIFICATE} is refused: {error.verify_message}; {what_to_do}") from None
     except ssl.SSLError as error:
         raise ConfigError(
             f"{directory}: {CERTIFICATE}, {PRIVATE_KEY} and {CA} do not fit together: {explain(error)}; {_AGAIN}"

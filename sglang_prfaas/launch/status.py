@@ -66,8 +66,10 @@ def router_status(answer: Mapping[str, Any]) -> tuple[bool, str]:
     alive = sum(each["alive"] for each in servers)
     head = f"router, {answer['status']}; {alive} of {len(servers)} servers alive"
     head += f", t {answer['threshold_tokens']:g} tokens"
-    well = alive == len(servers) > 0 and answer["status"] == "ok"
-    return well, _with_table(head, ["server", "role", "state", "last error"], rows)
+    errors = answer.get("agent_errors") or {}
+    well = alive == len(servers) > 0 and answer["status"] == "ok" and not errors
+    text = _with_table(head, ["server", "role", "state", "last error"], rows)
+    return well, "\n".join([text, *(f"agent of site {site}: {error}" for site, error in errors.items())])
 
 
 def site_status(answer: Mapping[str, Any]) -> tuple[bool, str]:

@@ -133,4 +133,8 @@ def test_a_router_without_servers_is_not_well() -> None:
     assert "no connection" in text
     assert not router_status({**ROUTER_HEALTH, "servers": []})[0]
     alive = [{**server, "alive": True} for server in ROUTER_HEALTH["servers"]]
+    lost = {**ROUTER_HEALTH, "status": "ok", "servers": alive, "agent_errors": {"far": "Name or service not known"}}
+    well, text = router_status(lost)
+    assert not well
+    assert text.endswith("agent of site far: Name or service not known")
     assert router_status({**ROUTER_HEALTH, "status": "ok", "servers": alive})[0]

@@ -60,7 +60,8 @@ if [ "$plan" -eq 1 ]; then
         echo "tests: none, pytest is not installed"
     fi
     echo "benchmark: ${parts[*]}, at most $part_s s each, $total_s s in all"
-    exec "$python" kernels/bench --plan --quick --out "$OUT" --parts "${parts[@]}" ${tune[@]+"${tune[@]}"}
+    "$python" kernels/bench --plan --quick --out "$OUT" --parts "${parts[@]}" ${tune[@]+"${tune[@]}"}
+    exit
 fi
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then

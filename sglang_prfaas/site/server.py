@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,9 @@ from sglang_prfaas.site.lifecycle import Action, Event, Lifecycle, State
 from sglang_prfaas.site.process import ChildProcess, describe_exit, last_line, note, rotate, tail
 
 _STARTUP_POLL_S = 0.5
+_METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+"""Where the processes of a server keep their metrics (prometheus_client). SGLang makes one that is left behind when its
+process is killed, as the last ones of a server often are."""
 
 OnChange = Callable[["Server"], None]
 
@@ -199,12 +204,15 @@ class Server:
         self.started_at_s = self._clock.now_s()
         self.exit_code = None
         held: free_ports.HeldPort | None = None
+        metrics_dir = ""
         try:
             argv = list(self.command.argv)
             if self.command.needs_nccl_port:
                 held = free_ports.HeldPort(self._avoid_ports)
                 argv += ["--nccl-port", str(held.port)]
             environ = {**(os.environ if self._environ is None else self._environ), **self.command.env}
+            if _METRICS_DIR not in environ:
+                metrics_dir = environ[_METRICS_DIR] = tempfile.mkdtemp(prefix="prfaas-metrics-")
             self._process = await ChildProcess.spawn(argv, environ, self.log)
         except (OSError, LaunchError) as error:
             self._write_log(f"cannot be started: {error}")
@@ -213,6 +221,8 @@ class Server:
         finally:
             if held is not None:
                 held.release()
+            if metrics_dir:
+                shutil.rmtree(metrics_dir, ignore_errors=True)
         self._process = None
         self._dispatch(Event.EXITED)
         self._notify()

@@ -5,6 +5,11 @@ from __future__ import annotations
 import ctypes
 import sys
 
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
+
 
 def pytest_sessionfinish() -> None:
     """Keep sentencepiece's type table for good.

@@ -60,7 +60,13 @@ if [ "$plan" -eq 1 ]; then
         echo "tests: none, pytest is not installed"
     fi
     echo "benchmark: ${parts[*]}, at most $part_s s each, $total_s s in all"
-    exec "$python" kernels/bench --plan --quick --out "$OUT" --parts "${parts[@]}" ${tune[@]+"${tune[@]}"}
+    "$python" kernels/bench --plan --quick --out "$OUT" --parts "${parts[@]}" ${tune[@]+"${tune[@]}"}
+    exit
+fi
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "no GPU that torch of $python can use: nothing to check (--plan works without one)" >&2
+    exit 2
 fi
 
 mkdir -p "$OUT"

@@ -18,11 +18,8 @@ def gateway_address(link: LinkConfig) -> tuple[str, int]:
 def offered_ports(config: SiteConfig) -> dict[int, str]:
     """Host by port, of what other sites may reach at a site: bootstraps, movers, the agent, the prefix cache; not
     SGLang itself. Raises ConfigError for a port that two hosts have: behind one gateway they cannot be told apart."""
-    own = {(server.host, server.port) for server in config.servers}
     found: dict[int, str] = {}
-    for claim in ports.site_claims(config):
-        if (claim.host, claim.first) in own or claim.what.startswith("data-parallel"):
-            continue
+    for claim in ports.claims_for_others(config):
         host = "127.0.0.1" if claim.host in ("", "0.0.0.0", "::") else claim.host
         for port in range(claim.first, claim.last + 1):
             if found.setdefault(port, host) != host:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from msgspec import Struct
@@ -34,7 +34,7 @@ def load_site(path: PathLike | None, overrides: Sequence[Override] = (), *, chec
     check: also apply the rules that span fields.
     Raises ConfigError.
     """
-    config = _load(path, SiteConfig, overrides)
+    config = _load(path, SiteConfig, "site", overrides)
     if check:
         _refuse(checks.site_findings(config, name_of(path)))
     return config
@@ -42,7 +42,7 @@ def load_site(path: PathLike | None, overrides: Sequence[Override] = (), *, chec
 
 def load_router(path: PathLike | None, overrides: Sequence[Override] = (), *, check: bool = True) -> RouterConfig:
     """Read the file of a router; arguments and errors as for `load_site`."""
-    config = _load(path, RouterConfig, overrides)
+    config = _load(path, RouterConfig, "router", overrides)
     if check:
         _refuse(checks.router_findings(config, name_of(path)))
     return config
@@ -50,13 +50,13 @@ def load_router(path: PathLike | None, overrides: Sequence[Override] = (), *, ch
 
 def kind_of(path: PathLike) -> Kind:
     """Whether a file describes a site or a router, by its tables. Raises ConfigError where it is neither or both."""
-    raw = read_toml(path)
-    if ("site" in raw or "servers" in raw) == ("router" in raw or "sites" in raw):
+    kind = _kind(read_toml(path))
+    if kind is None:
         raise ConfigError(
             f"{name_of(path)}: neither a site nor a router; a site's file has [site] and [[servers]], "
             "a router's has [router] and [[sites]]"
         )
-    return "router" if "router" in raw or "sites" in raw else "site"
+    return kind
 
 
 def read_toml(path: PathLike) -> dict[str, Any]:
@@ -75,10 +75,17 @@ def name_of(path: PathLike | None) -> str:
     return "" if path is None else os.fspath(path)
 
 
-def _load(path: PathLike | None, kind: type[T], overrides: Sequence[Override]) -> T:
+def _kind(raw: Mapping[str, Any]) -> Kind | None:
+    site, router = "site" in raw or "servers" in raw, "router" in raw or "sites" in raw
+    return None if site == router else "site" if site else "router"
+
+
+def _load(path: PathLike | None, type_: type[T], kind: Kind, overrides: Sequence[Override]) -> T:
     raw = read_toml(path) if path is not None else {}
-    raw, from_flags = flags.apply(raw, kind, overrides)
-    return decode(raw, kind, name_of(path), from_flags)
+    if (there := _kind(raw)) not in (kind, None):
+        raise ConfigError(f"{name_of(path)}: describes a {there}, start it with `launch {there}`; expected a {kind}")
+    raw, from_flags = flags.apply(raw, type_, overrides)
+    return decode(raw, type_, name_of(path), from_flags)
 
 
 def _refuse(findings: Sequence[checks.Finding]) -> None:

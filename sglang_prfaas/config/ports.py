@@ -52,6 +52,17 @@ def site_claims(config: SiteConfig, source: str = "") -> list[PortClaim]:
     return claims
 
 
+def claims_for_others(config: SiteConfig) -> list[PortClaim]:
+    """Those that other sites, routers among them, may have to reach: bootstraps, movers, the agent, the prefix cache;
+    not SGLang itself."""
+    own = {(server.host, server.port) for server in config.servers}
+    return [
+        claim
+        for claim in site_claims(config)
+        if (claim.host, claim.first) not in own and not claim.what.startswith("data-parallel")
+    ]
+
+
 def router_claims(config: RouterConfig, source: str = "") -> list[PortClaim]:
     """The port of a router."""
     router = config.router

@@ -145,5 +145,6 @@ class HttpServer:
             except PeerError as exc:
                 connection.refuse_peer(exc)
             if connection.deadline_s is not None and now_s > connection.deadline_s:
-                connection.close()
+                connection.deadline_s = None
+                connection.deadline_passed()
         self._sweep = self.loop.call_later(_SWEEP_S, self._sweep_deadlines)

@@ -22,6 +22,7 @@ Handler = Callable[[Request, Response], Awaitable[None]]
 
 _MAX_HEADERS = 200
 _LINGER_S = 2.0
+_SLOWEST_BYTES_PER_S = 1024.0
 _WRITE_HIGH_BYTES = 256 << 10
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class ServerConnection(asyncio.Protocol):
     __slots__ = (
         "_body",
         "_body_bytes",
+        "_body_since_s",
         "_discarding",
         "_error",
         "_flow",
@@ -73,6 +75,7 @@ class ServerConnection(asyncio.Protocol):
         self._headers: Headers = []
         self._body: list[bytes] = []
         self._body_bytes = 0
+        self._body_since_s = 0.0
         self.closing_after_response = False
         self.writable = True
         self.peer = ""
@@ -120,7 +123,7 @@ class ServerConnection(asyncio.Protocol):
             self._refuse(self._error)
         elif not self._in_head:
             if self.deadline_s is not None:  # a slow but moving upload is not idle
-                self._await_request()
+                self._await_body()
         elif self._in_head and self._head_bytes > self._server.limits.max_header_bytes:
             self._refuse(self._head_too_large())
 
@@ -165,6 +168,7 @@ class ServerConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._head_bytes = 0
+        self._body_since_s = self._server.loop.time()
         limits = self._server.limits
         hosts = expect = 0
         head_bytes = len(self._url)
@@ -272,6 +276,19 @@ class ServerConnection(asyncio.Protocol):
 
     def _await_request(self) -> None:
         self.deadline_s = self._server.loop.time() + self._server.limits.keepalive_timeout_s
+
+    def _await_body(self) -> None:
+        """More of it within keepalive_timeout_s, and all of it, that time aside, at no less than the slowest rate."""
+        timeout_s, now_s = self._server.limits.keepalive_timeout_s, self._server.loop.time()
+        earned_s = self._body_bytes / _SLOWEST_BYTES_PER_S
+        self.deadline_s = min(now_s, self._body_since_s + earned_s) + timeout_s
+
+    def deadline_passed(self) -> None:
+        """Close what was idle; tell a client whose request is still on its way."""
+        if self._in_head and self._head_bytes == 0:
+            self.close()
+        else:
+            self._refuse(HttpError(408, "The request did not arrive in time; send it faster.", code="request_timeout"))
 
     def response_done(self, keep_alive: bool) -> None:
         """The current response is complete; the handler may still be at work on nothing that the client sees."""

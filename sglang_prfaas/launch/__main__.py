@@ -20,6 +20,7 @@ COMMANDS = {
     "gateway": "join two sites of which only the prefilling one can dial",
     "check": "check configuration files and print what would run",
     "keys": "make the keys with which sites prove themselves to each other",
+    "status": "show how running routers and sites are",
     "cache": "show what the prefix caches of running sites hold",
     "control": "drain a server of a running site, or change its role",
     "schema": "print the JSON Schema of the configuration files",

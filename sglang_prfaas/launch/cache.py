@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 from typing import Any
-from urllib.parse import urlsplit
 
-import msgspec
-
-from sglang_prfaas.config import load
-from sglang_prfaas.errors import ConfigError, LaunchError
+from sglang_prfaas.launch.asking import ask, endpoint_of
 from sglang_prfaas.launch.tables import table, write_json
 
 _TEXT = """\
 Ask routers and agents what prefix caches hold: GET /cache of each.
 
-TARGET is a TOML file of a router or a site, or the URL of a running one. Of a router: the blocks that its index has of
-every server, hit rates as prefill servers told them, and what that saved. Of an agent: the blocks of its own servers,
-and the counters of its prefix store.
+TARGET is a TOML file of a router or a site, or the URL of a running one (with agent.tls: the file, where its keys are).
+Of a router: the blocks that its index has of every server, hit rates as prefill servers told them, and what that saved.
+Of an agent: the blocks of its own servers, and the counters of its prefix store.
 """
-
-_TIMEOUT_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `launch cache`."""
     parser.description = _TEXT
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="TOML file, or http://HOST:PORT")
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help="TOML file, or URL")
     parser.add_argument("--json", metavar="OUT", help="also write everything as JSON")
 
 
@@ -35,29 +28,13 @@ def run(args: argparse.Namespace) -> int:
     """Ask and print; 0. Raises LaunchError for a target that does not answer."""
     found: dict[str, Any] = {}
     for target in args.targets:
-        url = target if target.startswith("http://") else _url(target)
-        found[target] = ask(url)
-        print(f"{target} ({url})")
+        endpoint = endpoint_of(target)
+        found[target] = ask(endpoint, "/cache")
+        print(f"{target} ({endpoint.url})")
         print(render(found[target]), end="\n\n")
     if args.json:
         write_json(args.json, found)
     return 0
-
-
-def ask(url: str) -> Any:
-    """`GET /cache` of a router or an agent. Raises LaunchError."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
-    try:
-        connection.request("GET", "/cache")
-        response = connection.getresponse()
-        if response.status != 200:
-            raise LaunchError(f"{url}/cache answered {response.status}; is it a router or an agent of this version?")
-        return msgspec.json.decode(response.read())
-    except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
-        raise LaunchError(f"{url}/cache: {error or type(error).__name__}; is it running?") from error
-    finally:
-        connection.close()
 
 
 def render(answer: dict[str, Any]) -> str:
@@ -116,18 +93,3 @@ def _moved(counters: list[dict[str, Any]]) -> list[str]:
 
 def _mib(nbytes: float) -> str:
     return f"{nbytes / 2**20:.1f} MiB"
-
-
-def _url(file: str) -> str:
-    if load.kind_of(file) == "router":
-        section = load.load_router(file).router
-        host, port = section.host, section.port
-    else:
-        agent = load.load_site(file).agent
-        host, port = agent.host, agent.port
-        if not port:
-            raise ConfigError(f"{file}: agent.port: the site has no agent to ask; write a port")
-    from sglang_prfaas.site.commands import listening_host
-
-    host = listening_host(host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -8,10 +8,11 @@ import sys
 
 from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.checks import deployment_findings
+from sglang_prfaas.config.ports import claims_for_others
 from sglang_prfaas.config.prefix_cache import serve_host
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
 from sglang_prfaas.errors import ConfigError
-from sglang_prfaas.launch.key_check import key_findings
+from sglang_prfaas.launch.key_check import key_findings, router_key_findings
 from sglang_prfaas.launch.overrides import describe_keys, print_warnings
 
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         except ConfigError as error:
             problems += error.problems
     findings += deployment_findings(sites, routers)
-    findings += key_findings(sites)
+    findings += key_findings(sites) + router_key_findings(routers)
     problems += checks.fatal(findings)
     print_warnings(findings)
     if problems:
@@ -80,7 +81,7 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
     site = config.site
     lines = [f"{file}: site {site.name} ({site.role}), model {site.model}"]
     for command in site_commands(config):
-        where = f"{command.host}:{command.port}"
+        where = _address(command.host, command.port)
         if command.bootstrap_port:
             where += f", bootstrap {command.bootstrap_port}"
         lines.append(f"  server {command.name} ({command.role}) on {where}")
@@ -90,13 +91,18 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
         if command.needs_nccl_port:
             lines.append("    # and --nccl-port with a free port, chosen at the start")
     if config.agent.port:
-        lines.append(f"  agent on {config.agent.host}:{config.agent.port}, relays to {len(config.servers)} servers")
+        lines.append(
+            f"  agent on {_address(config.agent.host, config.agent.port)}, relays to {len(config.servers)} servers"
+        )
+    claims = claims_for_others(config)
+    if ports := _ranges(sorted({port for claim in claims for port in range(claim.first, claim.last + 1)})):
+        lines.append(f"  for other sites: TCP {ports}; SGLang's own ports stay inside")
     cache = config.prefix_cache
     if cache.serve_port:
         to = ", ".join(cache.serve_to) or "no other site with keys"
-        lines.append(f"  prefix cache served on {serve_host(config)}:{cache.serve_port} to {to}")
+        lines.append(f"  prefix cache served on {_address(serve_host(config), cache.serve_port)} to {to}")
     for peer in cache.peers:
-        lines.append(f"  prefixes of site {peer.name} from {peer.host}:{peer.port}")
+        lines.append(f"  prefixes of site {peer.name} from {_address(peer.host, peer.port)}")
     for link in config.links:
         lines.append(f"  link to {link.to_site}: {link.capacity_gbps:g} Gbit/s, {link.rtt_ms:g} ms")
     return lines
@@ -106,7 +112,7 @@ def describe_router(file: str, config: RouterConfig) -> list[str]:
     """What `launch router` would serve."""
     router = config.router
     lines = [
-        f"{file}: router on {router.host}:{router.port}, model {router.served_model_name or router.model}, "
+        f"{file}: router on {_address(router.host, router.port)}, model {router.served_model_name or router.model}, "
         f"{'live threshold from' if config.policy.is_live else 'threshold'} {config.policy.threshold_tokens} tokens"
     ]
     for site in config.sites:
@@ -116,3 +122,18 @@ def describe_router(file: str, config: RouterConfig) -> list[str]:
             bootstrap = f", bootstrap {server.bootstrap_host}:{server.bootstrap_port}" if server.bootstrap_port else ""
             lines.append(f"    {server.name} ({server.role}) {server.url}{bootstrap}")
     return lines
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _ranges(ports: list[int]) -> str:
+    """`8998, 31000-31007` for a sorted list."""
+    groups: list[list[int]] = []
+    for port in ports:
+        if groups and groups[-1][-1] == port - 1:
+            groups[-1].append(port)
+        else:
+            groups.append([port])
+    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)

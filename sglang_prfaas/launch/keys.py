@@ -6,6 +6,7 @@ import argparse
 import datetime
 from pathlib import Path
 
+from sglang_prfaas.config.addresses import network_problem
 from sglang_prfaas.errors import ConfigError
 
 _TEXT = """\
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     for text in args.site:
         name, _, hosts = text.partition("=")
         sites[name] = tuple(host.strip() for host in hosts.split(",") if host.strip())
+        if problems := [problem for host in sites[name] if (problem := network_problem(host))]:
+            raise ConfigError([f"--site {name}: {problem}" for problem in problems])
     now = datetime.datetime.now(datetime.UTC)
     try:
         if args.roll:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Iterable
@@ -37,7 +38,14 @@ def print_warnings(findings: Iterable[Finding]) -> None:
     """Say on stderr what is allowed but may not be meant."""
     for finding in findings:
         if not finding.fatal:
-            print(f"warning: {finding}", file=sys.stderr)
+            say(f"warning: {finding}")
+
+
+def say(text: str) -> None:
+    """One line on stderr. Where that cannot be written (a file on a full disk), there is nobody to tell, and no reason
+    to serve nothing."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def log_to_stderr() -> None:

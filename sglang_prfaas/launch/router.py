@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 
 import msgspec
@@ -11,7 +10,7 @@ import msgspec
 from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.ports import router_claims
 from sglang_prfaas.config.schema import RouterConfig
-from sglang_prfaas.launch.overrides import describe_keys, log_to_stderr, print_warnings
+from sglang_prfaas.launch.overrides import describe_keys, log_to_stderr, print_warnings, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,4 +48,4 @@ def _announce(config: RouterConfig, json_status: bool, port: int) -> None:
         print(msgspec.json.encode({"event": "ready", "url": url}).decode(), flush=True)
     else:
         print(f"router is ready: {url}, threshold {config.policy.threshold_tokens} tokens", flush=True)
-        print(f"sites: {', '.join(f'{site.name} ({site.role})' for site in config.sites)}", file=sys.stderr, flush=True)
+        say(f"sites: {', '.join(f'{site.name} ({site.role})' for site in config.sites)}")

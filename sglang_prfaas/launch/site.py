@@ -14,7 +14,7 @@ from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.launch.key_check import key_findings
-from sglang_prfaas.launch.overrides import describe_keys, log_to_stderr, print_warnings
+from sglang_prfaas.launch.overrides import describe_keys, log_to_stderr, print_warnings, say
 
 if TYPE_CHECKING:
     from sglang_prfaas.site import Site
@@ -122,4 +122,4 @@ def _announce(site: Site, json_status: bool) -> None:
 
 
 def _say(site: Site, text: str) -> None:
-    print(f"[{site.name}] {text}", file=sys.stderr, flush=True)
+    say(f"[{site.name}] {text}")

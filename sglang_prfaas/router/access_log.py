@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -13,6 +14,8 @@ import msgspec
 from sglang_prfaas.http import Request
 from sglang_prfaas.router.decisions import DecisionRecord
 from sglang_prfaas.scheduler import Decision
+
+log = logging.getLogger(__name__)
 
 _FLUSH_S = 0.2
 _FLUSH_LINES = 256
@@ -66,13 +69,16 @@ class AccessRecord:
 
 
 class AccessLog:
-    """Writes records to a text stream (standard error by default) in batches."""
+    """Writes records to a text stream (standard error by default) in batches.
+
+    A stream that cannot be written, such as a file on a full disk, costs the lines and no request."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._loop = asyncio.get_running_loop()
         self._records: list[tuple[AccessRecord, float, float]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self.lost_lines = 0
 
     def write(self, record: AccessRecord, end_s: float, wall_s: float) -> None:
         """Take a finished request; `wall_s` is the time of day of its end."""
@@ -88,9 +94,15 @@ class AccessLog:
             self._timer.cancel()
             self._timer = None
         records, self._records = self._records, []
-        if records:
+        if not records:
+            return
+        try:
             self._stream.write("".join([_line(*item) for item in records]))
             self._stream.flush()
+        except OSError as error:
+            if not self.lost_lines:
+                log.error("the request log cannot be written, requests go on: %s", error)
+            self.lost_lines += len(records)
 
 
 @lru_cache(maxsize=4)

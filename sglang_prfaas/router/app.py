@@ -212,7 +212,12 @@ class Router:
         if self._draining:
             missing.append("the router is stopping")
         status = "ok" if not missing else "; ".join(missing)
-        body = {"status": status, "threshold_tokens": self.registry.observation.t_tokens, "servers": servers}
+        body = {
+            "status": status,
+            "threshold_tokens": self.registry.observation.t_tokens,
+            "servers": servers,
+            "agent_errors": self.health.agent_errors,
+        }
         response.send(200 if not missing else 503, msgspec.json.encode(body), _JSON)
 
     def _cache_updated(self, update: CacheUpdate) -> None:
@@ -265,6 +270,12 @@ class Router:
                 "Calibrated bytes of JSON per prompt token.",
                 (),
                 [((), self.counter.bytes_per_token)],
+            ),
+            (
+                "prfaas_router_lost_log_lines",
+                "Lines of the request log that could not be written.",
+                (),
+                [((), self.access_log.lost_lines)],
             ),
             *self.policy.gauges(self.client.loop.time()),
             *self.prefixes.gauges(),

@@ -7,7 +7,7 @@ sends bootstrap fields of its own gets its object rebuilt (from raw values), so 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +23,12 @@ _BOOTSTRAP = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 _ROOM_LIMIT = (1 << 63) - (1 << 20)
 _RANDOM_BYTES = 4096
 
+
+_PROMPT_FIELDS: Mapping[Endpoint, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "completions": ("prompt",),
+    "generate": ("text", "input_ids", "input_embeds"),
+}
 
 _ABSENT = Raw()
 
@@ -123,6 +129,15 @@ def parse_body(endpoint: Endpoint, raw: bytes) -> ParsedBody:
     return ParsedBody(endpoint, raw, fields)
 
 
+def require_prompt(body: ParsedBody) -> None:
+    """Raises HttpError 400 where there is none: a server's own error would quote the whole body to the client, with the
+    bootstrap fields that were added to it."""
+    if body.prompt is None:
+        names = _PROMPT_FIELDS[body.endpoint]
+        text = f"The body has no prompt; it needs {' or '.join(names)}."
+        raise HttpError(400, text, code="missing_field", param=names[0])
+
+
 def new_rooms(body: ParsedBody) -> list[int]:
     """Fresh bootstrap rooms, 63 random bits each: one per prompt."""
     return [_random.room() for _ in range(body.batch or 1)]
@@ -159,13 +174,11 @@ def new_request_id() -> bytes:
 
 
 def _prompt_of(endpoint: Endpoint, fields: _Fields) -> Raw | None:
-    if endpoint == "generate":
-        for value in (fields.text, fields.input_ids, fields.input_embeds):
-            if is_given(value):
-                return value
-        return None
-    value = fields.messages if endpoint == "chat" else fields.prompt
-    return value if is_given(value) else None
+    for name in _PROMPT_FIELDS[endpoint]:
+        value: Raw = getattr(fields, name)
+        if is_given(value):
+            return value
+    return None
 
 
 def is_given(value: Raw) -> bool:

@@ -36,6 +36,8 @@ class HealthMonitor:
         self._client = registry.client
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._agent_tasks: list[asyncio.Task[None]] = []
+        self.agent_errors: dict[str, str] = {}
+        """Why the agent of a site could not be asked the last time, for those sites where that is so."""
 
     def start(self) -> None:
         self._sync()
@@ -72,7 +74,6 @@ class HealthMonitor:
 
     async def _watch_agent(self, site: RouterSite) -> None:
         upstream = self._client.upstream(site.agent_url)
-        failing = False
         while True:
             try:
                 answer = await upstream.fetch("GET", "/site", timeout_s=self._limits.health_timeout_s)
@@ -81,11 +82,11 @@ class HealthMonitor:
                 if not self._reports_come(site.name):  # else the report may be newer than this answer
                     self._registry.apply_agent(site, answer.body)
                     self._sync()
-                failing = False
+                self.agent_errors.pop(site.name, None)
             except PrfaasError as exc:  # its servers stay as they are; their own checks go on
-                if not failing:
+                if site.name not in self.agent_errors:
                     log.warning("site %s: %s", site.name, exc)
-                failing = True
+                self.agent_errors[site.name] = str(exc)
             await asyncio.sleep(self._limits.health_interval_s)
 
     async def _watch(self, target: Target) -> None:

@@ -19,7 +19,7 @@ from sglang_prfaas.http.messages import (
 )
 from sglang_prfaas.router.access_log import AccessLog, AccessRecord
 from sglang_prfaas.router.attempt import Attempt
-from sglang_prfaas.router.body import Endpoint, ParsedBody, new_rooms, parse_body
+from sglang_prfaas.router.body import Endpoint, ParsedBody, new_rooms, parse_body, require_prompt
 from sglang_prfaas.router.decisions import DecisionRecord, RecentDecisions
 from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, ModelNames, forced_route
 from sglang_prfaas.router.metrics import Metrics
@@ -133,6 +133,7 @@ class PdProxy:
     async def _body(self, request: Request, endpoint: Endpoint, tenant: TenantConfig | None) -> ParsedBody:
         """The request's body, for a model that is served here. Raises HttpError."""
         body = parse_body(endpoint, request.body)
+        require_prompt(body)
         if tenant is not None and tenant.cache_salt:
             body.cache_salt = tenant.cache_salt
         if not self._models.knows(body.model):

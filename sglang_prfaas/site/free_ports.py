@@ -19,8 +19,10 @@ _PICK_FROM = range(22000, 30000)
 
 
 def require_free(claims: Iterable[PortClaim]) -> None:
-    """Raises LaunchError that names every claimed port in use, and by whom where the system tells."""
+    """Raises LaunchError that names every claimed port in use, and by whom where the system tells; and every address at
+    which nothing can listen here, once."""
     problems: list[str] = []
+    nowhere: dict[tuple[str, str], list[PortClaim]] = {}
     for claim in claims:
         for port in range(claim.first, claim.last + 1):
             problem = bind_problem(claim.host, port)
@@ -30,7 +32,15 @@ def require_free(claims: Iterable[PortClaim]) -> None:
                     f"end that process, or write another port with --{claim.key}"
                 )
             elif problem:
-                problems.append(f"cannot listen on {claim.host}:{port} ({claim.what}): {problem}; check --{claim.key}")
+                claims_there = nowhere.setdefault((claim.host, problem), [])
+                if claim not in claims_there:
+                    claims_there.append(claim)
+    for (host, problem), there in nowhere.items():
+        parts = ", ".join(claim.what for claim in there)
+        problems.append(
+            f"nothing can listen on {host} here ({problem}): wanted by {parts}. What a file describes runs on one "
+            f"machine, the one where it is started; check the address, or start it there"
+        )
     if problems:
         raise LaunchError("\n".join(problems))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -27,9 +28,8 @@ class ChildProcess:
 
         The child is killed by the kernel when the thread that called this ends, however it ends.
         """
+        note(log, " ".join(argv))
         with open(log, "ab") as output:
-            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')} {' '.join(argv)}\n".encode())
-            output.flush()
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-I",
@@ -98,6 +98,12 @@ def last_line(log: Path, width: int = 110) -> str:
         if line.strip() and not line.startswith("---"):
             return line.strip()[:width]
     return ""
+
+
+def note(log: Path, text: str) -> None:
+    """Add a line of our own to a log. A full disk costs the line, and nothing else."""
+    with contextlib.suppress(OSError), open(log, "ab", buffering=0) as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')} {text}\n".encode())
 
 
 def rotate(log: Path) -> None:

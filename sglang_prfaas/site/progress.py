@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -53,5 +54,6 @@ def silent(line: str) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")  # one write: lines of several threads do not mix
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a file on a full disk: nobody can be told, and servers run on
+        sys.stderr.write(line + "\n")  # one write: lines of several threads do not mix
+        sys.stderr.flush()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +16,12 @@ from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.site import free_ports, health
 from sglang_prfaas.site.commands import ServerCommand, listening_host
 from sglang_prfaas.site.lifecycle import Action, Event, Lifecycle, State
-from sglang_prfaas.site.process import ChildProcess, describe_exit, last_line, rotate, tail
+from sglang_prfaas.site.process import ChildProcess, describe_exit, last_line, note, rotate, tail
 
 _STARTUP_POLL_S = 0.5
+_METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+"""Where the processes of a server keep their metrics (prometheus_client). SGLang makes one that is left behind when its
+process is killed, as the last ones of a server often are."""
 
 OnChange = Callable[["Server"], None]
 
@@ -200,12 +204,15 @@ class Server:
         self.started_at_s = self._clock.now_s()
         self.exit_code = None
         held: free_ports.HeldPort | None = None
+        metrics_dir = ""
         try:
             argv = list(self.command.argv)
             if self.command.needs_nccl_port:
                 held = free_ports.HeldPort(self._avoid_ports)
                 argv += ["--nccl-port", str(held.port)]
             environ = {**(os.environ if self._environ is None else self._environ), **self.command.env}
+            if _METRICS_DIR not in environ:
+                metrics_dir = environ[_METRICS_DIR] = tempfile.mkdtemp(prefix="prfaas-metrics-")
             self._process = await ChildProcess.spawn(argv, environ, self.log)
         except (OSError, LaunchError) as error:
             self._write_log(f"cannot be started: {error}")
@@ -214,6 +221,8 @@ class Server:
         finally:
             if held is not None:
                 held.release()
+            if metrics_dir:
+                shutil.rmtree(metrics_dir, ignore_errors=True)
         self._process = None
         self._dispatch(Event.EXITED)
         self._notify()
@@ -244,8 +253,7 @@ class Server:
             self._dispatch(Event.HEALTHY if ok else Event.UNHEALTHY)
 
     def _write_log(self, text: str) -> None:
-        with open(self.log, "ab") as file:
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')} {text}\n".encode())
+        note(self.log, text)
 
 
 def indented_tail(log: Path, lines: int = 30) -> str:

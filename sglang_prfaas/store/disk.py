@@ -6,24 +6,34 @@ machine left torn, and it is deleted then. Nothing is flushed to the disk on pur
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import os
 from pathlib import Path
 
 import xxhash
 
+from sglang_prfaas.clock import Clock, MonotonicClock
 from sglang_prfaas.store.objects import frame_head, head_bytes, is_intact
 from sglang_prfaas.store.stats import Counters
 from sglang_prfaas.store.usage import DirectoryUsage
+
+logger = logging.getLogger(__name__)
+
+_SAY_AGAIN_S = 60.0
 
 
 class DiskStore:
     """An `ObjectStore`. Raises OSError where `directory` cannot be used, at the start only."""
 
-    def __init__(self, directory: Path, limit_bytes: int, counters: Counters) -> None:
+    def __init__(self, directory: Path, limit_bytes: int, counters: Counters, clock: Clock | None = None) -> None:
         self.usage = DirectoryUsage(directory, limit_bytes)
         self._counters = counters
         self._serial = itertools.count()
+        self._clock = clock or MonotonicClock()
+        self._say_again_s = 0.0
+        self._refused_since_said = 0
 
     def contains(self, name: str) -> bool:
         return self._path(name).exists()
@@ -85,11 +95,12 @@ class DiskStore:
                 _write_all(file.fileno(), [memoryview(head), payload])
             path.parent.mkdir(exist_ok=True)
             temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a disk that has become read-only
+                temporary.unlink(missing_ok=True)
             if reserved:
                 self.usage.release(length)
-            self._counters.add(backend_refused=1)
+            self._refused(error)
             return False
         return True
 
@@ -99,6 +110,17 @@ class DiskStore:
     def _path(self, name: str) -> Path:
         digest = xxhash.xxh3_128_hexdigest(name.encode())
         return self.usage.objects / digest[:2] / digest[2:]
+
+    def _refused(self, error: OSError) -> None:
+        """Count an object that could not be written, and say so once in a while."""
+        self._counters.add(backend_refused=1)
+        self._refused_since_said += 1
+        now_s = self._clock.now_s()
+        if now_s >= self._say_again_s:
+            self._say_again_s = now_s + _SAY_AGAIN_S
+            text = "prfaas: %d objects were not stored in %s, prompts are computed again instead: %s"
+            logger.warning(text, self._refused_since_said, self.usage.objects.parent, error.strerror or error)
+            self._refused_since_said = 0
 
     def _drop(self, path: Path, length: int) -> None:
         """Delete what is no intact object."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
 
@@ -56,22 +58,24 @@ class TransferRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def append(path: str, record: TransferRecord) -> None:
-    """Append one line; lines of several processes do not mix. Raises OSError."""
+    """Append one line; lines of several processes do not mix. Raises OSError, also for a line that went in in part."""
     line = msgspec.json.encode(record) + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
-        os.write(descriptor, line)
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     finally:
         os.close(descriptor)
 
 
 def read(path: str) -> list[TransferRecord]:
-    """All records of a file, none where it does not exist."""
-    try:
-        with open(path, "rb") as file:
-            return [msgspec.json.decode(line, type=TransferRecord) for line in file if line.strip()]
-    except FileNotFoundError:
-        return []
+    """All records of a file, none where it does not exist; without lines that a full disk cut short."""
+    records = []
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(msgspec.DecodeError):
+                records.append(msgspec.json.decode(line, type=TransferRecord))
+    return records
 
 
 def unix_time_s() -> float:

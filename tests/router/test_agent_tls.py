@@ -95,6 +95,23 @@ async def test_sites_of_the_allow_list_are_served(keyring: Keyring) -> None:
 
 
 @in_loop
+async def test_a_client_may_compare_the_sites_name(keyring: Keyring) -> None:
+    """As curl and Prometheus do: the certificate bears the name of its site."""
+    async with serving(keyring) as rig:
+        context = keyring.client_context("pd")
+        context.check_hostname = True
+        port = int(rig.url.rpartition(":")[2])
+
+        async def shake_hands(name: str) -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name)
+            writer.close()
+
+        await shake_hands("prfaas")
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await shake_hands("pd")
+
+
+@in_loop
 async def test_nobody_else_is(keyring: Keyring, tmp_path: Path) -> None:
     strangers = Keyring(tmp_path / "strangers")
     async with serving(keyring) as rig:

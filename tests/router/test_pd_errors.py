@@ -34,6 +34,21 @@ def test_malformed_json(path: str) -> None:
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("path", "param"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt"), ("/generate", "text")]
+)
+def test_a_body_without_a_prompt_reaches_no_server(path: str, param: str) -> None:
+    async def main() -> None:
+        async with cluster() as c:
+            for body in ({"model": MODEL}, {"model": MODEL, param: None}):
+                answer = await c.request(path, body)
+                assert answer.status == 400
+                assert (error(answer.body)["code"], error(answer.body)["param"]) == ("missing_field", param)
+            assert not c["d"].bodies
+
+    run(main)
+
+
 def test_unknown_model_wrong_method_unknown_route() -> None:
     async def main() -> None:
         async with cluster() as c:

@@ -130,7 +130,9 @@ def test_decode_tells_what_became_of_its_expired_certificate(tmp_path: Path, cap
         assert "the other side refused this site's certificate or key (certificate expired)" in session.failure
         line = ("data connection from 127.0.0.1 refused: TLS handshake failed", "certificate has expired")
         wait_until(lambda: lines(caplog, *line), "the prefill server's line")
-        with pytest.raises(ConfigError, match="do not fit together: certificate refused: certificate has expired"):
+        with pytest.raises(
+            ConfigError, match=r"site\.crt is refused: certificate has expired; make a new one .* --roll SITE"
+        ):
             load_security(keyring.pd)
 
 

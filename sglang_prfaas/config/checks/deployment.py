@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 from sglang_prfaas.config import ports
+from sglang_prfaas.config.addresses import url_problem
 from sglang_prfaas.config.checks.finding import Finding
 from sglang_prfaas.config.gateway import offered_ports
 from sglang_prfaas.config.schema import RouterConfig, RouterSite, SiteConfig, TransportConfig
@@ -131,7 +132,7 @@ def _router_sites(sites: Mapping[str, SiteConfig], routers: Mapping[str, RouterC
 
 
 def _router_targets(source: str, path: str, entry: RouterSite, site: SiteConfig) -> Iterator[Finding]:
-    if entry.agent_url:
+    if entry.agent_url and not url_problem(entry.agent_url):
         port = urlsplit(entry.agent_url).port
         scheme = "https" if site.agent.tls else "http"
         if not site.agent.port:

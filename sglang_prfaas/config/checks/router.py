@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from urllib.parse import urlsplit
 
+from sglang_prfaas.config.addresses import router_addresses, url_problem
 from sglang_prfaas.config.checks.finding import (
     NOT_EXPANDED,
     Exists,
@@ -27,6 +28,7 @@ def router_findings(config: RouterConfig, source: str = "", exists: Exists = os.
     return findings_of(
         source,
         (
+            *router_addresses(config),
             *_sites(config),
             *model_findings("router.model", config.router.model, exists),
             *policy_findings(config, exists),
@@ -59,8 +61,6 @@ def _site(site: RouterSite) -> Iterator[Raw]:
     if not site.agent_url and not site.servers:
         text = 'has neither agent_url nor servers; write agent_url = "http://HOST:PORT", or add [[sites.servers]]'
         yield path, text, True
-    if site.agent_url and not site.agent_url.startswith(("http://", "https://")):
-        yield f"{path}.agent_url", f'write "http://{site.agent_url}"', True
     for name, count in repeated(server.name for server in site.servers):
         yield f"{path}.servers", f"{count} servers are named {name!r}; give each a name of its own", True
     for server in site.servers:
@@ -84,7 +84,7 @@ def _reports(config: RouterConfig) -> Iterator[Raw]:
         path = f"sites.{site.name}.reports_port"
         if site.reports_port and not site.agent_url:
             yield path, "is a port of the site's agent; write agent_url too, or remove it", True
-        host = urlsplit(site.agent_url).hostname or ""
+        host = urlsplit(site.agent_url).hostname or "" if not url_problem(site.agent_url) else "localhost"
         if site.reports_port and beyond_this_machine(host) and not reports.keys_dir and reports.security != "off":
             text = f"the agent at {host} is beyond this machine, and there are no keys; set reports.keys_dir"
             yield path, text, True

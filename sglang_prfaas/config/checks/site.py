@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from sglang_prfaas import env
 from sglang_prfaas.config import ports, sglang_args
+from sglang_prfaas.config.addresses import site_addresses
 from sglang_prfaas.config.checks.exposure import agent_findings, security_findings
 from sglang_prfaas.config.checks.finding import Exists, Finding, Raw, findings_of, model_findings, repeated
 from sglang_prfaas.config.checks.gateway import gateway_findings
@@ -21,6 +22,7 @@ def site_findings(config: SiteConfig, source: str = "", exists: Exists = os.path
         source,
         (
             *_names(config),
+            *site_addresses(config),
             *_roles(config),
             *_server_ports(config),
             *_links(config),

@@ -26,6 +26,15 @@ NAMES = (CA, CERTIFICATE, PRIVATE_KEY, CURVE_KEY, PEERS)
 SECRET = (PRIVATE_KEY, CURVE_KEY)
 EXPIRES_SOON_S = 30 * 86400.0
 
+_AGAIN = "copy the site's whole directory again from where `launch keys` made it"
+_VERIFY_HINTS = {
+    9: "look at this machine's clock",
+    10: "make a new one where the keys were made, launch keys DIR --roll SITE, and copy the directory; or look at this "
+    "machine's clock",
+}
+"""By X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED of OpenSSL's x509_vfy.h."""
+_OWNER = "the user that runs the servers must own it, run chown on it"
+
 
 class KeyFiles(Struct, frozen=True):
     """Keys that were read and fit together. `site`: whose they are, by peers.toml."""
@@ -44,7 +53,10 @@ class KeyFiles(Struct, frozen=True):
 
 def load_keys(directory: Path) -> KeyFiles:
     """Read a site's keys. Raises ConfigError with everything that is missing, expired or does not fit."""
-    missing = [name for name in NAMES if not (directory / name).is_file()]
+    try:
+        missing = [name for name in NAMES if not (directory / name).is_file()]
+    except PermissionError:
+        raise ConfigError(f"{directory} cannot be entered: Permission denied; {_OWNER}") from None
     if missing:
         raise ConfigError(
             f"{directory}: no file {', '.join(missing)}; make keys with `python -m sglang_prfaas.launch keys`, and "
@@ -56,9 +68,11 @@ def load_keys(directory: Path) -> KeyFiles:
     text = public.decode()
     site = peers.site_of_curve_key(text)
     if not site:
-        raise ConfigError(f"{directory}: {PEERS} has no site with the public key of {CURVE_KEY}, {text}")
+        raise ConfigError(f"{directory}: {PEERS} has no site with the public key of {CURVE_KEY}, {text}; {_AGAIN}")
     if peers.site_of_certificate(der) != site:
-        raise ConfigError(f"{directory}: {PEERS} does not have {CERTIFICATE} under {site}: {fingerprint(der)}")
+        raise ConfigError(
+            f"{directory}: {PEERS} does not have {CERTIFICATE} under {site}: {fingerprint(der)}; {_AGAIN}"
+        )
     return KeyFiles(directory, site, public, secret, peers, expires_unix_s)
 
 
@@ -97,7 +111,8 @@ def read_curve_key(path: Path) -> tuple[bytes, bytes]:
             raise ConfigError(f"{path}: {len(secret)} characters, expected a CURVE secret key of 40 in Z85")
         return zmq.curve_public(secret), secret
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        hint = f"; {_OWNER}" if isinstance(error, PermissionError) else ""
+        raise ConfigError(f"{path} cannot be read: {error.strerror}{hint}") from None
     except zmq.ZMQError:
         raise ConfigError(f"{path}: no CURVE secret key in Z85") from None
 
@@ -109,12 +124,17 @@ def _certificate(directory: Path) -> tuple[bytes, float]:
         ours = self_handshake(
             server_context(ca, certificate, private_key), client_context(ca, certificate, private_key)
         )
+    except ssl.SSLCertVerificationError as error:
+        what_to_do = _VERIFY_HINTS.get(error.verify_code, _AGAIN)
+        raise ConfigError(f"{directory}: {CERTIFICATE} is refused: {error.verify_message}; {what_to_do}") from None
     except ssl.SSLError as error:
         raise ConfigError(
-            f"{directory}: {CERTIFICATE}, {PRIVATE_KEY} and {CA} do not fit together: {explain(error)}"
+            f"{directory}: {CERTIFICATE}, {PRIVATE_KEY} and {CA} do not fit together: {explain(error)}; {_AGAIN}"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{directory}: {CERTIFICATE}, {PRIVATE_KEY} or {CA} cannot be read: {error}") from None
+        hint = f"; {_OWNER}" if isinstance(error, PermissionError) else ""
+        text = f"{CERTIFICATE}, {PRIVATE_KEY} or {CA} cannot be read: {error.strerror or error}{hint}"
+        raise ConfigError(f"{directory}: {text}") from None
     der, details = ours.getpeercert(binary_form=True), ours.getpeercert()
     assert der is not None, "a verified peer has a certificate"
     assert details is not None

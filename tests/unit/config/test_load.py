@@ -126,6 +126,11 @@ def test_kinds_of_files(write: WriteToml) -> None:
         kind_of(write("other.toml", "[policy]\n"))
 
 
+def test_the_file_of_the_other_kind_is_one_message(write: WriteToml) -> None:
+    assert problems_of(write, ROUTER) == ["describes a router, start it with `launch router`; expected a site"]
+    assert problems_of(write, PD, "router") == ["describes a site, start it with `launch site`; expected a router"]
+
+
 def test_a_wrong_flag_is_named_as_a_flag(write: WriteToml) -> None:
     with pytest.raises(ConfigError) as caught:
         load_site(write("pd.toml", PD), [Override("servers.decode-0.port", "http")])

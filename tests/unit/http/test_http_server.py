@@ -290,3 +290,54 @@ def test_connections_above_the_limit_are_told_so() -> None:
         await server.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("head", [b"POST /a HTTP/1.1\r\nx-slow: ", POST.replace(b": 5", b": 500000")])
+def test_a_request_that_trickles_in_is_ended(head: bytes) -> None:
+    """Byte by byte, each well before the last one's time is over: nobody holds a connection so."""
+
+    async def main() -> None:
+        server = HttpServer(echo, ServerLimits(keepalive_timeout_s=0.3))
+        await server.start("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head)
+        answer = asyncio.ensure_future(reader.read())
+        async with asyncio.timeout(60):
+            while not answer.done():
+                writer.write(b"a")
+                await asyncio.sleep(0.02)
+        assert answer.result().startswith(b"HTTP/1.1 408 ")
+        assert b"request_timeout" in answer.result()
+        writer.close()
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_an_upload_that_moves_is_not_cut() -> None:
+    async def main() -> None:
+        server = HttpServer(echo, ServerLimits(keepalive_timeout_s=60.0))
+        connection = ServerConnection(server)
+        transport = FakeTransport(connection)
+        connection.connection_made(transport)
+        connection.data_received(POST.replace(b": 5", b": 1000005"))
+        for _ in range(1000):
+            connection.data_received(b"a" * 1000)
+        await settle()
+        assert transport.written.startswith(b"HTTP/1.1 200 ")
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_an_idle_connection_is_closed_without_a_word() -> None:
+    async def main() -> None:
+        server = HttpServer(echo, ServerLimits(keepalive_timeout_s=0.05))
+        await server.start("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        async with asyncio.timeout(60):
+            assert await reader.read() == b""
+        writer.close()
+        await server.close()
+
+    asyncio.run(main())

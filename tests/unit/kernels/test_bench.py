@@ -53,6 +53,12 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     assert done.returncode == 2
     assert "no GPU" in done.stderr
     assert command(sys.executable, str(BENCH), "--smoke", env={"TRITON_INTERPRET": "0"}).returncode == 2
+    report = tmp_path / "report.md"
+    report.write_text("of a GPU")
+    done = command("bash", str(SCRIPT), env={"OUT": str(tmp_path)})
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+    assert report.read_text() == "of a GPU"
 
 
 STUB = """#!/usr/bin/env bash

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import msgspec
-import pytest
 
-from sglang_prfaas.errors import LaunchError
-from sglang_prfaas.launch.cache import ask, render
+from sglang_prfaas.launch.cache import render
 from sglang_prfaas.store.stats import StatsFile, StoreStats
 
 FIGURES = {"told_prompt_tokens": 2000, "hit_tokens": 500, "broken_promises": 1}
@@ -79,8 +77,3 @@ def test_what_an_agents_stores_saved_and_moved() -> None:
     assert "saved: 5.0 MiB of KV and states read here, 7.0 MiB fetched, not computed" in text
     assert "moved: 7.0 MiB from other sites, for 900 tokens in 2 fetches (0 failed, 0 slower than computing)" in text
     assert "sent to other sites: 1.0 MiB in 4 pages and states" in text
-
-
-def test_nobody_answers() -> None:
-    with pytest.raises(LaunchError, match="is it running"):
-        ask("http://127.0.0.1:9")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_check_prints_what_would_run(files: list[str], capsys: pytest.CaptureFix
     assert f"\n    {command}\n" in out
     assert "PRFAAS_CONNECTIONS=4" in out
     assert "PRFAAS_MOVER_PORT=31000" in out
+    assert "\n  for other sites: TCP 8998, 9000, 31000-31001; SGLang's own ports stay inside\n" in out
     assert "PRFAAS_SITE=prfaas" in out
     assert "site prfaas (prfaas): servers listed by its agent http://127.0.0.1:9010" in out
 
@@ -153,6 +155,21 @@ def test_help_lists_every_key(command: str, capsys: pytest.CaptureFixture[str]) 
     for key in wanted:
         assert key in text
     assert "exit status" in text
+
+
+def test_every_command_and_every_document_can_be_found() -> None:
+    """The launcher's document has each command, and links lead from the README to each document."""
+    root = Path(__file__).parents[3]
+    launcher = (root / "docs" / "launcher.md").read_text()
+    assert [command for command in COMMANDS if f"sglang_prfaas.launch {command}" not in launcher] == []
+    found, waiting = {root / "README.md"}, [root / "README.md"]
+    while waiting:
+        document = waiting.pop()
+        links = re.findall(r"\]\(([^)\s#:]+\.md)", document.read_text())
+        new = {(document.parent / link).resolve() for link in links} - found
+        found |= new
+        waiting += new
+    assert set((root / "docs").rglob("*.md")) <= found
 
 
 def test_top_help_lists_the_commands_and_imports_nothing_heavy() -> None:

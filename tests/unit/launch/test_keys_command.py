@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sglang_prfaas.launch.__main__ import main
-from tests.unit.config.conftest import PD, PRFAAS
+from tests.unit.config.conftest import PD, PRFAAS, ROUTER
 
 
 @pytest.fixture
@@ -82,6 +82,31 @@ def test_check_warns_of_secrets_others_can_read(tmp_path: Path, keys: Path, caps
     (keys / "pd" / "curve.key").chmod(0o644)
     assert main(["check", "--quiet", *site_files(tmp_path, keys)]) == 0
     assert "curve.key can be read by others (mode 0644); run chmod 600 on it" in capsys.readouterr().err
+
+
+def test_check_looks_at_the_keys_of_a_router(tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "router.toml"
+    text = ROUTER.replace("http://127.0.0.1:9010", "https://127.0.0.1:9010")
+    file.write_text(f'{text}\n[reports]\nkeys_dir = "{keys / "pd"}"\n')
+    assert main(["check", "--quiet", str(file)]) == 0
+    peers = keys / "pd" / "peers.toml"
+    peers.write_text(peers.read_text().partition('["prfaas"]')[0])
+    assert main(["check", "--quiet", str(file)]) == 2
+    assert f"reports.keys_dir: {peers} has no site prfaas, which [[sites]] names" in capsys.readouterr().err
+    (keys / "pd" / "site.key").unlink()
+    assert main(["check", "--quiet", str(file)]) == 2
+    assert "reports.keys_dir: " + str(keys / "pd") + ": no file site.key" in capsys.readouterr().err
+    file.write_text(f'{text}\n[reports]\nkeys_dir = "{tmp_path / "elsewhere"}"\n')
+    assert main(["check", "--quiet", str(file)]) == 0
+    assert "the keys of the router were not checked" in capsys.readouterr().err
+
+
+def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", str(tmp_path / "keys"), "--site", "pd=10.2.0.0/99,10.2.0.256"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: --site pd: '10.2.0.0/99' is no network")
+    assert second.startswith("error: --site pd: '10.2.0.256' is neither an address nor a name")
+    assert not (tmp_path / "keys").exists()
 
 
 def test_keys_of_another_machine(tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:

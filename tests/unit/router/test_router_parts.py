@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 
@@ -168,3 +169,21 @@ def test_a_log_line_is_one_json_object() -> None:
     assert line["total_ms"] == 500.0
     assert line["time"] == "1970-01-01T00:00:00.250Z"
     assert line["route"] == "none"
+
+
+def test_a_log_that_cannot_be_written_costs_lines_and_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def main() -> int:
+        log = AccessLog(Full())
+        for _ in range(600):
+            log.write(AccessRecord(request(), "a", "generate", 1.0), 1.5, 0.25)
+        log.flush()
+        return log.lost_lines
+
+    assert asyncio.run(main()) == 600
+    assert [record.message for record in caplog.records] == [
+        "the request log cannot be written, requests go on: [Errno 28] No space left on device"
+    ]

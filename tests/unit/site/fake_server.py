@@ -15,6 +15,7 @@ import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -106,6 +107,10 @@ def option(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1]
 
 
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6 if ":" in option("--host") else socket.AF_INET
+
+
 def main() -> None:
     Role.now = option("--disaggregation-mode")
     print("hello from", os.environ["PRFAAS_SERVER"], flush=True)
@@ -120,9 +125,9 @@ def main() -> None:
         time.sleep(0.02)
     if "--disaggregation-bootstrap-port" in sys.argv:
         port = int(option("--disaggregation-bootstrap-port"))
-        bootstrap = http.server.ThreadingHTTPServer((option("--host"), port), Handler)
+        bootstrap = Server((option("--host"), port), Handler)
         threading.Thread(target=bootstrap.serve_forever, daemon=True).start()
-    server = http.server.ThreadingHTTPServer((option("--host"), int(option("--port"))), Handler)
+    server = Server((option("--host"), int(option("--port"))), Handler)
     server.daemon_threads = True
 
     def on_term(number: int, frame: object) -> None:

@@ -46,6 +46,29 @@ def test_start_and_stop_in_order(make_site: MakeSite, fake_python: str, events: 
     assert any("prefill_1: ready after" in line for line in lines)
 
 
+def test_metrics_of_every_start_have_a_directory_of_their_own(
+    make_site: MakeSite, fake_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / "own"
+    own.mkdir()
+    config = make_site(roles=("prefill", "decode", "decode"), decode_2={"PROMETHEUS_MULTIPROC_DIR": str(own)})
+
+    def made() -> set[Path]:
+        return set(tmp_path.glob("prfaas-metrics-*"))
+
+    with running(site_of(config, fake_python)) as sites:
+        first = made()
+        assert len(first) == 2
+        sites["pd"].kill("decode_1")
+        wait_until(lambda: len(made() - first) == 1, "the directory of the second start")
+        sites["pd"].wait_ready("decode_1")
+        assert len(made()) == 2
+    assert not made()
+    assert own.is_dir()
+
+
 def test_two_sites_at_once(make_site: MakeSite, fake_python: str) -> None:
     pd, prfaas = make_site("pd"), make_site("prfaas", "prfaas", ("prefill",))
     with running(site_of(pd, fake_python), site_of(prfaas, fake_python)) as sites:

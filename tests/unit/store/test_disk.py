@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,34 @@ def test_processes_share_a_directory_and_may_be_killed(tmp_path: Path) -> None:
     assert counters.stats.corrupt_objects == 0
     after.close()
     watcher.close()
+
+
+@dataclass
+class SetClock:
+    seconds: float = 100.0
+
+    def now_s(self) -> float:
+        return self.seconds
+
+
+def test_a_full_disk_is_said_once_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has become read-only: then nothing can be deleted either."""
+    clock = SetClock()
+    store = DiskStore(tmp_path / "store", 64 << 20, Counters(), clock)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("os.write", fail)
+    monkeypatch.setattr("pathlib.Path.unlink", fail)
+    for at_s in (100.0, 101.0, 120.0, 161.0):
+        clock.seconds = at_s
+        assert not store.write(str(at_s), memoryview(payload("a")))
+    monkeypatch.undo()
+    place = f"in {tmp_path / 'store'}, prompts are computed again instead: Read-only file system"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"prfaas: 1 objects were not stored {place}", f"prfaas: 3 objects were not stored {place}"]
+    assert store.write("a", memoryview(payload("a")))
+    store.close()

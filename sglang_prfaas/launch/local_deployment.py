@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import datetime
 import os
+import shutil
 import sys
 import time
 import urllib.error
@@ -29,7 +30,7 @@ from sglang_prfaas.site.commands import ServerCommand, plain_command
 from sglang_prfaas.site.free_ports import HeldPort
 from sglang_prfaas.site.progress import Progress
 from sglang_prfaas.site.threaded import LoopThread, RunningSite
-from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
+from sglang_prfaas.tiny_models import adapter_args, cpu_server_args, cpu_server_env, make_tiny_adapter, make_tiny_model
 
 MODEL_NAME = "tiny"
 STARTUP_TIMEOUT_S = 900.0
@@ -52,6 +53,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     args: Sequence[str] = ()
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
+    adapters: Sequence[str] = ()
+    """Names of LoRA adapters that every server has, the one to compare with too. They are made, for `qwen3` only."""
     capacity_gbps: float = 10.0
     env: Mapping[str, str] = {}
     """Environment variables of all servers of both sites."""
@@ -118,11 +121,12 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     directory.mkdir(parents=True, exist_ok=True)
     family = choices.family
     model = make_tiny_model(family, directory / "model", choices.model_changes)
+    adapters = _make_adapters(directory / "adapters", model, choices.adapters)
     log = directory / "transfers.jsonl"
     log.unlink(missing_ok=True)
     ports = _free_ports(13)
     common = [*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), "--enable-metrics"]
-    common += ["--enable-pd-role-switch", *choices.args]
+    common += ["--enable-pd-role-switch", *adapters, *choices.args]
     variables = {**cpu_server_env(family), env.TRANSFER_LOG: str(log), **choices.env}
     values = {
         "family": family,
@@ -166,7 +170,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         str(model),
         ports[10],
         served_model_name=MODEL_NAME,
-        args=(*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens)),
+        args=(*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), *adapters),
         env=cpu_server_env(family),
     )
     argv = (sys.executable, "-m", "sglang_prfaas.launch", "router", str(files["router"]))
@@ -256,6 +260,15 @@ class _Server(Struct):
 
 class _Health(Struct):
     servers: list[_Server]
+
+
+def _make_adapters(directory: Path, model: Path, names: Sequence[str]) -> list[str]:
+    """Make adapters, each with weights of its own; SGLang's arguments that load them."""
+    if not names:
+        return []
+    shutil.rmtree(directory, ignore_errors=True)
+    made = {name: make_tiny_adapter(directory / name, model, seed) for seed, name in enumerate(names)}
+    return adapter_args(made)
 
 
 def _router_environment() -> dict[str, str]:

@@ -20,7 +20,6 @@ from sglang_prfaas.http import (
     Request,
     Response,
     ServerLimits,
-    UpstreamError,
     relay,
 )
 from sglang_prfaas.http.messages import safe_header_value
@@ -35,13 +34,13 @@ from sglang_prfaas.router.cache_feed import CacheFeed, is_fed
 from sglang_prfaas.router.filters import (
     DROPPED_REQUEST_HEADERS,
     ENDPOINTS,
-    ModelNames,
     check_method,
     check_passthrough,
     newest_wanted,
 )
 from sglang_prfaas.router.health import HealthMonitor
 from sglang_prfaas.router.metrics import Gauge, Metrics
+from sglang_prfaas.router.models import Models
 from sglang_prfaas.router.policy import make_policy
 from sglang_prfaas.router.prefix_lookup import PrefixIndex
 from sglang_prfaas.router.prefixes import NoPrefixes, PrefixLookup
@@ -53,7 +52,6 @@ from sglang_prfaas.router.tokens import TokenCounter
 
 log = logging.getLogger(__name__)
 
-_MODELS_REFRESH_S = 1.0
 _GC_OBJECTS = 20_000  # some hundred requests' worth
 _JSON = ((b"content-type", b"application/json"),)
 
@@ -89,7 +87,12 @@ class Router:
         self.registry = Registry(config, self.client)
         self.agents = AgentLinks(config.sites, config.reports, on_state=self._reported, on_cache=self._cache_updated)
         self.health = HealthMonitor(config, self.registry, self.agents.reports.fresh)
-        self.models = ModelNames((config.router.served_model_name, config.router.model))
+        self.models = Models(
+            (config.router.served_model_name, config.router.model),
+            self.registry,
+            now_s=self.client.loop.time,
+            timeout_s=limits.health_timeout_s,
+        )
         self.access_log = access_log or AccessLog()
         self.feed: CacheFeed | None = None
         if prefixes is None and config.prefix_index.enabled and is_fed(config):
@@ -109,7 +112,6 @@ class Router:
             self.models,
             self.metrics,
             self.access_log,
-            self.refresh_models,
             self.policy,
             self.prefixes,
             self.tenants,
@@ -126,7 +128,6 @@ class Router:
             on_refused=lambda error: self.metrics.refused.add((str(error.status),)),
         )
         self._draining = False
-        self._models_refreshed_s = -_MODELS_REFRESH_S
 
     async def start(self) -> int:
         """Begin health checks, listen; returns the port."""
@@ -276,30 +277,6 @@ class Router:
             *self.roles.gauges(),
         ]
 
-    async def refresh_models(self) -> None:
-        """Take over the names that a decode server lists, LoRA adapters among them; at most once a second."""
-        now_s = self.client.loop.time()
-        if now_s < self._models_refreshed_s + _MODELS_REFRESH_S:
-            return
-        self._models_refreshed_s = now_s
-        for target in self._alive("decode"):
-            try:
-                answer = await target.upstream.fetch("GET", "/v1/models", timeout_s=self.config.limits.health_timeout_s)
-                listed = msgspec.json.decode(answer.body, type=_ModelList)
-            except (UpstreamError, msgspec.DecodeError) as exc:
-                log.info("%s/%s does not list its models: %s", target.site, target.name, exc)
-                continue
-            self.models.listed = frozenset(card.id for card in listed.data)
-            return
-
-
-class _ModelCard(msgspec.Struct):
-    id: str
-
-
-class _ModelList(msgspec.Struct):
-    data: list[_ModelCard]
-
 
 async def run_router(
     config: RouterConfig,
@@ -326,19 +303,13 @@ async def run_router(
         log.info("router listens on %s, %s %d tokens", where, policy, config.policy.threshold_tokens)
         if ready is not None:
             ready(port)
-        models = asyncio.create_task(_watch_models(router))
+        models = asyncio.create_task(router.models.watch(config.limits.health_interval_s))
         await stop.wait()
         log.info("router stops: %d requests in work", router.server.active)
         models.cancel()
     finally:
         await router.stop()
         counter.close()
-
-
-async def _watch_models(router: Router) -> None:
-    while True:
-        await router.refresh_models()
-        await asyncio.sleep(router.config.limits.health_interval_s * (10 if router.models.listed else 1))
 
 
 def run(config: RouterConfig, *, ready: Callable[[int], None] | None = None) -> None:

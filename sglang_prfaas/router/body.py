@@ -57,7 +57,18 @@ _object_decoder = msgspec.json.Decoder(dict[str, Raw])
 class ParsedBody:
     """One request body. `batch` is None for one prompt, else the number of prompts."""
 
-    __slots__ = ("_end", "_raw", "batch", "cache_salt", "endpoint", "fields", "hashes", "prompt", "token_ids")
+    __slots__ = (
+        "_end",
+        "_raw",
+        "batch",
+        "cache_salt",
+        "endpoint",
+        "fields",
+        "hashes",
+        "lora_path",
+        "prompt",
+        "token_ids",
+    )
 
     def __init__(self, endpoint: Endpoint, raw: bytes, fields: _Fields) -> None:
         self.endpoint = endpoint
@@ -66,6 +77,8 @@ class ParsedBody:
         self.batch = None if endpoint == "chat" else _batch_size(self.prompt)
         self.cache_salt: str | None = None
         """The tenant's, which takes the place of the client's."""
+        self.lora_path: str | None = None
+        """An adapter that the client selected by its model's name alone."""
         self.token_ids: Sequence[int] | None = None
         """Of its longest prompt, where they were needed."""
         self.hashes: dict[int, PromptHashes] = {}
@@ -101,6 +114,8 @@ class ParsedBody:
         if self.cache_salt is not None:
             fields["cache_salt"] = self.cache_salt
             replaced = (*_BOOTSTRAP, "cache_salt")
+        if self.lora_path is not None:
+            fields["lora_path"] = self.lora_path
         given = own.cache_salt is not None and self.cache_salt is not None
         if given or any(memoryview(raw).nbytes for raw in (own.bootstrap_host, own.bootstrap_port, own.bootstrap_room)):
             rebuilt: dict[str, object] = dict(_object_decoder.decode(self._raw))

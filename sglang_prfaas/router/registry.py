@@ -34,6 +34,8 @@ class Target(ServerView, kw_only=True, eq=False):
     healthy: bool = False  # by our own checks
     failures: int = 0  # failed checks in a row
     error: str = "not checked yet"
+    models: frozenset[str] | None = None  # names of the base model that it lists; None: not known yet
+    adapters: frozenset[str] = frozenset()  # LoRA adapters that it lists
     queue: PrefillQueue = msgspec.field(default_factory=PrefillQueue)  # what live routing has sent it
     foreign_wait_s: float = 0.0  # part of wait_s that reports say and we did not send
     probe_now: Any = msgspec.field(default_factory=asyncio.Event)
@@ -60,6 +62,8 @@ class Target(ServerView, kw_only=True, eq=False):
         if alive != self.alive:
             self.alive = alive
             self.within.version += 1
+            if not alive:
+                self.models = None  # what it had loaded it may come back without
             why = "" if alive else f": {self.error}" if self.offered else ": not offered by its agent"
             log.log(
                 logging.INFO if alive else logging.WARNING,

@@ -1,0 +1,164 @@
+"""Names that requests may carry in `model` and `lora_path`, and which servers have the LoRA adapters they select.
+
+As SGLang 0.5.23 takes them: `model` is the served name, or `base:adapter`; `lora_path` names an adapter. SGLang also
+lists adapters in `/v1/models` under names of their own, but takes such a name in `model` for the base model; here it
+selects the adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Struct
+
+from sglang_prfaas.core.request import ServerKey
+from sglang_prfaas.http import HttpError, UpstreamError
+from sglang_prfaas.router.body import ParsedBody
+from sglang_prfaas.router.registry import Registry, Target
+
+log = logging.getLogger(__name__)
+
+_REFRESH_S = 1.0
+_ALL_EVERY = 10
+"""Rounds between two in which every server is asked again."""
+
+
+class Models:
+    """The configured names, and what the servers list. Belongs to the event loop."""
+
+    def __init__(
+        self, configured: tuple[str, ...], registry: Registry, *, now_s: Callable[[], float], timeout_s: float
+    ) -> None:
+        """now_s: a monotonic clock. timeout_s: for a server's list."""
+        self.configured = frozenset(name for name in configured if name) | {"default"}
+        self._registry = registry
+        self._now_s = now_s
+        self._timeout_s = timeout_s
+        self._refreshed_s = -_REFRESH_S
+
+    # --- what is known ------------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Ask every server that is alive for its list; at most once a second."""
+        if self._now_s() < self._refreshed_s + _REFRESH_S:
+            return
+        self._refreshed_s = self._now_s()
+        await asyncio.gather(*(self._ask(target) for target in self._registry.targets() if target.alive))
+
+    async def watch(self, interval_s: float) -> None:
+        """Refresh until cancelled: servers without a list every `interval_s`, all of them every ten."""
+        count = 0
+        while True:
+            unknown = [t for t in self._registry.targets() if t.alive and t.models is None]
+            await asyncio.gather(*(self._ask(target) for target in unknown))
+            if count % _ALL_EVERY == 0:
+                await self.refresh()
+            count += 1
+            await asyncio.sleep(interval_s)
+
+    async def _ask(self, target: Target) -> None:
+        try:
+            answer = await target.upstream.fetch("GET", "/v1/models", timeout_s=self._timeout_s)
+            listed = msgspec.json.decode(answer.body, type=_ModelList)
+        except (UpstreamError, msgspec.DecodeError) as exc:
+            log.info("%s/%s does not list its models: %s", target.site, target.name, exc)
+            return
+        target.models = frozenset(card.id for card in listed.data if card.parent is None)
+        target.adapters = frozenset(card.id for card in listed.data if card.parent is not None)
+
+    @property
+    def bases(self) -> frozenset[str]:
+        """Names of the base model."""
+        return self.configured.union(*(t.models for t in self._decodes() if t.models is not None))
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Adapters that any decode server lists."""
+        return frozenset().union(*(t.adapters for t in self._decodes()))
+
+    def _decodes(self) -> list[Target]:
+        return [target for target in self._registry.targets() if target.role == "decode"]
+
+    # --- what is asked ------------------------------------------------------------------------------------------------
+
+    async def select(self, body: ParsedBody) -> frozenset[str]:
+        """The adapters that a request wants, after checking that they and its model are there; one that only `model`
+        names goes into the body's `lora_path`. Raises HttpError 404 for what is not served here, 400 for a
+        contradiction."""
+        wanted = self._wanted(body)
+        if wanted is None or not wanted <= self.adapters:
+            await self.refresh()  # it may have been loaded since
+            wanted = self._wanted(body)
+        if wanted is None:
+            raise self.unknown(body.model)
+        missing = wanted - self.adapters
+        if missing and all(target.models is not None for target in self._decodes() if target.alive):
+            raise self.not_loaded(min(missing))
+        return wanted
+
+    def servers(self, adapters: frozenset[str]) -> frozenset[ServerKey] | None:
+        """The servers that have them all, None where all servers do. One whose list is not known counts as if."""
+        if not adapters:
+            return None
+        targets = list(self._registry.targets())
+        having = frozenset(t.key for t in targets if t.models is None or adapters <= t.adapters)
+        return having if len(having) < len(targets) else None
+
+    def unknown(self, name: str | None) -> HttpError:
+        """For a name that is neither the model's nor an adapter's."""
+        known = ", ".join(sorted((self.bases | self.adapters) - {"default"}))
+        return HttpError(
+            404, f"The model {name!r} does not exist; served here: {known}.", code="model_not_found", param="model"
+        )
+
+    def not_loaded(self, name: str) -> HttpError:
+        """For an adapter that no decode server has."""
+        loaded = ", ".join(sorted(self.adapters)) or "none"
+        return HttpError(
+            404,
+            f"The LoRA adapter {name!r} is not loaded; loaded: {loaded}. Load it on prefill and decode servers, with "
+            "--lora-paths or /load_lora_adapter.",
+            code="model_not_found",
+            param="model",
+        )
+
+    def _wanted(self, body: ParsedBody) -> frozenset[str] | None:
+        """Names of adapters, None for an unknown model. Raises HttpError 400."""
+        given = body.fields.lora_path
+        names = frozenset(name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str))
+        names -= {""}
+        model = body.model
+        if model is None or model in self.bases:
+            return names
+        adapter = self._adapter_in(model)
+        if adapter is None:
+            return None
+        if names - {adapter}:
+            raise HttpError(
+                400,
+                f"model {model!r} selects the LoRA adapter {adapter!r}, lora_path another, {min(names - {adapter})!r}: "
+                "give one.",
+                code="two_adapters",
+                param="lora_path",
+            )
+        body.lora_path = adapter if given is None else None
+        return frozenset((adapter,))
+
+    def _adapter_in(self, model: str) -> str | None:
+        """The adapter that `model` selects: `base:adapter`, or one that is listed."""
+        for base in self.bases:
+            if model.startswith(f"{base}:"):
+                return model[len(base) + 1 :].strip() or None
+        return model if model in self.adapters else None
+
+
+class _ModelCard(Struct):
+    id: str
+    parent: str | None = None
+
+
+class _ModelList(Struct):
+    data: list[_ModelCard]

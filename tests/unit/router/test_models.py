@@ -52,15 +52,15 @@ def wanted(models: Models, **fields: object) -> tuple[frozenset[str], str | None
 def test_names_of_the_base_model(model: str | None) -> None:
     models, _, _ = known()
     assert wanted(models, model=model) == (frozenset(), None)
-    assert wanted(models, model=model, lora_path="red") == ({"red"}, None)
-    assert wanted(models, model=model, lora_path=["red", None, "blue"]) == ({"red", "blue"}, None)
+    assert wanted(models, model=model, lora_path="red") == (frozenset({"red"}), None)
+    assert wanted(models, model=model, lora_path=["red", None, "blue"]) == (frozenset({"red", "blue"}), None)
 
 
 @pytest.mark.parametrize("model", ["red", "tiny:red", "/models/tiny:red", "default: red "])
 def test_names_that_select_an_adapter(model: str) -> None:
     models, _, _ = known()
-    assert wanted(models, model=model) == ({"red"}, "red")
-    assert wanted(models, model=model, lora_path="red") == ({"red"}, None)
+    assert wanted(models, model=model) == (frozenset({"red"}), "red")
+    assert wanted(models, model=model, lora_path="red") == (frozenset({"red"}), None)
     with pytest.raises(HttpError, match="selects the LoRA adapter 'red', lora_path another, 'blue'"):
         wanted(models, model=model, lora_path="blue")
 
@@ -80,14 +80,14 @@ def test_adapters_that_are_not_loaded() -> None:
         with pytest.raises(HttpError, match="The LoRA adapter 'green' is not loaded; loaded: blue, red"):
             wanted(models, **fields)
     targets["d"].models = None  # it has just come up, and may have it
-    assert wanted(models, lora_path="green") == ({"green"}, None)
+    assert wanted(models, lora_path="green") == (frozenset({"green"}), None)
 
 
 def test_servers_of_adapters() -> None:
     models, registry, targets = known()
     assert models.servers(frozenset()) is None
     assert models.servers(frozenset({"red"})) is None, "all have it"
-    assert models.servers(frozenset({"red", "blue"})) == {("far", "p"), ("home", "d")}
+    assert models.servers(frozenset({"red", "blue"})) == frozenset({("far", "p"), ("home", "d")})
     view = RequestView(l_total=1, servers=models.servers(frozenset({"blue"})))
     seen = permitted(registry.observation, view)
     assert {server.name for site in seen.sites for server in site.servers} == {"p", "d"}

@@ -96,7 +96,7 @@ class Router:
         self.access_log = access_log or AccessLog()
         self.feed: CacheFeed | None = None
         if prefixes is None and config.prefix_index.enabled and is_fed(config):
-            prefixes = index = PrefixIndex(config)
+            prefixes = index = PrefixIndex(config, self.models.adapter_id)
             self.feed = CacheFeed(config, index, self.agents)
         self.prefixes = prefixes or NoPrefixes()
         self.tenants = Tenants(config)

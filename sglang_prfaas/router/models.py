@@ -107,6 +107,12 @@ class Models:
         having = frozenset(t.key for t in targets if t.models is None or adapters <= t.adapters)
         return having if len(having) < len(targets) else None
 
+    def adapter_id(self, name: str) -> str | None:
+        """SGLang's id of an adapter, which its block hashes depend on; None where no server's is known, or where they
+        differ."""
+        ids = {target.adapter_ids[name] for target in self._registry.targets() if name in target.adapter_ids}
+        return ids.pop() if len(ids) == 1 else None
+
     def unknown(self, name: str | None) -> HttpError:
         """For a name that is neither the model's nor an adapter's."""
         known = ", ".join(sorted((self.bases | self.adapters) - {"default"}))
@@ -130,6 +136,7 @@ class Models:
         given = body.fields.lora_path
         names = frozenset(name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str))
         names -= {""}
+        body.adapter = given if isinstance(given, str) and given else None
         model = body.model
         if model is None or model in self.bases:
             return names
@@ -144,7 +151,7 @@ class Models:
                 code="two_adapters",
                 param="lora_path",
             )
-        body.lora_path = adapter if given is None else None
+        body.adapter, body.lora_path = adapter, None if names else adapter
         return frozenset((adapter,))
 
     def _adapter_in(self, model: str) -> str | None:

@@ -46,9 +46,13 @@ def test_a_lora_path_goes_on_as_it_is() -> None:
                 body = {"model": MODEL, "prompt": ["a", "b"], "lora_path": given}
                 assert (await c.request(body=body)).status == 200
                 assert c["d"].bodies[-1]["lora_path"] == given
+            for empty in (None, "", []):
+                assert (await c.request(body={"model": "adapter", "prompt": "a", "lora_path": empty})).status == 200
+                assert c["d"].bodies[-1]["lora_path"] == "adapter"
+                assert c["d"].requests[-1].body.count(b"lora_path") == 1
             both = await c.request(body={"model": "adapter", "prompt": "a", "lora_path": "adapter"})
             assert both.status == 200
-            assert list(c["d"].bodies[-1]).count("lora_path") == 1
+            assert c["d"].requests[-1].body.count(b"lora_path") == 1
 
     run(main)
 

@@ -83,6 +83,18 @@ def test_adapters_that_are_not_loaded() -> None:
     assert wanted(models, lora_path="green") == (frozenset({"green"}), None)
 
 
+def test_ids_of_adapters() -> None:
+    """As agents tell them; two ids under one name are two adapters, and either's prefixes may be anywhere."""
+    models, _, targets = known()
+    assert models.adapter_id("red") is None
+    targets["l"].adapter_ids = {"red": "1"}
+    assert models.adapter_id("red") == "1"
+    targets["p"].adapter_ids = {"red": "1", "blue": "2"}
+    assert (models.adapter_id("red"), models.adapter_id("blue")) == ("1", "2")
+    targets["d"].adapter_ids = {"red": "3"}
+    assert models.adapter_id("red") is None
+
+
 def test_servers_of_adapters() -> None:
     models, registry, targets = known()
     assert models.servers(frozenset()) is None

@@ -38,14 +38,20 @@ class Models:
         self._now_s = now_s
         self._timeout_s = timeout_s
         self._refreshed_s = -_REFRESH_S
+        self._refreshing: asyncio.Task[None] | None = None
 
     # --- what is known ------------------------------------------------------------------------------------------------
 
     async def refresh(self) -> None:
-        """Ask every server that is alive for its list; at most once a second."""
-        if self._now_s() < self._refreshed_s + _REFRESH_S:
-            return
-        self._refreshed_s = self._now_s()
+        """Ask every server that is alive for its list; at most once a second. Waits for one that is under way."""
+        if self._refreshing is None or self._refreshing.done():
+            if self._now_s() < self._refreshed_s + _REFRESH_S:
+                return
+            self._refreshed_s = self._now_s()
+            self._refreshing = asyncio.create_task(self._ask_all())
+        await asyncio.shield(self._refreshing)
+
+    async def _ask_all(self) -> None:
         await asyncio.gather(*(self._ask(target) for target in self._registry.targets() if target.alive))
 
     async def watch(self, interval_s: float) -> None:
@@ -89,6 +95,9 @@ class Models:
         names goes into the body's `lora_path`. Raises HttpError 404 for what is not served here, 400 for a
         contradiction."""
         wanted = self._wanted(body)
+        self._check_key(body)
+        if wanted is not None and not wanted:
+            return wanted
         if wanted is None or not wanted <= self.adapters:
             await self.refresh()  # it may have been loaded since
             wanted = self._wanted(body)
@@ -138,7 +147,7 @@ class Models:
         names -= {""}
         body.adapter = given if isinstance(given, str) and given else None
         model = body.model
-        if model is None or model in self.bases:
+        if model is None or model in self.configured or model in self.bases:
             return names
         adapter = self._adapter_in(model)
         if adapter is None:
@@ -153,6 +162,22 @@ class Models:
             )
         body.adapter, body.lora_path = adapter, None if names else adapter
         return frozenset((adapter,))
+
+    def _check_key(self, body: ParsedBody) -> None:
+        """SGLang puts an adapter's id at the end of the extra key, and nothing between: without the adapter, a client's
+        own key that ends so would put the base model's KVCache where the adapter's belongs. Raises HttpError 400."""
+        key = body.fields.extra_key
+        if key is None or body.adapter is not None:
+            return
+        keys = tuple(text for text in (key if isinstance(key, list) else [key]) if isinstance(text, str))
+        ids = tuple(name for target in self._registry.targets() for name in target.adapter_ids.values())
+        if any(text.endswith(ids) for text in keys):
+            raise HttpError(
+                400,
+                "extra_key ends with the id of a LoRA adapter: choose another.",
+                code="invalid_key",
+                param="extra_key",
+            )
 
     def _adapter_in(self, model: str) -> str | None:
         """The adapter that `model` selects: `base:adapter`, or one that is listed."""

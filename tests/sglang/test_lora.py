@@ -111,7 +111,7 @@ def test_no_prefix_is_matched_across_adapters(sites: Driver) -> None:
         tokens, headers = generate(sites.router_url, asked, adapter)
         assert tokens == generate(sites.reference_url, asked, adapter)[0]
         assert headers["x-prfaas-prefill"].endswith(LOCAL)
-        assert headers["x-prfaas-cached-tokens"] == "0", f"the index promises {adapter} what another computed"
+        assert headers.get("x-prfaas-cached-tokens", "0") == "0", f"the index promises {adapter} what another computed"
         assert prefills_since(sites, LOCAL, offset) == (len(asked), 0)
         wait_for(
             f"the router to know of {adapter}'s blocks",

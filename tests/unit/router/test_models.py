@@ -95,6 +95,16 @@ def test_ids_of_adapters() -> None:
     assert models.adapter_id("red") is None
 
 
+def test_an_extra_key_cannot_pass_for_an_adapter() -> None:
+    models, _, targets = known()
+    targets["p"].adapter_ids = {"red": "abc123"}
+    for key in ("abc123", "mine-abc123", ["x", "abc123"]):
+        with pytest.raises(HttpError, match="extra_key ends with the id of a LoRA adapter"):
+            wanted(models, extra_key=key)
+    for fields in ({"extra_key": "abc1234"}, {"extra_key": ["x"]}, {"extra_key": "abc123", "lora_path": "red"}):
+        wanted(models, **fields)
+
+
 def test_servers_of_adapters() -> None:
     models, registry, targets = known()
     assert models.servers(frozenset()) is None

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sglang_prfaas.config.schema import LinkConfig, PolicyConfig
+from sglang_prfaas.scheduler.profiles import save_profile
 from tests.router.pd_fakes import MODEL, Cluster, cluster, header, run, until
+from tests.router.test_live_policy import PROFILE
 
 
 def error(body: bytes) -> dict[str, Any]:
@@ -90,9 +94,19 @@ def test_an_adapter_that_was_loaded_since() -> None:
     run(main)
 
 
-def test_requests_go_to_servers_that_have_the_adapter() -> None:
+@pytest.mark.parametrize("mode", ["fixed", "live"])
+def test_requests_go_to_servers_that_have_the_adapter(mode: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {}
+    if mode == "live":
+        save_profile(PROFILE, tmp_path / "profile.json")
+        options = {
+            "policy": PolicyConfig(profile=str(tmp_path / "profile.json"), threshold_tokens=10),
+            "hardware": {"far": "quick", "home": "slow"},
+            "links": {"far": [LinkConfig(to_site="home", capacity_gbps=1.0)]},
+        }
+
     async def main() -> None:
-        async with cluster(("p", "p2"), ("l", "l2"), ("d", "d2")) as c:
+        async with cluster(("p", "p2"), ("l", "l2"), ("d", "d2"), **options) as c:
             for name in ("p", "l2", "d2"):
                 c[name].adapters = []
             await known(c)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -38,6 +39,7 @@ class Models:
         self._now_s = now_s
         self._timeout_s = timeout_s
         self._refreshed_s = -_REFRESH_S
+        self._mixed: set[str] = set()
         self._refreshing: asyncio.Task[None] | None = None
 
     # --- what is known ------------------------------------------------------------------------------------------------
@@ -109,18 +111,26 @@ class Models:
         return wanted
 
     def servers(self, adapters: frozenset[str]) -> frozenset[ServerKey] | None:
-        """The servers that have them all, None where all servers do. One whose list is not known counts as if."""
+        """The servers that have them all, None where all servers do. One whose list is not known counts as if; one that
+        tells another id than `adapter_id` has other weights under the name, and does not."""
         if not adapters:
             return None
         targets = list(self._registry.targets())
-        having = frozenset(t.key for t in targets if t.models is None or adapters <= t.adapters)
-        return having if len(having) < len(targets) else None
+        having = [t for t in targets if t.models is None or adapters <= t.adapters]
+        for name in adapters:
+            own = self.adapter_id(name)
+            having = [t for t in having if t.adapter_ids.get(name, own) == own]
+        return frozenset(t.key for t in having) if len(having) < len(targets) else None
 
     def adapter_id(self, name: str) -> str | None:
-        """SGLang's id of an adapter, which its block hashes depend on; None where no server's is known, or where they
-        differ."""
-        ids = {target.adapter_ids[name] for target in self._registry.targets() if name in target.adapter_ids}
-        return ids.pop() if len(ids) == 1 else None
+        """SGLang's id of an adapter, which stands for its weights, and which block hashes depend on: what most decode
+        servers tell, or else most servers. None where none is known."""
+        ids = Counter(t.adapter_ids[name] for t in self._decodes() if name in t.adapter_ids)
+        ids = ids or Counter(t.adapter_ids[name] for t in self._registry.targets() if name in t.adapter_ids)
+        if len(ids) > 1 and name not in self._mixed:
+            log.warning("decode servers have different weights under the name of the LoRA adapter %s", name)
+            self._mixed.add(name)
+        return max(ids, key=lambda told: (ids[told], told), default=None)
 
     def unknown(self, name: str | None) -> HttpError:
         """For a name that is neither the model's nor an adapter's."""

@@ -29,21 +29,24 @@ class AdapterWatch:
 
     def __init__(self, servers: Mapping[str, Server], interval_s: float, on_change: Callable[[], None]) -> None:
         """interval_s: between two looks at whether a server has started. on_change: called after one told its ids."""
-        self._servers = [server for server in servers.values() if sglang_args.has(server.command.argv, OPTION)]
+        self._servers = {
+            name: server for name, server in servers.items() if sglang_args.has(server.command.argv, OPTION)
+        }
         self._interval_s = interval_s
         self._on_change = on_change
         self._told: dict[str, tuple[int | None, dict[str, str]]] = {}
 
     def ids(self, server: str) -> dict[str, str]:
-        """Ids by name of a server's adapters, as far as it has told them."""
-        return self._told.get(server, (None, {}))[1]
+        """Ids by name of a server's adapters, as far as its process of now has told them."""
+        pid, ids = self._told.get(server, (None, {}))
+        return ids if pid is not None and pid == self._servers[server].pid else {}
 
     async def watch(self, client: Client) -> None:
         """Ask every server after each of its starts, until cancelled."""
         if not self._servers:
             return
         while True:
-            for server in self._servers:
+            for server in self._servers.values():
                 if server.state is State.READY and self._told.get(server.name, (None,))[0] != server.pid:
                     await self._ask(client, server)
             await asyncio.sleep(self._interval_s)

@@ -84,15 +84,24 @@ def test_adapters_that_are_not_loaded() -> None:
 
 
 def test_ids_of_adapters() -> None:
-    """As agents tell them; two ids under one name are two adapters, and either's prefixes may be anywhere."""
+    """As agents tell them."""
     models, _, targets = known()
     assert models.adapter_id("red") is None
     targets["l"].adapter_ids = {"red": "1"}
     assert models.adapter_id("red") == "1"
     targets["p"].adapter_ids = {"red": "1", "blue": "2"}
     assert (models.adapter_id("red"), models.adapter_id("blue")) == ("1", "2")
-    targets["d"].adapter_ids = {"red": "3"}
-    assert models.adapter_id("red") is None
+
+
+def test_other_weights_under_the_same_name_are_another_adapter() -> None:
+    """Prefill by one and decode by the other would give tokens of neither. What decode servers have is in force."""
+    models, _, targets = known()
+    for name, told in (("p", "old"), ("l", "new"), ("d", "new")):
+        targets[name].adapter_ids = {"red": told}
+    assert models.adapter_id("red") == "new"
+    assert models.servers(frozenset({"red"})) == frozenset({("home", "l"), ("home", "d")})
+    targets["p"].adapter_ids = {}  # started anew, and not asked yet
+    assert models.servers(frozenset({"red"})) is None
 
 
 def test_an_extra_key_cannot_pass_for_an_adapter() -> None:

@@ -20,7 +20,7 @@ from sglang_prfaas.store.stats import StoreStats, read_stats
 from sglang_prfaas.tiny_models import make_tiny_adapter
 
 from .conftest import RUNNING
-from .driving import DECODE, LOCAL, REMOTE, Driver, get, post, wait_for
+from .driving import DECODE, LOCAL, REMOTE, Driver, get, post, wait_for, words
 from .store_server import PAGE_TOKENS, prompt
 
 pytestmark = pytest.mark.sglang
@@ -73,6 +73,11 @@ def held(sites: Driver, server: str) -> int:
     return next((int(cache["held"]["device"]) for cache in caches if cache["server"] == server), 0)
 
 
+def expected(sites: Driver, asked: str, adapter: str | None) -> Answer:
+    """What the single server says."""
+    return complete(sites.reference_url, MODEL_NAME, asked, OUTPUT_TOKENS, lora_path=adapter)
+
+
 SPELLINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "base:adapter": (f"{MODEL_NAME}:red", {}),
     "its own name": ("red", {}),
@@ -81,12 +86,10 @@ SPELLINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize(("words", "route"), [(20, "local"), (120, "prfaas")])
-def test_tokens_are_those_of_one_server_with_the_adapter(sites: Driver, spelling: str, words: int, route: str) -> None:
-    from .driving import words as text
-
+@pytest.mark.parametrize(("length", "route"), [(20, "local"), (120, "prfaas")])
+def test_tokens_are_those_of_one_server_with_the_adapter(sites: Driver, spelling: str, length: int, route: str) -> None:
     model, options = SPELLINGS[spelling]
-    asked = text(f"adapters by {spelling}", words)
+    asked = words(f"adapters by {spelling}", length)
     answer = complete(sites.router_url, model, asked, OUTPUT_TOKENS, **options)
     assert answer.status == 200, answer.error
     assert answer.routing["route"] == route
@@ -95,11 +98,6 @@ def test_tokens_are_those_of_one_server_with_the_adapter(sites: Driver, spelling
     records = sites.records(answer.routing["room"])
     assert {record.status for record in records} == {"done"}
     assert all(record.bytes > 0 for record in records)
-
-
-def expected(sites: Driver, asked: str, adapter: str | None) -> Answer:
-    """What the single server says."""
-    return complete(sites.reference_url, MODEL_NAME, asked, OUTPUT_TOKENS, lora_path=adapter)
 
 
 def test_no_prefix_is_matched_across_adapters(sites: Driver) -> None:

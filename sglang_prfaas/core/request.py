@@ -22,4 +22,5 @@ class RequestView(Struct, frozen=True, kw_only=True):
     exact: bool = True  # False: l_total is an estimate
     forced: Route | None = None  # the client named the route
     sites: frozenset[str] | None = None  # the only ones it may go to, None for all
+    servers: frozenset[ServerKey] | None = None  # the only ones it may go to, None for all
     avoid: frozenset[ServerKey] = frozenset()  # servers that failed for this request before its first token

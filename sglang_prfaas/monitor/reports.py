@@ -98,7 +98,8 @@ class ServerState(Struct, frozen=True, kw_only=True):
     """One server as its agent lists it. Only those in state `ready` take new requests.
 
     path: below the agent's URL. bootstrap_host: empty means the host that the agent is reached at.
-    change: what a drain or a change of role is doing; empty in the ordinary course.
+    change: what a drain or a change of role is doing; empty in the ordinary course. adapter_ids: SGLang's ids of the
+    LoRA adapters that it was started with, by name.
     """
 
     name: str
@@ -109,6 +110,7 @@ class ServerState(Struct, frozen=True, kw_only=True):
     bootstrap_port: int
     restarts: int
     change: str = ""
+    adapter_ids: dict[str, str] = {}
 
 
 class ConfiguredLink(Struct, frozen=True, kw_only=True):

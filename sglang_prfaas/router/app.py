@@ -16,7 +16,6 @@ from sglang_prfaas.http import (
     Request,
     Response,
     ServerLimits,
-    UpstreamError,
     relay,
 )
 from sglang_prfaas.http.messages import safe_header_value
@@ -31,13 +30,13 @@ from sglang_prfaas.router.cache_feed import CacheFeed, is_fed
 from sglang_prfaas.router.filters import (
     DROPPED_REQUEST_HEADERS,
     ENDPOINTS,
-    ModelNames,
     check_method,
     check_passthrough,
     newest_wanted,
 )
 from sglang_prfaas.router.health import HealthMonitor
 from sglang_prfaas.router.metrics import Gauge, Metrics
+from sglang_prfaas.router.models import Models
 from sglang_prfaas.router.policy import make_policy
 from sglang_prfaas.router.prefix_lookup import PrefixIndex
 from sglang_prfaas.router.prefixes import NoPrefixes, PrefixLookup
@@ -49,7 +48,6 @@ from sglang_prfaas.router.tokens import TokenCounter
 
 log = logging.getLogger(__name__)
 
-_MODELS_REFRESH_S = 1.0
 _JSON = ((b"content-type", b"application/json"),)
 
 
@@ -84,11 +82,16 @@ class Router:
         self.registry = Registry(config, self.client)
         self.agents = AgentLinks(config.sites, config.reports, on_state=self._reported, on_cache=self._cache_updated)
         self.health = HealthMonitor(config, self.registry, self.agents.reports.fresh)
-        self.models = ModelNames((config.router.served_model_name, config.router.model))
+        self.models = Models(
+            (config.router.served_model_name, config.router.model),
+            self.registry,
+            now_s=self.client.loop.time,
+            timeout_s=limits.health_timeout_s,
+        )
         self.access_log = access_log or AccessLog()
         self.feed: CacheFeed | None = None
         if prefixes is None and config.prefix_index.enabled and is_fed(config):
-            prefixes = index = PrefixIndex(config)
+            prefixes = index = PrefixIndex(config, self.models.adapter_id)
             self.feed = CacheFeed(config, index, self.agents)
         self.prefixes = prefixes or NoPrefixes()
         self.tenants = Tenants(config)
@@ -104,7 +107,6 @@ class Router:
             self.models,
             self.metrics,
             self.access_log,
-            self.refresh_models,
             self.policy,
             self.prefixes,
             self.tenants,
@@ -121,7 +123,6 @@ class Router:
             on_refused=lambda error: self.metrics.refused.add((str(error.status),)),
         )
         self._draining = False
-        self._models_refreshed_s = -_MODELS_REFRESH_S
 
     async def start(self) -> int:
         """Begin health checks, listen; returns the port."""
@@ -281,27 +282,3 @@ class Router:
             *self.prefixes.gauges(),
             *self.roles.gauges(),
         ]
-
-    async def refresh_models(self) -> None:
-        """Take over the names that a decode server lists, LoRA adapters among them; at most once a second."""
-        now_s = self.client.loop.time()
-        if now_s < self._models_refreshed_s + _MODELS_REFRESH_S:
-            return
-        self._models_refreshed_s = now_s
-        for target in self._alive("decode"):
-            try:
-                answer = await target.upstream.fetch("GET", "/v1/models", timeout_s=self.config.limits.health_timeout_s)
-                listed = msgspec.json.decode(answer.body, type=_ModelList)
-            except (UpstreamError, msgspec.DecodeError) as exc:
-                log.info("%s/%s does not list its models: %s", target.site, target.name, exc)
-                continue
-            self.models.listed = frozenset(card.id for card in listed.data)
-            return
-
-
-class _ModelCard(msgspec.Struct):
-    id: str
-
-
-class _ModelList(msgspec.Struct):
-    data: list[_ModelCard]

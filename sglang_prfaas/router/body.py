@@ -63,7 +63,19 @@ _object_decoder = msgspec.json.Decoder(dict[str, Raw])
 class ParsedBody:
     """One request body. `batch` is None for one prompt, else the number of prompts."""
 
-    __slots__ = ("_end", "_raw", "batch", "cache_salt", "endpoint", "fields", "hashes", "prompt", "token_ids")
+    __slots__ = (
+        "_end",
+        "_raw",
+        "adapter",
+        "batch",
+        "cache_salt",
+        "endpoint",
+        "fields",
+        "hashes",
+        "lora_path",
+        "prompt",
+        "token_ids",
+    )
 
     def __init__(self, endpoint: Endpoint, raw: bytes, fields: _Fields) -> None:
         self.endpoint = endpoint
@@ -72,6 +84,10 @@ class ParsedBody:
         self.batch = None if endpoint == "chat" else _batch_size(self.prompt)
         self.cache_salt: str | None = None
         """The tenant's, which takes the place of the client's."""
+        self.adapter: str | None = None
+        """The one LoRA adapter that all of the request is for, where there is one."""
+        self.lora_path: str | None = None
+        """An adapter that the client selected by its model's name alone."""
         self.token_ids: Sequence[int] | None = None
         """Of its longest prompt, where they were needed."""
         self.hashes: dict[int, PromptHashes] = {}
@@ -107,7 +123,11 @@ class ParsedBody:
         if self.cache_salt is not None:
             fields["cache_salt"] = self.cache_salt
             replaced = (*_BOOTSTRAP, "cache_salt")
+        if self.lora_path is not None:
+            fields["lora_path"] = self.lora_path
+            replaced = (*replaced, "lora_path")
         given = own.cache_salt is not None and self.cache_salt is not None
+        given = given or (self.lora_path is not None and b'"lora_path"' in self._raw)  # null, or empty
         if given or any(memoryview(raw).nbytes for raw in (own.bootstrap_host, own.bootstrap_port, own.bootstrap_room)):
             rebuilt: dict[str, object] = dict(_object_decoder.decode(self._raw))
             for name in replaced:

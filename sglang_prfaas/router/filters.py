@@ -1,4 +1,4 @@
-"""What is refused before routing: wrong methods, administration endpoints, unknown routes and models."""
+"""What is refused before routing: wrong methods, administration endpoints, unknown routes."""
 
 from __future__ import annotations
 
@@ -126,24 +126,3 @@ def newest_wanted(request: Request) -> int | None:
                 raise HttpError(400, f"newest must be a number, got {got!r}.", code="invalid_query")
             return int(value)
     return None
-
-
-class ModelNames:
-    """Names that requests may carry in `model`: the configured ones, and what the decode servers list."""
-
-    def __init__(self, configured: tuple[str, ...]) -> None:
-        self.configured = frozenset(name for name in configured if name) | {"default"}
-        self.listed: frozenset[str] = frozenset()
-
-    def knows(self, name: str | None) -> bool:
-        """Whether a request may go on; a name `base:adapter` selects a LoRA adapter."""
-        if name is None or name in self.configured or name in self.listed:
-            return True
-        base = name.partition(":")[0]
-        return base in self.configured or base in self.listed
-
-    def unknown(self, name: str | None) -> HttpError:
-        known = ", ".join(sorted((self.configured | self.listed) - {"default"}))
-        return HttpError(
-            404, f"The model {name!r} does not exist; served here: {known}.", code="model_not_found", param="model"
-        )

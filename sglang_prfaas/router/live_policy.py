@@ -133,10 +133,10 @@ class LiveRouting:
         return self.live.decide(moment, observation, view)
 
     def _seen(self, now_s: float, view: RequestView) -> tuple[Moment, Observation]:
-        """What a request may be decided on: the sites that its tenant may use."""
-        if view.sites is None:
+        """What a request may be decided on: the sites that its tenant may use, and servers with its LoRA adapter."""
+        if view.sites is None and view.servers is None:
             return self.look(now_s, self.look_interval_s), self.observation
-        observation = permitted(self.observation, view.sites)
+        observation = permitted(self.observation, view)
         return self.live.look(now_s, observation), observation
 
     def bind(

@@ -71,7 +71,8 @@ class FixedPolicy:
 
     def decide(self, now_s: float, view: RequestView, body: ParsedBody) -> Decision:
         self._prefixes.write(body)
-        return decide(permitted(self._observation, view.sites), view, least=self._least)
+        least = self._least if view.servers is None else None  # it knows whole sites
+        return decide(permitted(self._observation, view), view, least=least)
 
     def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight | None:
         return None

@@ -64,7 +64,9 @@ class CacheFigures(Struct):
 class PrefixIndex:
     """`PrefixLookup` over a `GlobalIndex`. Belongs to the event loop."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, adapter_id: Callable[[str], str | None] = lambda name: None) -> None:
+        """adapter_id: SGLang's id of a LoRA adapter, None where it is not known."""
+        self._adapter_id = adapter_id
         settings = config.prefix_index
         self.fetches = config.policy.fetch_prefixes
         self.index = GlobalIndex(settings.max_blocks, 2 * settings.max_servers)
@@ -196,13 +198,17 @@ class PrefixIndex:
         SGLang mixes the internal id of a LoRA adapter into the hashes; an `extra_key` it leaves out of them, so that
         blocks under another key look the same."""
         fields = body.fields
-        adapter = fields.lora_path or (body.model or "").partition(":")[2] or (body.model or "") not in self._names
-        if adapter or fields.extra_key is not None:
+        if fields.extra_key is not None:
             return None
+        adapter_id = None
+        if fields.lora_path or (body.model or "").partition(":")[2] or (body.model or "") not in self._names:
+            adapter_id = self._adapter_id(body.adapter) if body.adapter is not None else None
+            if adapter_id is None:
+                return None
         salt = body.cache_salt if body.cache_salt is not None else fields.cache_salt
         if salt is not None and not isinstance(salt, str):
             return None  # one for each prompt of a batch
-        return Namespace(cache_salt=salt or None)
+        return Namespace(cache_salt=salt or None, extra_key=adapter_id)
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 

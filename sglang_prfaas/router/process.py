@@ -42,19 +42,13 @@ async def run_router(
         log.info("router listens on %s, %s %d tokens", where, policy, config.policy.threshold_tokens)
         if ready is not None:
             ready(port)
-        models = asyncio.create_task(_watch_models(router))
+        models = asyncio.create_task(router.models.watch(config.limits.health_interval_s))
         await stop.wait()
         log.info("router stops: %d requests in work", router.server.active)
         models.cancel()
     finally:
         await router.stop()
         counter.close()
-
-
-async def _watch_models(router: Router) -> None:
-    while True:
-        await router.refresh_models()
-        await asyncio.sleep(router.config.limits.health_interval_s * (10 if router.models.listed else 1))
 
 
 def run(config: RouterConfig, *, ready: Callable[[int], None] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from math import ceil
 
@@ -21,8 +21,9 @@ from sglang_prfaas.router.access_log import AccessLog, AccessRecord
 from sglang_prfaas.router.attempt import Attempt
 from sglang_prfaas.router.body import Endpoint, ParsedBody, new_rooms, parse_body, require_prompt
 from sglang_prfaas.router.decisions import DecisionRecord, RecentDecisions
-from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, ModelNames, forced_route
+from sglang_prfaas.router.filters import DROPPED_REQUEST_HEADERS, forced_route
 from sglang_prfaas.router.metrics import Metrics
+from sglang_prfaas.router.models import Models
 from sglang_prfaas.router.outcome import Failure
 from sglang_prfaas.router.policy import Flight, RoutingPolicy
 from sglang_prfaas.router.prefixes import PrefixLookup
@@ -43,10 +44,9 @@ class PdProxy:
         config: RouterConfig,
         registry: Registry,
         counter: TokenCounter,
-        models: ModelNames,
+        models: Models,
         metrics: Metrics,
         access_log: AccessLog,
-        refresh_models: Callable[[], Awaitable[None]],
         policy: RoutingPolicy,
         prefixes: PrefixLookup,
         tenants: Tenants,
@@ -59,7 +59,6 @@ class PdProxy:
         self._models = models
         self._metrics = metrics
         self._log = access_log
-        self._refresh_models = refresh_models
         self._loop = asyncio.get_running_loop()
         self._policy = policy
         self._prefixes = prefixes
@@ -89,17 +88,21 @@ class PdProxy:
         """Attempts, until one is answered, the client can be told why not, or there were enough."""
         tenant = self._tenants.of(request)
         sites, forced = self._tenants.sites(tenant), forced_route(request)
-        body = await self._body(request, endpoint, tenant)
+        body = self._body(request, endpoint, tenant)
+        adapters = await self._models.select(body)
         tokens = await self._tokens(body, record)
         header_block = _upstream_headers(request, record)
         avoid: frozenset[ServerKey] = frozenset()
         last: Failure | None = None
         retries = stale = 0
         while True:
-            view = RequestView(l_total=tokens.longest, exact=tokens.exact, forced=forced, sites=sites, avoid=avoid)
+            servers = self._models.servers(adapters)
+            view = RequestView(
+                l_total=tokens.longest, exact=tokens.exact, forced=forced, sites=sites, servers=servers, avoid=avoid
+            )
             decision, flight = await self._route(view, body, tokens, record, first=last is None)
             if decision.prefill is None or decision.decode is None:
-                raise self._unservable(decision, last, tenant)
+                raise self._unservable(decision, last, tenant, adapters if servers is not None else frozenset())
             assert isinstance(decision.prefill, Target)
             assert isinstance(decision.decode, Target)
             attempt, injected = self._attempt(decision, flight, body, tokens, response, record)
@@ -130,16 +133,13 @@ class PdProxy:
             self._give_up(response, failure, record)
             return
 
-    async def _body(self, request: Request, endpoint: Endpoint, tenant: TenantConfig | None) -> ParsedBody:
-        """The request's body, for a model that is served here. Raises HttpError."""
+    @staticmethod
+    def _body(request: Request, endpoint: Endpoint, tenant: TenantConfig | None) -> ParsedBody:
+        """The request's body. Raises HttpError."""
         body = parse_body(endpoint, request.body)
         require_prompt(body)
         if tenant is not None and tenant.cache_salt:
             body.cache_salt = tenant.cache_salt
-        if not self._models.knows(body.model):
-            await self._refresh_models()  # a LoRA adapter may have been loaded since
-            if not self._models.knows(body.model):
-                raise self._models.unknown(body.model)
         return body
 
     async def _tokens(self, body: ParsedBody, record: AccessRecord) -> TokenCount:
@@ -237,10 +237,14 @@ class PdProxy:
         record.status = head.status
         response.send(head.status, body, forwardable_response_headers(head.headers))
 
-    def _unservable(self, decision: Decision, last: Failure | None, tenant: TenantConfig | None) -> HttpError:
+    def _unservable(
+        self, decision: Decision, last: Failure | None, tenant: TenantConfig | None, adapters: frozenset[str]
+    ) -> HttpError:
         message = decision.reason[0].upper() + decision.reason[1:] + "."
         if tenant is not None and tenant.sites:
             message += f" Tenant {tenant.name} may use {', '.join(tenant.sites)} only."
+        if adapters:
+            message += f" Only servers that have the LoRA adapter {', '.join(sorted(adapters))} may serve it."
         if last is not None:
             message += f" Before that: {last.message}."
         if decision.retry_after_s:

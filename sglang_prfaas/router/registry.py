@@ -34,6 +34,9 @@ class Target(ServerView, kw_only=True, eq=False):
     healthy: bool = False  # by our own checks
     failures: int = 0  # failed checks in a row
     error: str = "not checked yet"
+    models: frozenset[str] | None = None  # names of the base model that it lists; None: not known yet
+    adapters: frozenset[str] = frozenset()  # LoRA adapters that it lists
+    adapter_ids: dict[str, str] = msgspec.field(default_factory=dict)  # SGLang's ids of adapters, as its agent tells
     queue: PrefillQueue = msgspec.field(default_factory=PrefillQueue)  # what live routing has sent it
     foreign_wait_s: float = 0.0  # part of wait_s that reports say and we did not send
     probe_now: Any = msgspec.field(default_factory=asyncio.Event)
@@ -60,6 +63,8 @@ class Target(ServerView, kw_only=True, eq=False):
         if alive != self.alive:
             self.alive = alive
             self.within.version += 1
+            if not alive:
+                self.models = None  # what it had loaded it may come back without
             why = "" if alive else f": {self.error}" if self.offered else ": not offered by its agent"
             log.log(
                 logging.INFO if alive else logging.WARNING,
@@ -101,6 +106,7 @@ class AgentServer(Struct):
     url: str = ""
     bootstrap_host: str = ""
     bootstrap_port: int = 0
+    adapter_ids: dict[str, str] = {}
 
 
 class AgentSite(Struct):
@@ -184,6 +190,7 @@ class Registry:
             found.upstream = upstream
             found.bootstrap_host = entry.bootstrap_host or upstream.host
             found.bootstrap_port = entry.bootstrap_port
+            found.adapter_ids = entry.adapter_ids
             offered = entry.state == "ready"
             if offered and not found.offered:
                 found.probe_now.set()
@@ -207,6 +214,7 @@ class Registry:
                 upstream=upstream,
                 bootstrap_host=entry.bootstrap_host or upstream.host,
                 bootstrap_port=entry.bootstrap_port,
+                adapter_ids=entry.adapter_ids,
                 offered=entry.state == "ready",
             )
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
+import msgspec
+
 from sglang_prfaas.config.schema import RouterConfig, TenantConfig
+from sglang_prfaas.core.request import RequestView
 from sglang_prfaas.http import HttpError, Request
 from sglang_prfaas.scheduler.types import Observation
 
@@ -42,12 +45,19 @@ class Tenants:
         return self._sites.get(tenant.name) if tenant is not None else None
 
 
-def permitted(observation: Observation, sites: frozenset[str] | None) -> Observation:
-    """What may be seen of an observation by a request that may go to these sites only. The views are shared."""
-    if sites is None:
+def permitted(observation: Observation, request: RequestView) -> Observation:
+    """What a request may see of an observation: its sites, and of them its servers. The views are shared."""
+    sites, servers = request.sites, request.servers
+    if sites is None and servers is None:
         return observation
+    seen = [site for site in observation.sites if sites is None or site.name in sites]
+    if servers is not None:
+        seen = [
+            msgspec.structs.replace(site, servers=[server for server in site.servers if server.key in servers])
+            for site in seen
+        ]
     return Observation(
-        sites=[site for site in observation.sites if site.name in sites],
+        sites=seen,
         t_tokens=observation.t_tokens,
         bandwidth_scarce=observation.bandwidth_scarce,
         links=observation.links,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sglang_prfaas.errors import LaunchError
+from sglang_prfaas.sglang_plugin import adapter_ids
 
 BACKEND = "prfaas"
 TESTED_SGLANG = ("0.5.23",)
@@ -30,6 +31,7 @@ GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
 SEND_KV_CHUNK = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin.send_kv_chunk"
 RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 INIT_KV_MANAGER = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue._init_kv_manager"
+ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 CHOICES = "sglang.srt.arg_groups.choices.add_disagg_transfer_backend_choices"
 BACKENDS = "sglang.srt.disaggregation.utils.TransferBackend"
 
@@ -59,6 +61,12 @@ HOOKS = (
         "around",
         ("self", "batch", "pp_proxy_tensors"),
         "tells which requests' layers are written by the forward pass that begins",
+    ),
+    Hook(
+        ADAPTER_ID,
+        "around",
+        ("lora_name", "lora_path"),
+        "names a LoRA adapter's cached pages, by name and path only: stored pages would outlive the adapter's weights",
     ),
 )
 
@@ -148,6 +156,7 @@ def install() -> None:
     HookRegistry.register(SEND_KV_CHUNK, _note_request_times, HookType.BEFORE)
     HookRegistry.register(INIT_KV_MANAGER, _init_kv_manager, HookType.AROUND)
     HookRegistry.register(RUN_BATCH, _run_batch, HookType.AROUND)
+    HookRegistry.register(ADAPTER_ID, adapter_ids.deterministic_id, HookType.AROUND)
     HookRegistry.apply_hooks()
     missing = unapplied()
     if missing:

@@ -37,6 +37,7 @@ from sglang_prfaas.http import (
 from sglang_prfaas.monitor.link_channel import LinkReceiver, LinkViews
 from sglang_prfaas.monitor.reports import Command, ConfiguredLink, ServerState, SiteState
 from sglang_prfaas.site import metrics, operator_control, server_relay
+from sglang_prfaas.site.adapter_watch import AdapterWatch
 from sglang_prfaas.site.cache_server import CacheServer
 from sglang_prfaas.site.cache_watch import CacheWatch
 from sglang_prfaas.site.control import SiteControl
@@ -78,6 +79,7 @@ class Agent:
         self._server: HttpServer | None = None
         self._client: Client | None = None
         self._loads = LoadWatch(servers, config.agent.report_interval_s, clock, self.changed)
+        self._adapters = AdapterWatch(servers, config.agent.report_interval_s, self.changed)
         self._control = SiteControl(config, servers, self._loads, clock, self.changed)
         self._link_reports = link_reports
         self._caches = caches or CacheWatch(config.site.name, {}, 1, clock)
@@ -144,6 +146,7 @@ class Agent:
             await self.stop(0)
             raise
         self._spawn(self._loads.watch(self._client), "loads")
+        self._spawn(self._adapters.watch(self._client), "adapters")
         self._spawn(self._report_loads(), "reports")
         return port
 
@@ -242,6 +245,7 @@ class Agent:
             bootstrap_port=server.command.bootstrap_port,
             restarts=server.restarts,
             change=change.text if change is not None else "",
+            adapter_ids=self._adapters.ids(name),
         )
 
     # --- reports and commands -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A fingerprint of a model's files, so that caches of different weights under one path are kept apart."""
+"""Fingerprints of files of models and adapters, so that caches of different weights under one path are kept apart."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def model_fingerprint(model: str) -> str:
                 for index in range(_SAMPLES):
                     digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, size * index // _SAMPLES))
     return digest.hexdigest()[:32]
+
+
+def adapter_fingerprint(adapter: str) -> str:
+    """64 hex digits over adapter_config.json and all bytes of the weight files of a LoRA adapter; equal on every host
+    with the same files. Empty where `adapter` is no directory (a name on a hub). Raises OSError."""
+    directory = Path(adapter)
+    if not directory.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.name == "adapter_config.json" or path.suffix in _WEIGHTS:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

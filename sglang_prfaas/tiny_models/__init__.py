@@ -5,7 +5,17 @@
 on a machine without a GPU.
 """
 
+from sglang_prfaas.tiny_models.adapter import adapter_args, make_tiny_adapter
 from sglang_prfaas.tiny_models.build import make_tiny_model
 from sglang_prfaas.tiny_models.families import FAMILIES, FamilySpec, cpu_server_args, cpu_server_env, family_spec
 
-__all__ = ["FAMILIES", "FamilySpec", "cpu_server_args", "cpu_server_env", "family_spec", "make_tiny_model"]
+__all__ = [
+    "FAMILIES",
+    "FamilySpec",
+    "adapter_args",
+    "cpu_server_args",
+    "cpu_server_env",
+    "family_spec",
+    "make_tiny_adapter",
+    "make_tiny_model",
+]

@@ -81,6 +81,7 @@ class FakeServer:
         self.rooms = rooms
         self.requests: list[Request] = []
         self.bodies: list[dict[str, Any]] = []
+        self.adapters = ["adapter"]
         self.aborted = 0
         self.health = 200
         self.chunks = [b'data: {"i":%d,"text":"\xc3\xa9"}\n\n' % i for i in range(5)] + [b"data: [DONE]\n\n"]
@@ -112,7 +113,8 @@ class FakeServer:
             response.send(self.health, b"")
             return
         if request.path == "/v1/models":
-            response.send(200, json.dumps({"data": [{"id": MODEL}, {"id": "adapter"}]}).encode())
+            adapters = [{"id": name, "parent": MODEL} for name in self.adapters]
+            response.send(200, json.dumps({"data": [{"id": MODEL}, *adapters]}).encode())
             return
         self.requests.append(request)
         if request.path not in ("/v1/chat/completions", "/v1/completions", "/generate"):

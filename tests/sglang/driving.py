@@ -71,25 +71,52 @@ def _decoded(data: bytes) -> Any:
         return data.decode(errors="replace")
 
 
+class RouterProcess:
+    """A router of its own process on a router's file, with flags of its own; killed and started again on one port."""
+
+    def __init__(self, file: Path, log: Path, *flags: str) -> None:
+        port = HeldPort()
+        port.release()
+        self.url = f"http://127.0.0.1:{port.port}"
+        self._log = log
+        argv = [sys.executable, "-m", "sglang_prfaas.launch", "router", str(file)]
+        self._argv = [*argv, "--router.port", str(port.port), *flags]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start; `wait_sees` waits for it."""
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(self._argv, stdout=output, stderr=output, env=environ)
+
+    def wait_sees(self, roles: Mapping[str, str]) -> None:
+        """Wait until it takes these servers to be alive, in these roles, and no others."""
+
+        def sees() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, self._log.read_text()[-4000:]
+            return alive_servers(self.url) == roles
+
+        wait_for(f"the router of {self.url}", sees)
+
+    def stop(self, *, kill: bool = False) -> None:
+        """End it and wait; kill: as a crash would."""
+        if self._process is not None:
+            (self._process.kill if kill else self._process.terminate)()
+            self._process.wait()
+            self._process = None
+
+
 @contextlib.contextmanager
 def another_router(file: Path, log: Path, *flags: str, roles: Mapping[str, str] = ROLES) -> Iterator[str]:
     """One more router on a router's file, with flags of its own; gives its URL once `roles` are all there."""
-    port = HeldPort()
-    port.release()
-    argv = [sys.executable, "-m", "sglang_prfaas.launch", "router", str(file), "--router.port", str(port.port), *flags]
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    url = f"http://127.0.0.1:{port.port}"
-    with log.open("wb") as output, subprocess.Popen(argv, stdout=output, stderr=output, env=environ) as process:
-        try:
-
-            def serves() -> bool:
-                assert process.poll() is None, log.read_text()[-4000:]
-                return alive_servers(url) == roles
-
-            wait_for(f"the router of {file.name}", serves)
-            yield url
-        finally:
-            process.terminate()
+    router = RouterProcess(file, log, *flags)
+    try:
+        router.start()
+        router.wait_sees(roles)
+        yield router.url
+    finally:
+        router.stop()
 
 
 class Driver:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,18 @@ class StoreServer:
     """One server with a prefix cache on disk, and what tests ask of it."""
 
     def __init__(
-        self, family: str, directory: Path, host_bytes: int, env: Mapping[str, str] | None = None, **cache: Any
+        self,
+        family: str,
+        directory: Path,
+        host_bytes: int,
+        env: Mapping[str, str] | None = None,
+        args: Sequence[str] = (),
+        **cache: Any,
     ) -> None:
-        """env: further variables. cache: further keys of [prefix_cache]."""
+        """env: further variables. args: further arguments. cache: further keys of [prefix_cache]."""
         self.family = family
         self.directory = directory
+        self.args = args
         self.env = {**cpu_server_env(family), **(env or {})}
         self.config = PrefixCacheConfig(
             backend="local", host_bytes=host_bytes, disk_dir=str(directory / "store"), disk_bytes=256 << 20, **cache
@@ -57,6 +64,7 @@ class StoreServer:
             "1.5",
         )
         args += ("--max-total-tokens", "4096", "--enable-cache-report", "--page-size", str(self.page_tokens))
+        args += (*self.args,)
         command = plain_command(name, str(self.model), self.port, args=args, env=self.env)
         limits = SiteLimits(startup_timeout_s=STARTUP_TIMEOUT_S)
         loop = LoopThread()

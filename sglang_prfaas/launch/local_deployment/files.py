@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.launch.local_deployment import templates
 from sglang_prfaas.site.commands import ServerCommand, plain_command
 from sglang_prfaas.site.free_ports import free_ports
-from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
+from sglang_prfaas.tiny_models import adapter_args, cpu_server_args, cpu_server_env, make_tiny_adapter, make_tiny_model
 
 MODEL_NAME = "tiny"
 STARTUP_TIMEOUT_S = 900.0
@@ -40,6 +41,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     args: Sequence[str] = ()
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
+    adapters: Sequence[str] = ()
+    """Names of LoRA adapters that every server has, the one to compare with too. They are made, for `qwen3` only."""
     capacity_gbps: float = 10.0
     env: Mapping[str, str] = {}
     """Environment variables of all servers of both sites."""
@@ -86,6 +89,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     directory.mkdir(parents=True, exist_ok=True)
     family = choices.family
     model = make_tiny_model(family, directory / "model", choices.model_changes)
+    adapters = _make_adapters(directory / "adapters", model, choices.adapters)
     log = directory / "transfers.jsonl"
     log.unlink(missing_ok=True)
     if choices.keys:
@@ -94,7 +98,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         make.make_keys(directory / _KEYS, {"prfaas": (), "pd": ()}, now=datetime.datetime.now(datetime.UTC))
     ports = free_ports(13)
     values: dict[str, object] = {f"p{index}": port for index, port in enumerate(ports)}
-    values |= _common_values(choices, directory, model, log)
+    values |= _common_values(choices, directory, model, log, adapters)
     files = {}
     for name, template, cache in (
         ("prfaas", templates.PRFAAS, templates.PRFAAS_CACHE),
@@ -110,7 +114,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         str(model),
         ports[10],
         served_model_name=MODEL_NAME,
-        args=(*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens)),
+        args=(*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), *adapters),
         env=cpu_server_env(family),
     )
     argv = (sys.executable, "-m", "sglang_prfaas.launch", "router", str(files["router"]))
@@ -127,11 +131,22 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
     )
 
 
-def _common_values(choices: Choices, directory: Path, model: Path, log: Path) -> dict[str, object]:
-    """What the templates take, the same in all files."""
+def _make_adapters(directory: Path, model: Path, names: Sequence[str]) -> list[str]:
+    """Make adapters, each with weights of its own; SGLang's arguments that load them."""
+    if not names:
+        return []
+    shutil.rmtree(directory, ignore_errors=True)
+    made = {name: make_tiny_adapter(directory / name, model, seed) for seed, name in enumerate(names)}
+    return adapter_args(made)
+
+
+def _common_values(
+    choices: Choices, directory: Path, model: Path, log: Path, adapters: Sequence[str]
+) -> dict[str, object]:
+    """What the templates take, the same in all files. adapters: SGLang's arguments for them."""
     family = choices.family
     args = [*cpu_server_args(family), "--chunked-prefill-size", str(choices.chunk_tokens), "--enable-metrics"]
-    args += ["--enable-pd-role-switch", *choices.args]
+    args += ["--enable-pd-role-switch", *adapters, *choices.args]
     return {
         "model": toml_value(str(model)),
         "args": toml_value(args),

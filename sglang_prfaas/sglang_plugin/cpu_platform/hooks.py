@@ -16,6 +16,7 @@ from sglang_prfaas.sglang_plugin.cpu_platform import (
     elementwise,
     hicache,
     linear_attention,
+    lora,
     rope,
     weights,
 )
@@ -135,6 +136,11 @@ HOOKS: tuple[Hook, ...] = (
         hicache.cuda_host_register,
         "pins HiCache's host pool for CUDA",
     ),
+    Hook(
+        "sglang.srt.lora.lora:LoRAAdapter.initialize_weights",
+        lora.initialize_weights,
+        "reads no adapter's files where the model's weights are dummies",
+    ),
 )
 
 
@@ -201,6 +207,7 @@ def install_hooks() -> None:
     for hook in HOOKS:
         _apply(hook)
     hicache.install()
+    lora.install()
 
 
 def verify_hooks() -> None:

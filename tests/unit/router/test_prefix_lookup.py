@@ -53,7 +53,7 @@ def test_no_model_is_asked_of_the_network(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len(asked) == 1
 
 
-def index(tmp_path: Path, policy: PolicyConfig | None = None) -> PrefixIndex:
+def index(tmp_path: Path, policy: PolicyConfig | None = None, adapter_ids: dict[str, str] | None = None) -> PrefixIndex:
     (tmp_path / "config.json").write_text(json.dumps(dict(FAMILIES["qwen3"].config)))
     site = RouterSite(name="a", role="pd", agent_url="http://h:1", reports_port=2)
     return PrefixIndex(
@@ -62,7 +62,8 @@ def index(tmp_path: Path, policy: PolicyConfig | None = None) -> PrefixIndex:
             sites=[site],
             prefix_index=PrefixIndexConfig(min_tokens=8, max_blocks=1000),
             policy=policy or PolicyConfig(),
-        )
+        ),
+        (adapter_ids or {}).get,
     )
 
 
@@ -109,6 +110,30 @@ def test_adapters_and_salts_share_no_block(tmp_path: Path) -> None:
         assert it.index.match(PromptHashes(prompt, 4, spaces[number])).by_holder == {}
         it.apply(HolderChange(Holder("a", "p"), Stored(mine, Tier.DEVICE), 4))
         assert it.index.match(PromptHashes(prompt, 4, spaces[number])).by_holder[Holder("a", "p")].device_blocks == 10
+
+
+def test_an_adapter_whose_id_is_known_is_looked_up(tmp_path: Path) -> None:
+    """Its own blocks only, by whatever name it was selected; without an id nothing is."""
+    it = index(tmp_path, adapter_ids={"red": "1" * 32, "blue": "2" * 32})
+    prompt = list(range(40))
+    for adapter, blocks in ((None, 2), ("1" * 32, 6)):
+        hashes = PromptHashes(prompt, 4, Namespace(extra_key=adapter)).upto(blocks)
+        it.apply(HolderChange(Holder("a", "p"), Stored(hashes, Tier.DEVICE), 4))
+
+    def cached(adapter: str | None, **fields: Any) -> int:
+        request = body(**fields)
+        request.adapter, request.token_ids = adapter, prompt
+        if not it.wants(request, lambda: 40):
+            return -1
+        found = it.match(request).get("a")
+        return found.servers["p"] if found is not None else 0
+
+    assert cached(None) == 8
+    assert cached("red", lora_path="red") == cached("red", model="tiny:red") == cached("red", model="red") == 24
+    assert cached("blue", lora_path="blue") == 0
+    assert cached("green", lora_path="green") == -1
+    assert cached(None, lora_path=["red", None]) == -1
+    assert cached("red", lora_path="red", extra_key="k") == -1
 
 
 def test_servers_may_have_blocks_of_different_sizes(tmp_path: Path) -> None:

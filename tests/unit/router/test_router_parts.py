@@ -11,7 +11,7 @@ import pytest
 
 from sglang_prfaas.http import HttpError, Request
 from sglang_prfaas.router.access_log import AccessLog, AccessRecord
-from sglang_prfaas.router.filters import ModelNames, check_method, check_passthrough, forced_route
+from sglang_prfaas.router.filters import check_method, check_passthrough, forced_route
 from sglang_prfaas.router.logprobs import StreamMerger, merge_answers
 from sglang_prfaas.router.metrics import Counter, Histogram, Metrics
 from sglang_prfaas.router.sse import error_event, event_failure, first_event
@@ -61,18 +61,6 @@ def test_forced_route() -> None:
     assert forced_route(request(x_prfaas_route="prfaas")) == "prfaas"
     with pytest.raises(HttpError, match="must be local or prfaas, got 'x'"):
         forced_route(request(x_prfaas_route="x"))
-
-
-def test_model_names() -> None:
-    names = ModelNames(("tiny", "/models/tiny"))
-    names.listed = frozenset({"adapter"})
-    for name in (None, "tiny", "/models/tiny", "default", "adapter", "tiny:other"):
-        assert names.knows(name), name
-    assert not names.knows("gpt")
-    assert not names.knows("")
-    error = names.unknown("gpt")
-    assert error.status == 404
-    assert error.message == "The model 'gpt' does not exist; served here: /models/tiny, adapter, tiny."
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,17 @@ def loads() -> bytes:
     return json.dumps({"loads": [load]}).encode()
 
 
+def server_info() -> bytes:
+    """SGLang's, as far as the agent reads it."""
+    start = sys.argv.index("--lora-paths") + 1 if "--lora-paths" in sys.argv else len(sys.argv)
+    named = [text.split("=") for text in sys.argv[start:] if "=" in text]
+    listed = [{"lora_name": name, "lora_path": path, "lora_id": f"id of {path}"} for name, path in named]
+    return json.dumps({"version": "0.5.23", "lora_paths": listed}).encode()
+
+
+ANSWERS = {"/v1/loads": loads, "/server_info": server_info}
+
+
 def switch_role(body: bytes) -> tuple[int, bytes]:
     plan = lines_of("FAKE_SWITCH")
     word = plan[Role.switches] if Role.switches < len(plan) else ""
@@ -77,7 +88,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         sick = Role.sick or os.path.exists(os.environ.get("FAKE_SICK", ""))
-        body = loads() if self.path == "/v1/loads" else f"{os.environ['PRFAAS_SERVER']} {self.path}".encode()
+        answer = ANSWERS.get(self.path)
+        body = answer() if answer is not None else f"{os.environ['PRFAAS_SERVER']} {self.path}".encode()
         sick = sick and self.path != "/v1/loads"
         self.send_response(503 if sick else 200)
         self.send_header("Content-Length", str(len(body)))

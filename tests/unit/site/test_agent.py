@@ -56,6 +56,7 @@ def test_the_site_is_described(make_site: MakeSite, fake_python: str) -> None:
             "bootstrap_port": site.server("prefill_0").command.bootstrap_port,
             "restarts": 0,
             "change": "",
+            "adapter_ids": {},
         }
         assert decode["bootstrap_port"] == 0
         assert report["configured_links"] == []
@@ -187,3 +188,19 @@ def test_the_prefix_cache_is_served_and_counted(make_site: MakeSite, fake_python
         answer = json.loads(ask(sites["here"], "GET", "/cache")[1])
         assert (answer["served"]["objects"], answer["store"][0]["counters"]["misses"]) == (1, 1)
     store.close()
+
+
+def test_adapters_of_servers_are_told_with_their_ids(make_site: MakeSite, fake_python: str) -> None:
+    """Asked of each server after its start: an id stands for what was loaded then."""
+    config = make_site("here", "pd", ("prefill", "decode"), LIMITS, agent=True)
+    paths = ["--lora-paths", "red=/adapters/a", "blue=/adapters/b"]
+    prefill = msgspec.structs.replace(config.servers[0], args=[*config.servers[0].args, *paths])
+    config = msgspec.structs.replace(config, servers=[prefill, *config.servers[1:]])
+    with running(Site(config, python=fake_python, progress=Progress(write=silent))) as sites:
+        site = sites["here"]
+
+        def told() -> list[dict[str, str]]:
+            return [server["adapter_ids"] for server in json.loads(ask(site, "GET", "/site")[1])["servers"]]
+
+        expected = [{"red": "id of /adapters/a", "blue": "id of /adapters/b"}, {}]
+        wait_until(lambda: told() == expected, "the ids of adapters")

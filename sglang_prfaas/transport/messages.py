@@ -177,6 +177,8 @@ class Register(_Message, frozen=True):
     tp_size: Size
     pp_size: Size
     follow_bootstrap_room: bool
+    page_tokens: Count = 0
+    """Tokens of one of its full-attention pages; 0: not told, as on the decode side."""
 
 
 class Deregister(_Message, frozen=True):
@@ -203,6 +205,8 @@ class Directory(_Message, frozen=True):
     pp_size: Annotated[int, Meta(ge=0, le=65536)]
     follow_bootstrap_room: bool
     ranks: Annotated[tuple[RankInfo, ...], Meta(max_length=65536)]
+    page_tokens: Count = 0
+    """Of `Register`."""
 
 
 ToPrefill = Hello | Expect | Done | Abort | Bye | Ping

@@ -16,6 +16,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.fan_out import FanOut, joint_reason, joint_state
 from sglang_prfaas.transport.layout import Component, Layout, Sharding
 from sglang_prfaas.transport.memory import HostBuffer, RankMemory, TorchBuffer
+from sglang_prfaas.transport.part_memory import PrefillRank
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession, ReceiveMover
 from sglang_prfaas.transport.reshape import held, peers
 from sglang_prfaas.transport.send_mover import SendMover
@@ -134,7 +135,7 @@ class Servers:
         prefill, decode = self.widths
         return [
             self.receivers[rank].session(
-                "127.0.0.1:1", "127.0.0.1", self.senders[sender].control_port, room, (prefill, sender)
+                "127.0.0.1:1", "127.0.0.1", self.senders[sender].control_port, room, PrefillRank(prefill, sender)
             )
             for sender in peers(prefill, decode, rank)
         ]
@@ -238,7 +239,8 @@ def test_widths_that_do_not_fit_are_refused_with_one_message() -> None:
         receiver = ReceiveMover(wide, memory(both.whole.of(2, 0), False), CONFIG, MonotonicClock())
         receiver.start()
         try:
-            session = receiver.session("127.0.0.1:1", "127.0.0.1", both.senders[1].control_port, None, (2, 1))
+            port = both.senders[1].control_port
+            session = receiver.session("127.0.0.1:1", "127.0.0.1", port, None, PrefillRank(2, 1))
             wait_until(lambda: session.failure, "refused")
             assert "attention TP width: prefill has 2, decode has 4; " in session.failure
             assert "bytes at width 4" in session.failure

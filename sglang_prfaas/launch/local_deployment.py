@@ -26,7 +26,7 @@ from sglang_prfaas.config.schema import RouterConfig, SiteConfig, SiteLimits
 from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.site import Site, Supervisor, running
 from sglang_prfaas.site.commands import ServerCommand, plain_command
-from sglang_prfaas.site.free_ports import HeldPort
+from sglang_prfaas.site.free_ports import HeldPort, bind_problem
 from sglang_prfaas.site.progress import Progress
 from sglang_prfaas.site.threaded import LoopThread, RunningSite
 from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
@@ -63,6 +63,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     """Keys of [transport], by site."""
     keys: bool = False
     """Whether KVCache moves with CURVE and TLS, and the router reaches the other site by HTTPS."""
+    mover_ports: bool = False
+    """Whether the PrfaaS site's prefill server has fixed mover ports, as behind a gateway; else any that are free."""
     prefix_caches: bool = False
     """Whether each site has a prefix cache on disk, and the PrfaaS site fetches from the PD site's. The prefill servers
     then need `HICACHE_ARGS`."""
@@ -140,6 +142,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         "heartbeat": f"{HEARTBEAT_TIMEOUT_S:g}",
         "prfaas_tls": _toml(choices.keys),
         "prfaas_scheme": "https" if choices.keys else "http",
+        "mover": f"mover_port = {_free_pair(ports)}" if choices.mover_ports else "",
         **{f"p{index}": port for index, port in enumerate(ports)},
     }
     keys = directory / "keys"
@@ -273,6 +276,20 @@ def _free_ports(count: int) -> list[int]:
             port.release()
 
 
+def _free_pair(avoid: Sequence[int]) -> int:
+    """A port that is free, as is the next one."""
+    held: list[HeldPort] = []
+    try:
+        while True:
+            held.append(HeldPort(avoid=[*avoid, *(port.port for port in held)]))
+            port = held[-1].port
+            if port + 1 not in avoid and not bind_problem("0.0.0.0", port + 1):
+                return port
+    finally:
+        for one in held:
+            one.release()
+
+
 def _toml(value: str | float | list[str]) -> str:
     """A string, a number, or a list of strings, in TOML: JSON's form is valid TOML for all of them."""
     return msgspec.json.encode(value).decode()
@@ -296,6 +313,7 @@ name = "prfaas-prefill-0"
 role = "prefill"
 port = {p0}
 bootstrap_port = {p1}
+{mover}
 args = {prefill_args}
 
 [[links]]

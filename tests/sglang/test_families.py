@@ -22,7 +22,12 @@ FAMILIES = [
     ),
     Choices(family="qwen3-next", chunk_tokens=512, decode_args=RADIX, prefill_args=prefill_by_prfaas.BACKEND),
     Choices(family="swa", chunk_tokens=512),
-    Choices(family="ring", chunk_tokens=512, prefill_args=prefill_by_prfaas.BACKEND),
+    Choices(
+        family="ring",
+        chunk_tokens=512,
+        prefill_args=prefill_by_prfaas.BACKEND,
+        decode_args=("--page-size", "16"),
+    ),
 ]
 LINEAR_ATTENTION = {"qwen3-next": "gdn", "ring": "lightning"}
 

@@ -72,7 +72,8 @@ def test_sliding_windows_and_other_page_sizes(family_cluster: Driver) -> None:
     cluster.switch_role(DECODE, "prefill")
     cluster.switch_role(LOCAL, "decode")
     for seed, length in ((21, 700), (22, 640), (23, 90), (24, 5)):
-        through(cluster, DECODE, LOCAL, seed, length=length)
+        first = through(cluster, DECODE, LOCAL, seed, length=length)
+        through(cluster, DECODE, LOCAL, seed, more=first, length=length)  # decode has its beginning cached
     pages = {(r.server, r.role, r.rank, r.pages) for r in cluster.all_records() if r.status == "done"}
     for role in ("prefill", "decode"):
         assert {(LOCAL, role, 0, 44), (DECODE, role, 0, 11), (DECODE, role, 1, 11)} <= pages

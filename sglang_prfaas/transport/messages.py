@@ -58,6 +58,8 @@ class Hello(_Message, frozen=True):
     """Which of the server's ranks calls."""
     codecs: Annotated[tuple[CodecName, ...], Meta(max_length=16)] = ()
     """Encodings of full-attention KVCache that it can decode and takes."""
+    page_tokens: Count = 0
+    """What it takes the page size of the prefill server to be; 0: its own."""
 
 
 class Expect(_Message, frozen=True):

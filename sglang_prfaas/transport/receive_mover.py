@@ -225,6 +225,7 @@ class ReceiveMover:
             self._instance,
             self._rank,
             self._offers,
+            session.view.peer_page_tokens,
         )
         if len(encode(hello)) + ENVELOPE.size > MAX_REQUEST_BYTES:
             self._lose(session, f"the layout of this rank takes more than the {MAX_REQUEST_BYTES} bytes of a message")

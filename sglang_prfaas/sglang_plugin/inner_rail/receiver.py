@@ -57,13 +57,10 @@ class RailedReceiver(PrfaasKVReceiver):
     ) -> None:
         directory = self._directory
         proven = [session.server.site for session in self._sessions]
+        rail = self._rail
         here = self._manager.layout.page_tokens
-        if (
-            self._failure
-            or directory is None
-            or directory.page_tokens not in (0, here)
-            or not takes_rail(self._rail.kind, self._rail.site, self._ranks, proven)
-        ):
+        sizes = here, (directory.page_tokens if directory is not None else 0) or here
+        if self._failure or directory is None or not takes_rail(rail.kind, rail.site, self._ranks, proven, sizes):
             super().send_metadata(kv_indices, aux_index, state_indices, decode_prefix_len, destination)
             return
         self._cached_prefix_tokens = decode_prefix_len or 0

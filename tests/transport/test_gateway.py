@@ -160,14 +160,13 @@ def test_a_port_refuses_while_nothing_listens_there_and_no_longer(monkeypatch: p
         wait_until(refuses, "refusal again")
 
 
-@pytest.mark.parametrize("keys", [False, True], ids=["off", "keys"])
 class TestPeersBehindAGateway:
     """What ends there is known here as soon as without a gateway."""
 
-    @pytest.fixture
-    def config(self, keys: bool, tmp_path: Path) -> TransportConfig:
+    @pytest.fixture(params=["off", "keys"])
+    def config(self, request: pytest.FixtureRequest, tmp_path: Path) -> TransportConfig:
         """Of one site for both ends."""
-        if not keys:
+        if request.param == "off":
             return CONFIG
         make.make_keys(tmp_path, {"pd": ()}, now=now())
         return msgspec.structs.replace(CONFIG, keys_dir=str(tmp_path / "pd"))
@@ -209,9 +208,9 @@ class TestPeersBehindAGateway:
             assert took_s < AT_ONCE_S + BUSY_S
             assert "its process has ended" in transfer.reason
 
-    def test_a_stopped_prefill(self, config: TransportConfig) -> None:
-        config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
-        with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config, decode_config=config) as pair:
+    def test_a_stopped_prefill(self) -> None:
+        config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
+        with peer("prefill") as prefill, Pair(config=config, decode_config=config) as pair:
             control, data = (int(port) for port in prefill.line()[1:])
             with joined([control, data], config, site="pd", of="pd"):
                 pair.host, pair.sender.control_port = THERE, control
@@ -227,12 +226,12 @@ class TestPeersBehindAGateway:
                 print(f"given up: {time.monotonic() - stopped_s:.2f} s: {item.transfer.reason}")
                 assert re.search("silent for|came back within|come back within", item.transfer.reason)
 
-    def test_a_stopped_decode(self, config: TransportConfig) -> None:
-        config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
+    def test_a_stopped_decode(self) -> None:
+        config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
         with (
             Pair(config=config, decode_config=config) as pair,
             joined(ports_of(pair), config, site="pd", of="pd"),
-            peer("decode", pair.sender.control_port, config.keys_dir, THERE) as decode,
+            peer("decode", pair.sender.control_port, host=THERE) as decode,
         ):
             transfer = pair.sender.transfer(7)
             decode.do("expect", 7)

@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 
-from sglang_prfaas.transport.transfer_log import TransferRecord
+from sglang_prfaas.config.schema import TransportConfig
 from tests.transport.addresses import THERE, free_pair
-from tests.transport.test_processes import AT_ONCE_S, BUSY_S
 
 from .driving import DECODE, LOCAL, PD, PRFAAS, REMOTE, Driver, post, wait_for
 from .prefill_by_prfaas import assert_equal, body
 
 pytestmark = pytest.mark.sglang
+
+ENDED = "its process has ended"
+RECONNECT_TIMEOUT_S = TransportConfig().reconnect_timeout_s
 
 
 @contextlib.contextmanager
@@ -94,36 +96,40 @@ def through(cluster: Driver, decode: str) -> None:
     assert took.peer.startswith(f"{THERE}:"), took
 
 
-def killed_in_mid_transfer(cluster: Driver, site: str, name: str, decode: str, role: str) -> TransferRecord:
-    """Kill a server once prefill's second chunk has begun; what the other end, of `role`, noted within its time."""
+def killed_in_mid_transfer(cluster: Driver, site: str, name: str, decode: str, witness: str) -> None:
+    """Kill a server once prefill's second chunk has begun; the mover of `witness`, at the other end, notices by itself,
+    long before any timeout, and the request fails there with that reason."""
     cluster.wait_idle(REMOTE, decode)
     offset, room = cluster.log_size(REMOTE), random.getrandbits(62)
     answer, _ = ask(cluster, decode, 14000, room)
     wait_for("the third prefill chunk", lambda: cluster.prefill_batches_since(REMOTE, offset) >= 3)
-    killed_s = time.time()
+    offset, killed_s = cluster.log_size(witness), time.monotonic()
     cluster.cluster.sites[site].kill(name)
+    wait_for(
+        f"{witness} to notice that {name} was killed",
+        lambda: ENDED.encode() in cluster.log(witness).read_bytes()[offset:],
+        deadline_s=RECONNECT_TIMEOUT_S,
+    )
+    print(f"{name} killed: {witness} noticed after {time.monotonic() - killed_s:.2f} s")
+    answer.result()
+    role = "prefill" if witness == REMOTE else "decode"
     (record,) = wait_for(
         f"the record of {role}", lambda: [r for r in cluster.all_records() if (r.room, r.role) == (room, role)]
     )
-    answer.result()
-    took_s = record.unix_time_s - killed_s
-    print(f"{name} killed: {role} noticed after {took_s:.2f} s: {record.reason}")
-    assert record.status == "failed", record
-    assert took_s < AT_ONCE_S + BUSY_S, record
-    return record
+    assert record.status == "failed"
+    assert ENDED in record.reason, record
 
 
 def test_through_gateways(cluster: Driver, tmp_path: Path) -> None:
     cluster.wait_idle(REMOTE, LOCAL, DECODE)
     with behind_gateways(cluster, tmp_path):
         through(cluster, DECODE)
-        killed_in_mid_transfer(cluster, PD, DECODE, DECODE, "prefill")
+        killed_in_mid_transfer(cluster, PD, DECODE, DECODE, witness=REMOTE)
         cluster.wait_idle(REMOTE)
         cluster.switch_role(LOCAL, "decode")
         try:
             through(cluster, LOCAL)
-            record = killed_in_mid_transfer(cluster, PRFAAS, REMOTE, LOCAL, "decode")
-            assert "its process has ended" in record.reason
+            killed_in_mid_transfer(cluster, PRFAAS, REMOTE, LOCAL, witness=LOCAL)
             cluster.cluster.sites[PRFAAS].wait_ready(REMOTE)
             through(cluster, LOCAL)
         finally:

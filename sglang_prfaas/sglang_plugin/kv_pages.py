@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from sglang_prfaas.errors import LocalError
-from sglang_prfaas.sglang_plugin.shardings import kv_shardings, state_shardings
+from sglang_prfaas.sglang_plugin.shardings import page_shardings, state_shardings
 from sglang_prfaas.transport.layout import Component, Layout, Sharding
 from sglang_prfaas.transport.memory import Buffer, HostBuffer, Indices, RankMemory, TorchBuffer
+from sglang_prfaas.transport.paging import WINDOWS
 from sglang_prfaas.transport.reshape import AUX
 
 KV = 0
@@ -39,11 +40,19 @@ def kv_dtype(kv_args: Any, model_dtype: Any) -> str:
 
 
 def layout_of(
-    kv_args: Any, model: str, tp_size: int, tp_rank: int = 0, kv_heads: int = 0, *, model_dtype: Any = None
+    kv_args: Any,
+    model: str,
+    tp_size: int,
+    tp_rank: int = 0,
+    kv_heads: int = 0,
+    window_heads: int = 0,
+    *,
+    model_dtype: Any = None,
 ) -> Layout:
-    """The layout both ends compare at the handshake. kv_heads: of the whole model's full attention, 0 for MLA.
-    model_dtype: see `kv_dtype`."""
+    """The layout both ends compare at the handshake. kv_heads, window_heads: of the whole model's full and
+    sliding-window attention, 0 for MLA. model_dtype: see `kv_dtype`."""
     kv_format = str(kv_args.kv_layout or kv_args.swa_kv_cache_layout or "")
+    window_format = str(kv_args.swa_kv_cache_layout or kv_format)
     return Layout(
         model=model,
         kv_dtype=kv_dtype(kv_args, model_dtype),
@@ -55,10 +64,16 @@ def layout_of(
             Component(
                 "kv",
                 tuple(int(n) for n in kv_args.kv_item_lens),
-                kv_shardings(kv_args, kv_format, kv_heads, tp_size),
+                page_shardings(kv_args.kv_item_lens, int(kv_args.page_size), kv_format, kv_heads, tp_size),
             ),
             *(
-                Component(str(kind.value), tuple(int(n) for n in sizes), state_shardings(kv_args, index, tp_size))
+                Component(
+                    str(kind.value),
+                    tuple(int(n) for n in sizes),
+                    page_shardings(sizes, int(kv_args.page_size), window_format, window_heads, tp_size)
+                    if kind.value in WINDOWS
+                    else state_shardings(kv_args, index, tp_size),
+                )
                 for index, (kind, sizes) in enumerate(zip(kv_args.state_types, kv_args.state_item_lens, strict=True))
             ),
             Component(AUX, tuple(int(n) for n in kv_args.aux_item_lens), (Sharding(len(kv_args.aux_item_lens)),)),

@@ -82,6 +82,7 @@ class PrfaasKVManager(BaseKVManager):
             int(parallel.attn_tp_size),
             self.tp_rank,
             0 if mla else int(model.get_total_num_kv_heads()),
+            0 if mla else int(model.get_swa_num_kv_heads(1)),
             model_dtype=model.dtype,
         )
         self.memory = memory_of(args, get_device().device)
@@ -178,6 +179,7 @@ class PrfaasKVManager(BaseKVManager):
             tp_size=int(parallel.attn_tp_size),
             pp_size=1,
             follow_bootstrap_room=parallel.dp_size == 1 or parallel.load_balance_method == "follow_bootstrap_room",
+            page_tokens=self.layout.page_tokens,
             security=self.send_mover.security,
         )
         self._registration.start()

@@ -7,12 +7,13 @@ from typing import Any
 from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVPoll, KVTransferDestination
 
 from sglang_prfaas.errors import ConfigError, LocalError, PeerGoneError
-from sglang_prfaas.sglang_plugin.kv_pages import component_indices
+from sglang_prfaas.sglang_plugin.kv_pages import KV, component_indices
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.ranks import find_ranks, split_address
 from sglang_prfaas.sglang_plugin.sender import TransferFailedError
 from sglang_prfaas.transport.fan_out import joint_reason, joint_state
 from sglang_prfaas.transport.messages import Directory, RankInfo
+from sglang_prfaas.transport.part_memory import PrefillRank
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession
 from sglang_prfaas.transport.session import State
 
@@ -50,6 +51,7 @@ class PrfaasKVReceiver(BaseKVReceiver):
         self._up_s = 0.0
         self._next_lookup_s = 0.0
         self._cached_prefix_tokens = 0
+        self._pages = 0
 
     def init(self, prefill_dp_rank: int) -> None:
         """Begin to look for the prefill ranks. Never waits: `poll` goes on with it."""
@@ -94,7 +96,7 @@ class PrfaasKVReceiver(BaseKVReceiver):
                 rank.host or host,
                 rank.control_port,
                 room=self.bootstrap_room,
-                rank=(directory.tp_size, rank.tp_rank),
+                rank=PrefillRank(directory.tp_size, rank.tp_rank, directory.page_tokens),
             )
             for rank in ranks
         ]
@@ -114,6 +116,7 @@ class PrfaasKVReceiver(BaseKVReceiver):
         self._cached_prefix_tokens = decode_prefix_len or 0
         try:
             indices = component_indices(kv_indices, state_indices, aux_index or 0)
+            self._pages = len(indices[KV])
             for session in self._sessions:
                 self._items.append(
                     self._mover.expect(session, self.bootstrap_room, indices, self._cached_prefix_tokens)
@@ -203,7 +206,7 @@ class PrfaasKVReceiver(BaseKVReceiver):
             wire_bytes=sum(transfer.wire_bytes for transfer in transfers),
             kv_bytes=sum(transfer.kv_bytes for transfer in transfers),
             codec=transfers[0].codec if transfers else "raw",
-            pages=transfers[0].counts[0] if transfers else 0,
+            pages=self._pages,
             cached_prefix_tokens=self._cached_prefix_tokens,
             resent_chunks=sum(transfer.resent_chunks for transfer in transfers),
             corrupt_chunks=sum(transfer.corrupt_chunks for transfer in transfers),

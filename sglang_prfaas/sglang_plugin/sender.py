@@ -14,6 +14,7 @@ from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.page_progress import PageProgress
 from sglang_prfaas.transport.fan_out import FanOut
 from sglang_prfaas.transport.memory import Indices
+from sglang_prfaas.transport.paging import WINDOWS, PromptPages
 from sglang_prfaas.transport.session import FINAL, State
 
 _POLL = {
@@ -51,6 +52,8 @@ class PrfaasKVSender(BaseKVSender):
         self._failure = ""
         self._aux_index = 0
         self._pages = PageProgress(len(mgr.layout.components[KV].item_bytes))
+        self._handed_over_pages = 0
+        self._prompt_pages: PromptPages | None = None
         self._ahead_bytes = 0
         self._finished_s = 0.0
         self._queue_s = 0.0
@@ -66,12 +69,19 @@ class PrfaasKVSender(BaseKVSender):
         """Decode is ready and prefill will send `num_kv_indices` pages."""
         self._aux_index = aux_index or 0
         if self._transfer is not None:
-            self._transfer.start(num_kv_indices)
+            prompt = self._prompt()
+            self._transfer.start(prompt.agreed(num_kv_indices) if prompt is not None else num_kv_indices)
+
+    def _prompt(self) -> PromptPages | None:
+        """The request's pages as decode counts them, once it has asked."""
+        if self._prompt_pages is None and self._transfer is not None:
+            self._prompt_pages = self._transfer.prompt_pages
+        return self._prompt_pages
 
     def pop_decode_prefix_len(self) -> int:
-        """Tokens that decode has already; prefill sends only the pages after them."""
-        expected = self._transfer.expected if self._transfer is not None else None
-        return expected.cached_prefix_tokens if expected is not None else 0
+        """Tokens that decode has already, as far as they fill pages here; prefill sends only the pages after them."""
+        prompt = self._prompt()
+        return prompt.first_token if prompt is not None else 0
 
     def should_send_kv_chunk(self, num_pages: int, last_chunk: bool) -> bool:
         """The last chunk goes out even without pages: state and auxiliary data travel with it."""
@@ -79,20 +89,21 @@ class PrfaasKVSender(BaseKVSender):
 
     def send(self, kv_indices: Any, state_indices: list[Any] | None = None, num_kv_tokens: int | None = None) -> None:
         """Queue the pages of one prefill chunk; with `state_indices` (the last chunk) all the rest too."""
-        transfer = self._transfer
-        if transfer is None:
+        transfer, prompt = self._transfer, self._prompt()
+        if transfer is None or prompt is None:
             return
         ready = self._ready()
         try:
             pages = self.kv_mgr.memory.checked(KV, flat_indices(kv_indices))
-            first = self._pages.handed_over
+            first, items = prompt.units(self._handed_over_pages, pages, last=state_indices is not None)
+            self._handed_over_pages += len(pages)
             with transfer.locked():
-                if self._pages.hand_over(pages):
+                if self._pages.hand_over(items):
                     transfer.moved()
-            for first_item, buffers in self._pages.due(first + len(pages)):
-                transfer.send(KV, first_item, pages[first_item - first :], ready, buffers)
+            for first_item, buffers in self._pages.due(first + len(items)):
+                transfer.send(KV, first_item, items[first_item - first :], ready, buffers)
             if state_indices is not None:
-                self._send_rest(transfer, state_indices, ready)
+                self._send_rest(transfer, prompt, state_indices, ready)
         except LocalError as error:
             transfer.abort(str(error))
 
@@ -104,34 +115,43 @@ class PrfaasKVSender(BaseKVSender):
     @property
     def handed_over_pages(self) -> int:
         """Pages that `send` was called with so far."""
-        return self._pages.handed_over
+        return self._handed_over_pages
 
     def send_layer(self, first: int, pages: Indices, buffers: Sequence[int], ready: Callable[[], None]) -> None:
-        """Queue pages of the request, item `first` and those after it, in some layer's `buffers` only: those that went
+        """Queue pages of the request, page `first` and those after it, in some layer's `buffers` only: those that went
         neither this way nor through `send`."""
-        transfer = self._transfer
-        if transfer is None or not self.sending:
+        transfer, prompt = self._transfer, self._prompt()
+        if transfer is None or prompt is None or not self.sending:
             return
-        item_bytes = self.kv_mgr.layout.components[KV].item_bytes
+        layout = self.kv_mgr.layout
+        first_unit, items = prompt.units(first, pages)
         try:
-            for first_item, group in self._pages.due(first + len(pages), buffers):
-                rest = pages[first_item - first :]
+            for first_item, group in self._pages.due(first_unit + len(items), buffers):
+                rest = items[first_item - first_unit :]
                 for slots in transfer.send(KV, first_item, rest, ready, group):
                     self._pages.ran_ahead(first_item, slots)
-                self._ahead_bytes += len(rest) * sum(item_bytes[buffer] for buffer in group)
+                page_bytes = sum(layout.components[KV].item_bytes[buffer] for buffer in group)
+                self._ahead_bytes += len(rest) * page_bytes * prompt.unit_tokens // layout.page_tokens
         except LocalError as error:
             transfer.abort(str(error))
 
-    def _send_rest(self, transfer: FanOut, state_indices: list[Any], ready: Callable[[], None]) -> None:
+    def _send_rest(
+        self, transfer: FanOut, prompt: PromptPages, state_indices: list[Any], ready: Callable[[], None]
+    ) -> None:
         expected = transfer.expected
         if expected is None:
             return
         if self._pages.handed_over != expected.counts[KV]:
-            raise LocalError(f"prefill sent {self._pages.handed_over} pages, decode reserved {expected.counts[KV]}")
+            raise LocalError(
+                f"prefill sent {self._pages.handed_over} items of {prompt.unit_tokens} tokens, decode reserved "
+                f"{expected.counts[KV]}"
+            )
         for component, values in enumerate([*state_indices, [self._aux_index]], 1):
             items = self.kv_mgr.memory.checked(component, flat_indices(values))
+            name = self.kv_mgr.layout.components[component].name
+            if name in WINDOWS:
+                items = prompt.window(component, items, self._handed_over_pages)
             if len(items) != expected.counts[component]:
-                name = self.kv_mgr.layout.components[component].name
                 raise LocalError(
                     f"prefill has {len(items)} items of {name}, decode reserved {expected.counts[component]}"
                 )
@@ -220,9 +240,9 @@ class PrfaasKVSender(BaseKVSender):
             bytes=transfer.bytes,
             wire_bytes=transfer.wire_bytes,
             codec=transfer.first.codec,
-            pages=self._pages.handed_over,
+            pages=self._handed_over_pages,
             ahead_bytes=self._ahead_bytes,
-            cached_prefix_tokens=self.pop_decode_prefix_len(),
+            cached_prefix_tokens=transfer.expected.cached_prefix_tokens if transfer.expected is not None else 0,
             resent_chunks=transfer.resent_chunks,
             corrupt_chunks=transfer.corrupt_chunks,
             handshake_s=started - created_s,

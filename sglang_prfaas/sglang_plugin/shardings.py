@@ -8,24 +8,23 @@ divided, 0 for states that are the same on every rank; `state_slice_outer_counts
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sglang_prfaas.transport.layout import Sharding
-
-NHD = ("", "nhd", "NHD")
-"""Byte layouts of full-attention pages that are [tokens, heads, dimensions]."""
+from sglang_prfaas.transport.paging import TOKEN_ROWS
 
 
-def kv_shardings(kv_args: Any, kv_format: str, kv_heads: int, width: int) -> tuple[Sharding, ...]:
-    """Of the full-attention pages. kv_heads: of the whole model, 0 for MLA, whose latent every rank has. width: of
-    attention TP. Empty where it cannot be told."""
-    sizes = [int(size) for size in kv_args.kv_item_lens]
+def page_shardings(
+    item_bytes: Sequence[int], page_tokens: int, kv_format: str, kv_heads: int, width: int
+) -> tuple[Sharding, ...]:
+    """Of buffers of pages: full attention, or a sliding window. kv_heads: of the whole model in these layers, 0 for
+    MLA, whose latent every rank has. width: of attention TP. Empty where it cannot be told."""
+    sizes = [int(size) for size in item_bytes]
     if not kv_heads:
         return (Sharding(len(sizes)),)
-    if kv_format not in NHD:
+    if kv_format not in TOKEN_ROWS:
         return ()
-    page_tokens = int(kv_args.page_size)
     local = max(1, kv_heads // width)
     if any(size % (page_tokens * local) for size in sizes):
         return ()

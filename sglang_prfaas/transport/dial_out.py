@@ -151,7 +151,8 @@ class DialOut:
             try:
                 near = socket.create_connection((host, asked.port), DIAL_TIMEOUT_S)
             except OSError as error:
-                self._refuse(asked, f"port {asked.port}: {error.strerror or error}")
+                closed = isinstance(error, ConnectionRefusedError)
+                self._refuse(asked, f"port {asked.port}: {error.strerror or error}", closed=closed)
                 return
             try:
                 far = socket.create_connection((self._host, self._port + 1), DIAL_TIMEOUT_S)
@@ -170,6 +171,6 @@ class DialOut:
             with self._lock:
                 self._dialling.discard(threading.current_thread())
 
-    def _refuse(self, asked: Open, reason: str) -> None:
-        data = encode(Refused(asked.token, reason[:256]))
+    def _refuse(self, asked: Open, reason: str, *, closed: bool = False) -> None:
+        data = encode(Refused(asked.token, reason[:256], closed))
         self._loop.call(lambda: self._send(data))

@@ -69,7 +69,8 @@ class RankTable:
         ranks = tuple(rank for _, rank in self._ranks.values())
         if not with_rails:
             ranks = tuple(msgspec.structs.replace(rank, rail=None) for rank in ranks)
-        return Directory(len(ranks) == dp * tp * pp, dp, tp, pp, self._last.follow_bootstrap_room, ranks)
+        follow, page_tokens = self._last.follow_bootstrap_room, self._last.page_tokens
+        return Directory(len(ranks) == dp * tp * pp, dp, tp, pp, follow, ranks, page_tokens)
 
 
 def _key(rank: RankInfo) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.messages import Expect
+from sglang_prfaas.transport.paging import PromptPages
 from sglang_prfaas.transport.send_mover import SendMover
 from sglang_prfaas.transport.session import OutgoingTransfer, State, Transfer
 
@@ -59,6 +60,21 @@ class FanOut:
         return self.first.expected
 
     @property
+    def prompt_pages(self) -> PromptPages | None:
+        """This rank's pages of the request as decode counts them; None until all of its ranks have asked."""
+        expected, view = self.expected, self._mover.view(self.first)
+        if expected is None or view is None:
+            return None
+        page_tokens = self._mover.layout.page_tokens
+        return PromptPages(
+            page_tokens,
+            view.layout.page_tokens,
+            view.peer_page_tokens or page_tokens,
+            expected.cached_prefix_tokens,
+            expected.counts,
+        )
+
+    @property
     def state(self) -> State:
         """Where the request stands. One failed transfer ends the others."""
         if self.first.live and not self._open_all():
@@ -84,7 +100,7 @@ class FanOut:
         return all(let_in)
 
     def start(self, kv_items: int) -> None:
-        """Prefill knows how many full-attention pages it will send. Ends the request where decode's ranks disagree."""
+        """Prefill knows how many full-attention items it will send. Ends the request where decode's ranks disagree."""
         asked = [transfer.expected for transfer in self.transfers]
         if len({expected.cached_prefix_tokens for expected in asked if expected is not None}) > 1:
             self.abort("the decode ranks have different numbers of tokens of the prompt cached")
@@ -170,7 +186,8 @@ class FanOut:
         """Have a transfer for every decode rank, once it is known how many there are."""
         if self._complete or self.first.expected is None:
             return self._complete
-        for share in range(1, self._mover.shares(self.first)):
+        view = self._mover.view(self.first)
+        for share in range(1, view.shares if view is not None else 1):
             self.transfers.append(self._mover.transfer(self.first.room, share))
         self._complete = True
         return True

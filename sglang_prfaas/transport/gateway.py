@@ -3,6 +3,9 @@
 Nobody can dial into a site behind NAT, so that site keeps a control connection to this gateway (`dial_out`). Whoever
 connects to one of the gateway's ports is joined with a connection that the site then dials for it. Bytes are relayed as
 they are: CURVE and TLS run between the ranks themselves, and the gateway cannot read or forge them.
+
+Where nothing listens on a port there, this one refuses for a moment too, so that whoever dials again learns that the
+process is gone, as it would without a gateway.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ MAX_RELAYED = 8192
 JOIN_TIMEOUT_S = 10.0
 SILENT_S = 4 * OFFER_S
 """After which a site that says nothing cannot be reached."""
+REFUSE_S = 1.0
+"""For how long a port refuses once nothing listened there."""
 
 
 class _Waiting(Struct):
@@ -75,11 +80,19 @@ class Gateway:
         self._lock = threading.Lock()
         self._waiting: dict[bytes, _Waiting] = {}
         self._arriving: dict[socket.socket, _Arriving] = {}
+        self._closed: list[int] = []
+        """Ports at which nothing listens, as the other site has said, and that do not refuse yet."""
+        self._refusing: dict[int, float] = {}
+        """Ports that refuse, and since when."""
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
         self._stopping = threading.Event()
-        address = resolve(host)
+        address = self._host = resolve(host)
         self._security.may_listen("the gateway", address, config, "can pass itself off as the other site")
         self._selector = selectors.DefaultSelector()
-        self._listeners: list[socket.socket] = []
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._listeners: dict[int, socket.socket] = {}
         self._loop = ZmqLoop("prfaas-gateway", clock, self._security, config.control_messages_per_s)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
@@ -120,14 +133,14 @@ class Gateway:
         self._loop.stop()
         for waiting in self._waiting.values():
             waiting.sock.close()
-        for sock in [*self._listeners, *self._arriving]:
+        for sock in (*self._listeners.values(), *self._arriving, self._wake_read, self._wake_write):
             sock.close()
         self._selector.close()
 
     def _listen(self, host: str, port: int, accept: Callable[[socket.socket, str], None]) -> None:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setblocking(False)
-        self._listeners.append(listener)
+        self._listeners[port] = listener
         self._selector.register(listener, selectors.EVENT_READ, accept)
 
     # --- in the thread that accepts -------------------------------------------------------------------------------
@@ -141,6 +154,9 @@ class Gateway:
                     if ready in self._arriving:  # else it was dropped to make room, in this very turn
                         self._preface(key.data)
                     continue
+                if ready is self._wake_read:
+                    ready.recv(4096)
+                    continue
                 try:
                     sock, address = ready.accept()
                 except OSError as error:
@@ -148,7 +164,40 @@ class Gateway:
                     self._stopping.wait(0.05)
                     continue
                 key.data(sock, address[0])
+            self._refuse_or_listen()
             self._expire()
+
+    def _refuse_or_listen(self) -> None:
+        """Have ports refuse at which nothing listens there, and listen again on those that have for long enough."""
+        now_s = self._clock.now_s()
+        with self._lock:
+            closed, self._closed = set(self._closed) - set(self._refusing), []
+        for port in closed:
+            listener = self._listeners.pop(port)
+            self._selector.unregister(listener)
+            listener.close()
+            self._hold(port)
+            self._refusing[port] = now_s
+        for port in [port for port, since_s in self._refusing.items() if now_s - since_s >= REFUSE_S]:
+            self._refusing[port] = now_s
+            if port in self._listeners or self._hold(port):
+                del self._refusing[port]
+                self._listeners[port].listen()
+                self._selector.register(self._listeners[port], selectors.EVENT_READ, self._accept_client)
+
+    def _hold(self, port: int) -> bool:
+        """Keep a port that nobody listens on from others. Returns whether it could be had."""
+        sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((self._host, port))
+        except OSError as error:
+            sock.close()
+            logger.warning("prfaas: gateway: port %d was taken meanwhile, and is tried again: %s", port, error)
+            return False
+        sock.setblocking(False)
+        self._listeners[port] = sock
+        return True
 
     def _accept_client(self, sock: socket.socket, host: str) -> None:
         """Somebody of this site wants to reach a port of the other one."""
@@ -213,12 +262,22 @@ class Gateway:
         for token in late:
             self._give_up(token, f"site {self.site} has not dialled back within {JOIN_TIMEOUT_S:g} s")
 
-    def _give_up(self, token: bytes, reason: str) -> None:
+    def _give_up(self, token: bytes, reason: str, *, closed: bool = False) -> None:
         with self._lock:
             waiting = self._waiting.pop(token, None)
+            if waiting is not None and closed:
+                self._closed.append(waiting.sock.getsockname()[1])
         if waiting is not None:
+            if closed:
+                self._wake()
             self._refusals.warn(f"gateway: {reason}")
             close_with_reset(waiting.sock)
+
+    def _wake(self) -> None:
+        try:
+            self._wake_write.send(b"\0")
+        except BlockingIOError:
+            pass  # full of wake-ups already
 
     # --- control --------------------------------------------------------------------------------------------------
 
@@ -248,7 +307,7 @@ class Gateway:
             self._refusals.warn(f"gateway: {error}")
             return
         if isinstance(message, Refused):
-            self._give_up(message.token, f"site {self.site}: {message.reason}")
+            self._give_up(message.token, f"site {self.site}: {message.reason}", closed=message.closed)
             return
         if message.version != VERSION or (site or message.site) != self.site:
             self._refusals.warn(

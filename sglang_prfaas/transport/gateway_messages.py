@@ -20,7 +20,7 @@ from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.transport.messages import PortNumber, ShortText
 
 OFFER_S = 1.0
-VERSION = 1
+VERSION = 2
 PREFACE = struct.Struct(">4s16s")
 PREFACE_MAGIC = b"PFB1"
 
@@ -50,6 +50,8 @@ class Refused(_Message, frozen=True):
 
     token: Token
     reason: ShortText
+    closed: bool = False
+    """Nothing listens there."""
 
 
 _encoder = msgspec.msgpack.Encoder()

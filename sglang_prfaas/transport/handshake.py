@@ -26,6 +26,9 @@ def refusal(
     found = problems(layout, hello.layout)
     if found:
         return "layout mismatch: " + "; ".join(found)
+    known = hello.page_tokens or hello.layout.page_tokens
+    if known != layout.page_tokens:
+        return f"page size in tokens: prefill has {layout.page_tokens}, decode knows it as {known} from its directory"
     if sessions >= MAX_SESSIONS:
         return f"limit reached: this prefill rank serves {sessions} decode ranks, {MAX_SESSIONS} are allowed"
     if proved_site and site_sessions >= MAX_PEER_SESSIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import socket
@@ -26,6 +27,7 @@ from sglang_prfaas.transport.security.refusals import RefusalLog
 __all__ = ["ZmqLoop", "dialable", "endpoint"]
 
 logger = logging.getLogger(__name__)
+_monitor_numbers = itertools.count(1)
 
 MAX_REQUESTS_HELD = 256
 """Messages of one peer that wait at a ROUTER before the peer has to."""
@@ -180,7 +182,7 @@ class ZmqLoop:
 
     def _monitor(self, sock: zmq.Socket[bytes], events: int, seen: Callable[[int, int], None]) -> None:
         """Deliver events of `sock`, with their values. Unbounded, lest ZeroMQ waits for a loop that has stopped."""
-        address = f"inproc://monitor-{id(sock)}"
+        address = f"inproc://monitor-{next(_monitor_numbers)}"
         sock.monitor(address, events)
         monitor = self.context.socket(zmq.PAIR)
         monitor.setsockopt(zmq.RCVHWM, 0)

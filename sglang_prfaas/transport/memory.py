@@ -53,6 +53,7 @@ class HostBuffer:
     def __init__(self, address: int, nbytes: int, item_bytes: int) -> None:
         self.item_bytes = item_bytes
         self.slots = nbytes // item_bytes if item_bytes else 0
+        self._address = address
         raw = (ctypes.c_uint8 * (self.slots * item_bytes)).from_address(address)
         self._items: Bytes = np.ctypeslib.as_array(raw).reshape(self.slots, item_bytes)
         self._bytes = memoryview(raw).cast("B")
@@ -82,6 +83,10 @@ class HostBuffer:
     def items(self) -> Bytes:
         """The memory itself, `[slots, item_bytes]`."""
         return self._items
+
+    def cut(self, parts: int) -> HostBuffer:
+        """The same memory with `parts` times as many items."""
+        return HostBuffer(self._address, self.slots * self.item_bytes, self.item_bytes // parts)
 
     def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
         item, start = divmod(offset, self.item_bytes)
@@ -172,6 +177,10 @@ class TorchBuffer:
     def items(self) -> Any:
         """The tensor itself."""
         return self._items
+
+    def cut(self, parts: int) -> TorchBuffer:
+        """The same memory with `parts` times as many items."""
+        return TorchBuffer(self._items.view(self.slots * parts, self.item_bytes // parts))
 
     @classmethod
     def on_cuda(cls, address: int, nbytes: int, item_bytes: int, device: int) -> TorchBuffer:

@@ -58,6 +58,8 @@ class Hello(_Message, frozen=True):
     """Which of the server's ranks calls."""
     codecs: Annotated[tuple[CodecName, ...], Meta(max_length=16)] = ()
     """Encodings of full-attention KVCache that it can decode and takes."""
+    page_tokens: Count = 0
+    """What it takes the page size of the prefill server to be; 0: its own."""
 
 
 class Expect(_Message, frozen=True):
@@ -177,6 +179,8 @@ class Register(_Message, frozen=True):
     tp_size: Size
     pp_size: Size
     follow_bootstrap_room: bool
+    page_tokens: Count = 0
+    """Tokens of one of its full-attention pages; 0: not told, as on the decode side."""
 
 
 class Deregister(_Message, frozen=True):
@@ -203,6 +207,8 @@ class Directory(_Message, frozen=True):
     pp_size: Annotated[int, Meta(ge=0, le=65536)]
     follow_bootstrap_room: bool
     ranks: Annotated[tuple[RankInfo, ...], Meta(max_length=65536)]
+    page_tokens: Count = 0
+    """Of `Register`."""
 
 
 ToPrefill = Hello | Expect | Done | Abort | Bye | Ping

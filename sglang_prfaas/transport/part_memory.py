@@ -1,13 +1,16 @@
-"""A part of every item of a buffer, seen as a buffer of its own: what moves between ranks of different widths."""
+"""A part of every item of a buffer, seen as a buffer of its own: what moves between ranks of different widths, and
+between servers of different page sizes."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.memory import Buffer, Bytes, HostBuffer, Indices, RankMemory, TorchBuffer, copying
+from sglang_prfaas.transport.paging import cut, obstacle, repaged, unit_of, units_of_items
 from sglang_prfaas.transport.reshape import ItemPart, between, can_be_divided, moves, share_of
 
 
@@ -101,23 +104,69 @@ class SessionView(NamedTuple):
     share: int = 0
     shares: int = 1
     """On the prefill side: which of so many decode ranks it is that this rank serves for a request."""
+    units: tuple[int, ...] = ()
+    """Items of `layout` that an item of each component is here; empty where the page sizes are the same."""
+    peer_page_tokens: int = 0
+    """Page size at the other end; 0 where it is the same."""
+
+    def checked(self, component: int, indices: npt.ArrayLike) -> Indices:
+        """Slots in `memory` of items that this rank has at `indices`. Raises LocalError for those that do not exist."""
+        if self.units and component < len(self.units):
+            indices = cut(np.asarray(indices).reshape(-1), self.units[component])
+        return self.memory.checked(component, indices)
+
+
+class PrefillRank(NamedTuple):
+    """A prefill rank, as a decode rank has to know it before they meet."""
+
+    width: int
+    """Attention TP width of its server."""
+    rank: int
+    page_tokens: int = 0
+    """Page size of its server; 0: as here."""
+
+
+def _in_units(layout: Layout, memory: RankMemory, page_tokens: int) -> SessionView:
+    """A rank towards one with pages of `page_tokens` and the same width."""
+    unit_tokens = unit_of(layout.page_tokens, page_tokens)
+    units = units_of_items(layout, unit_tokens)
+    if page_tokens == layout.page_tokens:
+        return SessionView(layout, memory)
+
+    def in_units(buffer: Buffer, parts: int) -> Buffer:
+        if parts == 1:
+            return buffer
+        assert isinstance(buffer, (HostBuffer, TorchBuffer)), buffer
+        return buffer.cut(parts)
+
+    components = [
+        [in_units(buffer, parts) for buffer in buffers] for buffers, parts in zip(memory.components, units, strict=True)
+    ]
+    return SessionView(repaged(layout, unit_tokens), RankMemory(components), units=units, peer_page_tokens=page_tokens)
 
 
 def prefill_view(layout: Layout, memory: RankMemory, decode: Layout) -> SessionView:
     """A prefill rank towards a decode rank of layout `decode`. Call it without `reshape.problems` only."""
+    view = _in_units(layout, memory, decode.page_tokens)
     if layout.tp_size == decode.tp_size:
-        return SessionView(layout, memory)
+        return view
     ranks = (layout.tp_size, layout.tp_rank), (decode.tp_size, decode.tp_rank)
-    sources = [[moved.source for moved in buffers] for buffers in moves(layout, *ranks)]
-    share = share_of(layout.tp_size, decode.tp_size, decode.tp_rank)
-    return SessionView(between(layout, *ranks), part_memory(memory, sources), *share)
+    sources = [[moved.source for moved in buffers] for buffers in moves(view.layout, *ranks)]
+    share, shares = share_of(layout.tp_size, decode.tp_size, decode.tp_rank)
+    return view._replace(
+        layout=between(view.layout, *ranks), memory=part_memory(view.memory, sources), share=share, shares=shares
+    )
 
 
-def decode_view(layout: Layout, memory: RankMemory, prefill_width: int, prefill_rank: int) -> SessionView:
+def decode_view(layout: Layout, memory: RankMemory, prefill: PrefillRank) -> SessionView:
     """A decode rank towards one of a prefill server's ranks. Where the two do not fit, the whole memory: prefill
     refuses the session then, and says why."""
-    if prefill_width == layout.tp_size or not can_be_divided(layout, prefill_width):
+    page_tokens = prefill.page_tokens or layout.page_tokens
+    if obstacle(layout, unit_of(layout.page_tokens, page_tokens)):
         return SessionView(layout, memory)
-    ranks = (prefill_width, prefill_rank), (layout.tp_size, layout.tp_rank)
-    targets = [[moved.target for moved in buffers] for buffers in moves(layout, *ranks)]
-    return SessionView(between(layout, *ranks), part_memory(memory, targets))
+    view = _in_units(layout, memory, page_tokens)
+    if prefill.width == layout.tp_size or not can_be_divided(view.layout, prefill.width):
+        return view
+    ranks = (prefill.width, prefill.rank), (layout.tp_size, layout.tp_rank)
+    targets = [[moved.target for moved in buffers] for buffers in moves(view.layout, *ranks)]
+    return view._replace(layout=between(view.layout, *ranks), memory=part_memory(view.memory, targets))

@@ -46,7 +46,7 @@ from sglang_prfaas.transport.messages import (
     encode,
     reason_text,
 )
-from sglang_prfaas.transport.part_memory import decode_view
+from sglang_prfaas.transport.part_memory import PrefillRank, decode_view
 from sglang_prfaas.transport.receive_data import DataReceiver
 from sglang_prfaas.transport.receive_session import Incoming, PeerSession
 from sglang_prfaas.transport.resolver import resolve_in_background
@@ -147,20 +147,19 @@ class ReceiveMover:
     # --- sessions -------------------------------------------------------------------------------------------------
 
     def session(
-        self, address: str, host: str, control_port: int, room: int | None = None, rank: tuple[int, int] | None = None
+        self, address: str, host: str, control_port: int, room: int | None = None, rank: PrefillRank | None = None
     ) -> PeerSession:
         """The session with a prefill rank, opened where there is none. Look at its `up` and `failure`. Never waits.
 
         `address`: the bootstrap address it was found at, asked again once the session fails. `room`: the request that
         needs it; should the session fail before `leave`, the prefill rank is told that this request has ended. `rank`:
-        the prefill server's attention TP width and this rank's place in it; None where both are as here."""
+        None where it is as here."""
         with self._lock:
             session = self._sessions.get((host, control_port))
             if session is not None and self._enter(session, room):
                 return session
             deadline = Deadline(self._clock, self._config.handshake_timeout_s)
-            width, place = rank or (self.layout.tp_size, self.layout.tp_rank)
-            view = decode_view(self.layout, self._memory, width, place)
+            view = decode_view(self.layout, self._memory, rank or PrefillRank(self.layout.tp_size, self.layout.tp_rank))
             session = PeerSession(address, host, control_port, deadline, self._config, self._clock.now_s(), view)
             if self._closing:
                 session.failure = f"{session}: the decode server is stopping"
@@ -226,6 +225,7 @@ class ReceiveMover:
             self._instance,
             self._rank,
             self._offers,
+            session.view.peer_page_tokens,
         )
         if len(encode(hello)) + ENVELOPE.size > MAX_REQUEST_BYTES:
             self._lose(session, f"the layout of this rank takes more than the {MAX_REQUEST_BYTES} bytes of a message")
@@ -463,7 +463,7 @@ class ReceiveMover:
         Raises PeerGoneError where the session has failed, LocalError for slots that do not exist."""
         if len(indices) != len(self.layout.components):
             raise LocalError(f"{len(indices)} components given, the layout has {len(self.layout.components)}")
-        checked = tuple(self._memory.checked(c, values) for c, values in enumerate(indices))
+        checked = tuple(session.view.checked(c, values) for c, values in enumerate(indices))
         counts = tuple(len(values) for values in checked)
         transfer = IncomingTransfer(room, next(self._ids), session.view.layout, counts, self._clock)
         item = Incoming(transfer, checked, session)

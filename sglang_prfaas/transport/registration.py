@@ -44,12 +44,13 @@ class Registration:
         tp_size: int,
         pp_size: int,
         follow_bootstrap_room: bool,
+        page_tokens: int = 0,
         security: Security = PLAIN,
     ) -> None:
         self._rank = rank
         self._clock = clock
         self._boot_id = secrets.token_hex(8)
-        self._message = Register(rank, self._boot_id, dp_size, tp_size, pp_size, follow_bootstrap_room)
+        self._message = Register(rank, self._boot_id, dp_size, tp_size, pp_size, follow_bootstrap_room, page_tokens)
         self._acknowledged_s = -RENEW_S
         self._gone = threading.Event()
         self._leaving = False

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from msgspec import structs
 
 from sglang_prfaas.transport.layout import Component, Layout, Sharding, differences
+from sglang_prfaas.transport.paging import obstacle, repaged, unit_of
 
 AUX = "aux"
 """The component of metadata buffers, the same on every rank of a server. Every prefill rank that a decode rank takes
@@ -139,7 +140,17 @@ def _by_buffer(component: Component) -> Iterator[Sharding]:
 
 
 def problems(prefill: Layout, decode: Layout) -> list[str]:
-    """Why two ranks cannot exchange KVCache, whatever their widths. Empty where they can."""
+    """Why two ranks cannot exchange KVCache, whatever their widths and page sizes. Empty where they can."""
+    if prefill.page_tokens != decode.page_tokens:
+        unit_tokens = unit_of(prefill.page_tokens, decode.page_tokens)
+        for end, layout in (("prefill", prefill), ("decode", decode)):
+            why = obstacle(layout, unit_tokens)
+            if why:
+                return [
+                    f"page size in tokens: prefill has {prefill.page_tokens}, decode has {decode.page_tokens}; {end}: "
+                    f"{why}, so give both servers the same --page-size"
+                ]
+        prefill, decode = repaged(prefill, unit_tokens), repaged(decode, unit_tokens)
     if prefill.tp_size == decode.tp_size:
         return differences(prefill, decode)
     widths = f"attention TP width: prefill has {prefill.tp_size}, decode has {decode.tp_size}"

@@ -51,7 +51,7 @@ from sglang_prfaas.transport.messages import (
 )
 from sglang_prfaas.transport.outbox import Task, at_hand
 from sglang_prfaas.transport.pacing import paced_chunk_bytes
-from sglang_prfaas.transport.part_memory import prefill_view
+from sglang_prfaas.transport.part_memory import SessionView, prefill_view
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.security.curve import KEY_PROPERTY
@@ -173,16 +173,16 @@ class SendMover:
 
     def transfer(self, room: int, share: int = 0) -> OutgoingTransfer:
         """The transfer of a new request; decode may have spoken of it already. Requests of one room have one prompt
-        (parallel sampling), and are paired as they come. `share`: see `shares`. Raises LocalError for too many."""
+        (parallel sampling), and are paired as they come. `share`: see `view`. Raises LocalError for too many."""
         with self._lock:
             return self._rooms.open(room, share)
 
-    def shares(self, transfer: OutgoingTransfer) -> int:
-        """How many decode ranks this rank serves for the request, once one of them has asked; each has a transfer of
-        its own, of the share 0, 1, ..."""
+    def view(self, transfer: OutgoingTransfer) -> SessionView | None:
+        """What of this rank's memory goes to the decode rank that has asked for the request; None before. Of `shares`
+        decode ranks that this rank serves, each has a transfer of its own, of the share 0, 1, ..."""
         with self._lock:
             session = self._rooms.home(transfer)
-            return session.view.shares if session is not None else 1
+            return session.view if session is not None else None
 
     def send(
         self,
@@ -200,9 +200,10 @@ class SendMover:
         Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
         under the transfer's lock. A few bytes that are at hand leave before, from the calling thread, where a
         connection is idle. Raises LocalError for slots that do not exist."""
-        items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)
+        memory = self._memory if session is None else session.view.memory
+        items = memory.checked(component, indices)
         chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
         if session is not None:
             chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)

@@ -22,7 +22,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     router, and a single server to compare with. Prefill chunks of 512 tokens; more than 512 uncached tokens go out.
     KVCache moves with keys here, without in the clusters of families. KDA's prefill runs on prfaas_kernels in the two
     prefill servers, on the CPU platform's stand-in for SGLang's kernel in the others."""
-    choices = Choices(chunk_tokens=512, keys=True, prefill_args=prefill_by_prfaas.BACKEND)
+    choices = Choices(chunk_tokens=512, keys=True, mover_ports=True, prefill_args=prefill_by_prfaas.BACKEND)
     deployment = write_deployment(tmp_path_factory.mktemp("kimi-linear"), choices)
     with run_deployment(deployment) as running:
         RUNNING.append(running)

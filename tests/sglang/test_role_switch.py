@@ -20,12 +20,14 @@ from .driving import DEADLINE_S, DECODE, LOCAL, PD, REMOTE, Driver, fetch, get, 
 pytestmark = pytest.mark.sglang
 
 
-def through(cluster: Driver, prefill: str, decode: str, seed: int, more: list[int] | None = None) -> list[int]:
+def through(
+    cluster: Driver, prefill: str, decode: str, seed: int, more: list[int] | None = None, length: int = 700
+) -> list[int]:
     """One request to two servers of our choice, as a router would send it; checked against the single server."""
     source = random.Random(seed)
     site = cluster.cluster.sites["prfaas" if prefill == REMOTE else "pd"]
     body: dict[str, Any] = {
-        "input_ids": [source.randrange(10, 500) for _ in range(700)] + (more or []),
+        "input_ids": [source.randrange(10, 500) for _ in range(length)] + (more or []),
         "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
     }
     pair = {

@@ -1,7 +1,7 @@
 """One end of a mover in a process of its own, driven over standard input and output:
 
-python -m tests.transport.peer prefill PORT [KEYS]   prints its control port; `half ROOM` and `rest ROOM` send
-python -m tests.transport.peer decode PORT [KEYS]    dials a control port; `expect ROOM` asks, `state ROOM` prints
+python -m tests.transport.peer prefill PORT HOST [KEYS]   prints its control port; `half ROOM` and `rest ROOM` send
+python -m tests.transport.peer decode PORT HOST [KEYS]    dials a control port; `expect ROOM` asks, `state ROOM` prints
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-def prefill(port: int, config: TransportConfig) -> None:
+def prefill(port: int, host: str, config: TransportConfig) -> None:
     memory = Memory(layout(), 1)
-    mover = SendMover(layout(), memory.rank, config, MonotonicClock(), host="127.0.0.1", first_port=port)
+    mover = SendMover(layout(), memory.rank, config, MonotonicClock(), host=host, first_port=port)
     mover.start()
-    say("port", mover.control_port)
+    say("port", mover.control_port, mover.data_port)
     transfers = {}
     for line in sys.stdin:
         command, room = line.split()[0], int(line.split()[1])
@@ -46,7 +46,7 @@ def prefill(port: int, config: TransportConfig) -> None:
     mover.close()
 
 
-def decode(port: int, config: TransportConfig) -> None:
+def decode(port: int, host: str, config: TransportConfig) -> None:
     memory = Memory(layout(), None)
     mover = ReceiveMover(layout(), memory.rank, config, MonotonicClock(), site="pd", server="decode-0")
     mover.start()
@@ -54,7 +54,7 @@ def decode(port: int, config: TransportConfig) -> None:
     for line in sys.stdin:
         command, room = line.split()[0], int(line.split()[1])
         if command == "expect":
-            session = mover.session("127.0.0.1:1", "127.0.0.1", port)
+            session = mover.session(f"{host}:1", host, port)
             items[room] = mover.expect(session, room, some_slots(room), 0)
             say("expect", room)
         else:
@@ -63,5 +63,5 @@ def decode(port: int, config: TransportConfig) -> None:
 
 
 if __name__ == "__main__":
-    keyed = msgspec.structs.replace(CONFIG, keys_dir=sys.argv[3] if len(sys.argv) > 3 else "")
-    {"prefill": prefill, "decode": decode}[sys.argv[1]](int(sys.argv[2]), keyed)
+    keyed = msgspec.structs.replace(CONFIG, keys_dir=sys.argv[4] if len(sys.argv) > 4 else "")
+    {"prefill": prefill, "decode": decode}[sys.argv[1]](int(sys.argv[2]), sys.argv[3], keyed)

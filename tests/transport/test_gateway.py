@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -21,20 +23,27 @@ from sglang_prfaas.transport import gateway as gateway_module
 from sglang_prfaas.transport.dial_out import DialOut
 from sglang_prfaas.transport.gateway import Gateway
 from sglang_prfaas.transport.gateway_messages import PREFACE, PREFACE_MAGIC
+from sglang_prfaas.transport.health import Contact
+from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.splice import Splicer
 from tests.transport.addresses import HERE, THERE, free_pair
 from tests.transport.fakes import at_end, read_exactly
-from tests.transport.keyring import Keyring
+from tests.transport.keyring import Keyring, now
 from tests.transport.namespaces import Wire, obstacle, wire
 from tests.transport.rig import CONFIG, DEADLINE_S, PAGES, Pair, lines, some_slots, wait_ended, wait_until, works
+from tests.transport.test_processes import AT_ONCE_S, BUSY_S, peer
 
 
 @contextlib.contextmanager
 def joined(
-    ports: list[int], config: TransportConfig = CONFIG, out: TransportConfig | None = None, site: str = "prfaas"
+    ports: list[int],
+    config: TransportConfig = CONFIG,
+    out: TransportConfig | None = None,
+    site: str = "prfaas",
+    of: str = "prfaas",
 ) -> Iterator[tuple[Gateway, DialOut]]:
-    """Both ends, once they have found each other."""
-    gateway = Gateway(THERE, free_pair(THERE), ports, "prfaas", config, MonotonicClock())
+    """Both ends, once they have found each other. site: what the one that dials says; of: whom the other lets in."""
+    gateway = Gateway(THERE, free_pair(THERE), ports, of, config, MonotonicClock())
     targets = dict.fromkeys(ports, HERE)
     dialler = DialOut(
         THERE, gateway.port, targets, site=site, to_site="pd", config=out or config, clock=MonotonicClock()
@@ -114,6 +123,122 @@ def test_ports_where_nobody_listens_or_that_are_not_offered(caplog: pytest.LogCa
         for port, why in ((unused, f"port {unused}: Connection refused"), (other, f"port {other} is not offered")):
             assert refused(port)
             wait_until(lambda why=why: lines(caplog, "gateway: site prfaas", why), "the line")
+
+
+def test_a_port_refuses_while_nothing_listens_there_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_module, "REFUSE_S", 0.3)
+    port = free_pair(HERE)
+
+    def dialled() -> bool:
+        with socket.create_connection((THERE, port), DEADLINE_S) as sock:
+            return not at_end(sock)
+
+    def refuses() -> bool:
+        try:
+            dialled()
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:
+            pass  # once
+        return False
+
+    with joined([port]):
+        wait_until(refuses, "refusal")
+        with socket.create_server((HERE, port)) as listener:
+
+            def answered() -> bool:
+                with contextlib.suppress(OSError), socket.create_connection((THERE, port), DEADLINE_S) as sock:
+                    listener.settimeout(0.2)
+                    with listener.accept()[0] as other:
+                        other.sendall(b"x")
+                        return sock.recv(1) == b"x"
+                return False
+
+            wait_until(answered, "it is there")
+        wait_until(refuses, "refusal again")
+
+
+class TestPeersBehindAGateway:
+    """What ends there is known here as soon as without a gateway."""
+
+    @pytest.fixture(params=["off", "keys"])
+    def config(self, request: pytest.FixtureRequest, tmp_path: Path) -> TransportConfig:
+        """Of one site for both ends."""
+        if request.param == "off":
+            return CONFIG
+        make.make_keys(tmp_path, {"pd": ()}, now=now())
+        return msgspec.structs.replace(CONFIG, keys_dir=str(tmp_path / "pd"))
+
+    def test_a_killed_prefill(self, config: TransportConfig) -> None:
+        with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config, decode_config=config) as pair:
+            control, data = (int(port) for port in prefill.line()[1:])
+            with joined([control, data], config, site="pd", of="pd"):
+                pair.host, pair.sender.control_port = THERE, control
+                item = pair.receiver.expect(pair.session(), 7, some_slots(7), 0)
+                prefill.do("half", 7)
+                wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
+                killed_s = time.monotonic()
+                prefill.process.kill()
+                wait_ended(item.transfer)
+                took_s = time.monotonic() - killed_s
+                print(f"killed prefill: {took_s:.2f} s: {item.transfer.reason}")
+                assert took_s < AT_ONCE_S + BUSY_S
+                assert "its process has ended" in item.transfer.reason
+
+    def test_a_killed_decode(self, config: TransportConfig) -> None:
+        with (
+            Pair(config=config, decode_config=config) as pair,
+            joined(ports_of(pair), config, site="pd", of="pd"),
+            peer("decode", pair.sender.control_port, config.keys_dir, THERE) as decode,
+        ):
+            transfer = pair.sender.transfer(7)
+            decode.do("expect", 7)
+            wait_until(lambda: transfer.expected, "decode asked")
+            with transfer.lock:
+                transfer.start(20)
+            pair.sender.send(transfer, PAGES, 0, some_slots(7)[PAGES][:10])
+            wait_until(lambda: decode.do("state", 7) == ["receiving", str(10 * 6000)], "half of the pages")
+            killed_s = time.monotonic()
+            decode.process.kill()
+            wait_ended(transfer)
+            took_s = time.monotonic() - killed_s
+            print(f"killed decode: {took_s:.2f} s: {transfer.reason}")
+            assert took_s < AT_ONCE_S + BUSY_S
+            assert "its process has ended" in transfer.reason
+
+    def test_a_stopped_prefill(self) -> None:
+        config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
+        with peer("prefill") as prefill, Pair(config=config, decode_config=config) as pair:
+            control, data = (int(port) for port in prefill.line()[1:])
+            with joined([control, data], config, site="pd", of="pd"):
+                pair.host, pair.sender.control_port = THERE, control
+                item = pair.receiver.expect(pair.session(), 7, some_slots(7), 0)
+                prefill.do("half", 7)
+                wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
+                prefill.process.send_signal(signal.SIGSTOP)
+                stopped_s = time.monotonic()
+                wait_until(lambda: item.session.health.contact is not Contact.UP, "silence noticed")
+                print(f"stopped prefill: {time.monotonic() - stopped_s:.2f} s")
+                assert time.monotonic() - stopped_s < 1.5 + AT_ONCE_S + BUSY_S
+                wait_ended(item.transfer)
+                print(f"given up: {time.monotonic() - stopped_s:.2f} s: {item.transfer.reason}")
+                assert re.search("silent for|came back within|come back within", item.transfer.reason)
+
+    def test_a_stopped_decode(self) -> None:
+        config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
+        with (
+            Pair(config=config, decode_config=config) as pair,
+            joined(ports_of(pair), config, site="pd", of="pd"),
+            peer("decode", pair.sender.control_port, host=THERE) as decode,
+        ):
+            transfer = pair.sender.transfer(7)
+            decode.do("expect", 7)
+            wait_until(lambda: transfer.expected, "decode asked")
+            decode.process.send_signal(signal.SIGSTOP)
+            stopped_s = time.monotonic()
+            wait_ended(transfer)
+            print(f"stopped decode: {time.monotonic() - stopped_s:.2f} s: {transfer.reason}")
+            assert re.search("silent for|came back within", transfer.reason)
 
 
 def test_a_token_that_nobody_waits_for(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.session import State
+from tests.transport.addresses import HERE
 from tests.transport.keyring import now
 from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until
 
@@ -32,9 +33,9 @@ BUSY_S = float(os.environ.get("PRFAAS_TEST_BUSY_S", "2"))
 class Peer:
     """A peer process; see `peer.py`."""
 
-    def __init__(self, role: str, port: int, keys: str) -> None:
+    def __init__(self, role: str, port: int, keys: str, host: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.transport.peer", role, str(port), *([keys] if keys else [])],
+            [sys.executable, "-m", "tests.transport.peer", role, str(port), host, *([keys] if keys else [])],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,8 +56,8 @@ class Peer:
 
 
 @contextmanager
-def peer(role: str, port: int = 0, keys: str = "") -> Iterator[Peer]:
-    started = Peer(role, port, keys)
+def peer(role: str, port: int = 0, keys: str = "", host: str = HERE) -> Iterator[Peer]:
+    started = Peer(role, port, keys, host)
     try:
         yield started
     finally:

@@ -1,4 +1,5 @@
-"""Prefill and decode of different attention TP widths, over real sockets: every rank gets exactly its shard."""
+"""Prefill and decode of different attention TP widths and page sizes, over real sockets: every rank gets exactly its
+shard."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.fan_out import FanOut, joint_reason, joint_state
 from sglang_prfaas.transport.layout import Component, Layout, Sharding
 from sglang_prfaas.transport.memory import HostBuffer, RankMemory, TorchBuffer
+from sglang_prfaas.transport.part_memory import PrefillRank
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession, ReceiveMover
 from sglang_prfaas.transport.reshape import held, peers
 from sglang_prfaas.transport.send_mover import SendMover
@@ -26,7 +28,8 @@ from .rig import CONFIG, wait_until
 Items = npt.NDArray[np.uint8]
 
 SLOTS = 24
-KV = Sharding(2, 4, (2,), 24)
+PAGE_TOKENS = 4
+KV = Sharding(2, PAGE_TOKENS, (2,), 24)
 LATENT = Sharding(3)
 CONV = Sharding(1, 3, (8, 8, 16), 4)
 STATE = Sharding(1, 1, (8,), 1000)
@@ -64,8 +67,12 @@ class Whole:
             for name, _ in COMPONENTS
         ]
 
-    def of(self, width: int, rank: int) -> list[list[Items]]:
-        """What a rank holds: `[slots, bytes]` of every buffer."""
+    def of(self, width: int, rank: int, page_tokens: int = PAGE_TOKENS) -> list[list[Items]]:
+        """What a rank holds: `[slots, bytes]` of every buffer, full attention in pages of `page_tokens`."""
+        pages, *rest = self._in_slots(width, rank)
+        return [[array.reshape(SLOTS * PAGE_TOKENS // page_tokens, -1) for array in pages], *rest]
+
+    def _in_slots(self, width: int, rank: int) -> list[list[Items]]:
         return [
             [
                 np.ascontiguousarray(
@@ -83,12 +90,13 @@ class Whole:
         ]
 
 
-def layout(arrays: list[list[Items]], width: int, rank: int) -> Layout:
+def layout(arrays: list[list[Items]], width: int, rank: int, page_tokens: int = PAGE_TOKENS) -> Layout:
+    by_name = {**dict(COMPONENTS), "kv": (msgspec.structs.replace(KV, rows=page_tokens), LATENT)}
     components = tuple(
-        Component(name, tuple(a.shape[1] for a in buffers), shardings)
-        for (name, shardings), buffers in zip(COMPONENTS, arrays, strict=True)
+        Component(name, tuple(a.shape[1] for a in buffers), by_name[name])
+        for (name, _), buffers in zip(COMPONENTS, arrays, strict=True)
     )
-    return Layout("Hybrid-abc", "float16", 4, width, "", (1, 3), components, rank)
+    return Layout("Hybrid-abc", "float16", page_tokens, width, "", (1, 3), components, rank)
 
 
 def memory(arrays: list[list[Items]], torch_buffers: bool) -> RankMemory:
@@ -105,8 +113,17 @@ def memory(arrays: list[list[Items]], torch_buffers: bool) -> RankMemory:
 class Servers:
     """All ranks of a prefill and of a decode server."""
 
-    def __init__(self, prefill: int, decode: int, stack: ExitStack, config: TransportConfig, torch_buffers: bool):
+    def __init__(
+        self,
+        prefill: int,
+        decode: int,
+        stack: ExitStack,
+        config: TransportConfig,
+        torch_buffers: bool,
+        page_tokens: tuple[int, int],
+    ):
         self.widths = prefill, decode
+        self.page_tokens = page_tokens
         self.whole = Whole(3)
         clock = MonotonicClock()
         self.senders: list[SendMover] = []
@@ -114,18 +131,23 @@ class Servers:
         self.sent: list[list[list[Items]]] = []
         self.written: list[list[list[Items]]] = []
         for rank in range(prefill):
-            arrays = self.whole.of(prefill, rank)
+            arrays = self.whole.of(prefill, rank, page_tokens[0])
             sender = SendMover(
-                layout(arrays, prefill, rank), memory(arrays, torch_buffers), config, clock, host="127.0.0.1"
+                layout(arrays, prefill, rank, page_tokens[0]),
+                memory(arrays, torch_buffers),
+                config,
+                clock,
+                host="127.0.0.1",
             )
             self.sent.append(arrays)
             sender.start()
             stack.callback(sender.close)
             self.senders.append(sender)
         for rank in range(decode):
-            arrays = [[np.zeros_like(a) for a in buffers] for buffers in self.whole.of(decode, rank)]
+            arrays = [[np.zeros_like(a) for a in buffers] for buffers in self.whole.of(decode, rank, page_tokens[1])]
             self.written.append(arrays)
-            receiver = ReceiveMover(layout(arrays, decode, rank), memory(arrays, torch_buffers), config, clock)
+            own = layout(arrays, decode, rank, page_tokens[1])
+            receiver = ReceiveMover(own, memory(arrays, torch_buffers), config, clock)
             receiver.start()
             stack.callback(receiver.close)
             self.receivers.append(receiver)
@@ -134,28 +156,36 @@ class Servers:
         prefill, decode = self.widths
         return [
             self.receivers[rank].session(
-                "127.0.0.1:1", "127.0.0.1", self.senders[sender].control_port, room, (prefill, sender)
+                "127.0.0.1:1",
+                "127.0.0.1",
+                self.senders[sender].control_port,
+                room,
+                PrefillRank(prefill, sender, self.page_tokens[0]),
             )
             for sender in peers(prefill, decode, rank)
         ]
 
-    def expect(self, room: int, slots: list[npt.NDArray[np.int64]]) -> list[Incoming]:
+    def expect(self, room: int, slots: list[npt.NDArray[np.int64]], prefix_tokens: int = 0) -> list[Incoming]:
         """All decode ranks ask all their prefill ranks for a room."""
         items = []
         for rank, receiver in enumerate(self.receivers):
             sessions = self.sessions(rank)
             wait_until(lambda sessions=sessions: all(s.up or s.failure for s in sessions), "sessions up")
             assert all(session.up for session in sessions), [session.failure for session in sessions]
-            items += [receiver.expect(session, room, slots, 0) for session in sessions]
+            items += [receiver.expect(session, room, slots, prefix_tokens) for session in sessions]
         return items
 
 
 @contextmanager
 def servers(
-    prefill: int, decode: int, config: TransportConfig = CONFIG, torch_buffers: bool = False
+    prefill: int,
+    decode: int,
+    config: TransportConfig = CONFIG,
+    torch_buffers: bool = False,
+    page_tokens: tuple[int, int] = (PAGE_TOKENS, PAGE_TOKENS),
 ) -> Iterator[Servers]:
     with ExitStack() as stack:
-        yield Servers(prefill, decode, stack, config, torch_buffers)
+        yield Servers(prefill, decode, stack, config, torch_buffers, page_tokens)
 
 
 def some_slots(seed: int) -> list[npt.NDArray[np.int64]]:
@@ -200,6 +230,53 @@ def test_every_rank_gets_its_shard(prefill: int, decode: int, torch_buffers: boo
             request.release()
 
 
+@pytest.mark.parametrize("page_tokens", [(2, 8), (8, 2), (8, 12)], ids=str)
+@pytest.mark.parametrize(("prefill", "decode", "torch_buffers"), [(1, 1, True), (1, 2, False), (2, 1, True)])
+def test_pages_of_other_sizes(prefill: int, decode: int, page_tokens: tuple[int, int], torch_buffers: bool) -> None:
+    """A prompt of 35 tokens, of which decode has the first page; in two chunks, and a layer of the first ahead."""
+    ours, theirs = page_tokens
+    tokens, pool = 35, SLOTS * PAGE_TOKENS
+    rng = np.random.default_rng(5)
+    here = rng.permutation(pool // ours)[: -(-tokens // ours)].astype(np.int64)
+    there = rng.permutation(pool // theirs)[: -(-tokens // theirs)].astype(np.int64)
+    state, aux = [np.array([slot]) for slot in (3, 4)], [np.array([slot]) for slot in (7, 8)]
+    with servers(prefill, decode, CONFIG, torch_buffers, page_tokens) as both:
+        items = both.expect(7, [there[1:], state[1], aux[1]], prefix_tokens=theirs)
+        requests = [FanOut(sender, 7) for sender in both.senders]
+        wait_until(lambda: all(request.state is State.READY for request in requests), "all decode ranks asked")
+        for request in requests:
+            prompt = request.prompt_pages
+            assert prompt is not None
+            handed_over = here[prompt.first_token // ours :]
+            request.start(prompt.agreed(len(handed_over)))
+            half = len(handed_over) // 2
+            for first, pages, last in ((0, handed_over[:half], False), (half, handed_over[half:], True)):
+                first_unit, units = prompt.units(first, pages, last=last)
+                for buffers in ([0, 2], [1, 3, 4]):
+                    request.send(0, first_unit, units, lambda: None, buffers)
+            request.send(1, 0, state[0], lambda: None)
+            request.send(2, 0, aux[0], lambda: None)
+            request.finish()
+        wait_until(lambda: not any(item.transfer.live for item in items), "the end of the transfers")
+        assert joint_state(item.transfer for item in items) is State.DONE, joint_reason(i.transfer for i in items)
+        wait_until(lambda: all(request.state is State.DONE for request in requests), "prefill knows")
+        for rank in range(decode):
+            whole, written = both.whole.of(decode, rank, 1), both.written[rank]
+            for token in range(theirs, tokens):
+                sent_at = here[token // ours] * ours + token % ours
+                came_to = there[token // theirs] * theirs + token % theirs
+                for a, b in zip(whole[0], written[0], strict=True):
+                    np.testing.assert_array_equal(a[sent_at], b.reshape(pool, -1)[came_to])
+            for a, b in zip(written[0], both.whole.of(decode, rank, theirs)[0], strict=True):
+                assert a.shape == b.shape
+                assert not a[np.setdiff1d(np.arange(len(a)), there[1:])].any(), "nothing else was written"
+            for component, slots in ((1, state), (2, aux)):
+                for a, b in zip(whole[component], written[component], strict=True):
+                    np.testing.assert_array_equal(a[slots[0]], b[slots[1]])
+        for request in requests:
+            request.release()
+
+
 def test_one_decode_rank_that_gives_up_ends_the_request_for_all() -> None:
     with servers(1, 2) as both:
         items = both.expect(7, some_slots(1))
@@ -238,7 +315,8 @@ def test_widths_that_do_not_fit_are_refused_with_one_message() -> None:
         receiver = ReceiveMover(wide, memory(both.whole.of(2, 0), False), CONFIG, MonotonicClock())
         receiver.start()
         try:
-            session = receiver.session("127.0.0.1:1", "127.0.0.1", both.senders[1].control_port, None, (2, 1))
+            port = both.senders[1].control_port
+            session = receiver.session("127.0.0.1:1", "127.0.0.1", port, None, PrefillRank(2, 1))
             wait_until(lambda: session.failure, "refused")
             assert "attention TP width: prefill has 2, decode has 4; " in session.failure
             assert "bytes at width 4" in session.failure

@@ -17,7 +17,7 @@ from sglang_prfaas.config.keys import toml_value
 from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.launch.local_deployment import templates
 from sglang_prfaas.site.commands import ServerCommand, plain_command
-from sglang_prfaas.site.free_ports import free_ports
+from sglang_prfaas.site.free_ports import HeldPort, bind_problem, free_ports
 from sglang_prfaas.tiny_models import adapter_args, cpu_server_args, cpu_server_env, make_tiny_adapter, make_tiny_model
 
 MODEL_NAME = "tiny"
@@ -54,6 +54,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     """Keys of [transport], by site."""
     keys: bool = False
     """Whether KVCache moves with CURVE and TLS, and the router reaches the other site by HTTPS."""
+    mover_ports: bool = False
+    """Whether the PrfaaS site's prefill server has fixed mover ports, as behind a gateway; else any that are free."""
     prefix_caches: bool = False
     """Whether each site has a prefix cache on disk, and the PrfaaS site fetches from the PD site's. The prefill servers
     then need `HICACHE_ARGS`."""
@@ -98,6 +100,7 @@ def write_deployment(directory: Path, choices: Choices) -> LocalDeployment:
         make.make_keys(directory / _KEYS, {"prfaas": (), "pd": ()}, now=datetime.datetime.now(datetime.UTC))
     ports = free_ports(13)
     values: dict[str, object] = {f"p{index}": port for index, port in enumerate(ports)}
+    values["mover"] = f"mover_port = {_free_pair(ports)}" if choices.mover_ports else ""
     values |= _common_values(choices, directory, model, log, adapters)
     files = {}
     for name, template, cache in (
@@ -138,6 +141,20 @@ def _make_adapters(directory: Path, model: Path, names: Sequence[str]) -> list[s
     shutil.rmtree(directory, ignore_errors=True)
     made = {name: make_tiny_adapter(directory / name, model, seed) for seed, name in enumerate(names)}
     return adapter_args(made)
+
+
+def _free_pair(avoid: Sequence[int]) -> int:
+    """A port that is free, as is the next one."""
+    held: list[HeldPort] = []
+    try:
+        while True:
+            held.append(HeldPort(avoid=[*avoid, *(port.port for port in held)]))
+            port = held[-1].port
+            if port + 1 not in avoid and not bind_problem("0.0.0.0", port + 1):
+                return port
+    finally:
+        for one in held:
+            one.release()
 
 
 def _common_values(

@@ -30,6 +30,7 @@ name = "prfaas-prefill-0"
 role = "prefill"
 port = {p0}
 bootstrap_port = {p1}
+{mover}
 args = {prefill_args}
 
 [[links]]

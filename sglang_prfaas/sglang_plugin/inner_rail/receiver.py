@@ -1,5 +1,5 @@
 """The decode side of one request where the site has an inner rail: asked for over the rail where prefill is of this
-site and has it, else over prfaas."""
+site and has it, with pages of the same size, else over prfaas."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ class RailedReceiver(PrfaasKVReceiver):
     ) -> None:
         directory = self._directory
         proven = [session.server.site for session in self._sessions]
-        if self._failure or directory is None or not takes_rail(self._rail.kind, self._rail.site, self._ranks, proven):
+        rail = self._rail
+        here = self._manager.layout.page_tokens
+        sizes = here, (directory.page_tokens if directory is not None else 0) or here
+        if self._failure or directory is None or not takes_rail(rail.kind, rail.site, self._ranks, proven, sizes):
             super().send_metadata(kv_indices, aux_index, state_indices, decode_prefix_len, destination)
             return
         self._cached_prefix_tokens = decode_prefix_len or 0

@@ -18,11 +18,12 @@ from sglang_prfaas.sglang_plugin.kv_pages import (
     memory_of,
     model_identity,
 )
-from sglang_prfaas.transport.layout import differences
+from sglang_prfaas.transport.layout import Sharding, differences
 
 
 class Kind(enum.Enum):
     MAMBA = "mamba"
+    SWA = "swa"
 
 
 def _buffers(*shapes: tuple[int, int]) -> tuple[list[np.ndarray[Any, Any]], list[int], list[int], list[int]]:
@@ -70,6 +71,18 @@ def test_layout_and_memory_have_the_same_order() -> None:
     assert (out == arrays[2][2]).all()
     memory.components[2][0].scatter(np.array([1]), 0, 0, np.full(8, 9, dtype=np.uint8))
     assert (arrays[3][1] == 9).all()
+
+
+def test_windows_are_divided_by_their_own_heads() -> None:
+    args, arrays = _kv_args()
+    args.state_types, args.swa_kv_cache_layout = [Kind.SWA], "nhd"
+    args.kv_item_lens, args.state_item_lens = [32, 32], [[24]]
+    kv, window, _ = layout_of(args, "model-1", 2, 0, 4, 6).components
+    assert kv.shardings == (Sharding(2, 2, (4,), 8),)
+    assert window.shardings == (Sharding(1, 2, (6,), 4),)
+    args.swa_kv_cache_layout = "hnd"
+    assert layout_of(args, "model-1", 2, 0, 4, 6).components[1].shardings == ()
+    assert arrays
 
 
 def test_another_device_is_refused() -> None:

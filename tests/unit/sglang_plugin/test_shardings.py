@@ -5,33 +5,29 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_prfaas.sglang_plugin.shardings import kv_shardings, state_shardings
+from sglang_prfaas.sglang_plugin.shardings import page_shardings, state_shardings
 from sglang_prfaas.transport.layout import Sharding
 
 
-def _kv(sizes: list[int], page_size: int = 16) -> Any:
-    return SimpleNamespace(kv_item_lens=sizes, page_size=page_size)
-
-
 def test_the_latent_of_mla_is_the_same_everywhere() -> None:
-    assert kv_shardings(_kv([320, 320]), "", 0, 2) == (Sharding(2),)
+    assert page_shardings([320, 320], 16, "", 0, 2) == (Sharding(2),)
 
 
 def test_heads_are_divided_by_token() -> None:
     keys, values = 16 * 2 * 64 * 2, 16 * 2 * 32 * 2
-    assert kv_shardings(_kv([keys, keys, values, values]), "nhd", 4, 2) == (
+    assert page_shardings([keys, keys, values, values], 16, "nhd", 4, 2) == (
         Sharding(2, 16, (4,), 128),
         Sharding(2, 16, (4,), 64),
     )
 
 
 def test_a_head_that_several_ranks_have() -> None:
-    assert kv_shardings(_kv([16 * 128]), "", 2, 4) == (Sharding(1, 16, (2,), 128),)
+    assert page_shardings([16 * 128], 16, "", 2, 4) == (Sharding(1, 16, (2,), 128),)
 
 
 def test_what_cannot_be_told() -> None:
-    assert kv_shardings(_kv([16 * 128]), "page_major", 2, 2) == ()
-    assert kv_shardings(_kv([16 * 128 + 1]), "", 2, 2) == ()
+    assert page_shardings([16 * 128], 16, "page_major", 2, 2) == ()
+    assert page_shardings([16 * 128 + 1], 16, "", 2, 2) == ()
     assert state_shardings(_states([100], [], [], []), 0, 2) == ()
     assert state_shardings(_states([101], [10], [1], [None]), 0, 2) == ()
 

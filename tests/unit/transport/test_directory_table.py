@@ -50,6 +50,13 @@ def test_a_restarted_rank_takes_the_place_of_the_old_one() -> None:
     assert not table.directory().complete
 
 
+def test_the_page_size_of_the_server() -> None:
+    table = RankTable()
+    assert table.directory().page_tokens == 0
+    table.register(Register(rank(0), "boot", 1, 1, 1, True, 64))
+    assert table.directory().page_tokens == 64
+
+
 def test_inner_rails_are_told_to_whom_they_may_be() -> None:
     table = RankTable()
     rail = InnerRail("mooncake", "pd", "10.0.0.1", 9000)

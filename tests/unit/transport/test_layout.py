@@ -85,6 +85,13 @@ def test_who_is_refused() -> None:
     assert refusal(LAYOUT, hello(), sessions=0, connections=0) == ""
     other = refusal(LAYOUT, hello(version=99), sessions=0, connections=0)
     assert other == f"protocol version mismatch: prefill has {PROTOCOL_VERSION}, decode has 99"
+    pages = msgspec.structs.replace(LAYOUT, page_tokens=16)
+    assert refusal(LAYOUT, hello(page_tokens=16), sessions=0, connections=0) == (
+        "page size in tokens: prefill has 64, decode knows it as 16 from its directory"
+    )
+    assert "page size in tokens: prefill has 64, decode has 16" in refusal(
+        LAYOUT, hello(layout=pages), sessions=0, connections=0
+    )
     mismatch = refusal(LAYOUT, hello(layout=msgspec.structs.replace(LAYOUT, tp_size=8)), sessions=0, connections=0)
     assert mismatch.startswith("layout mismatch: attention TP width: prefill has 2, decode has 8; how kv is divided")
     assert refusal(LAYOUT, hello(), sessions=MAX_SESSIONS, connections=0).startswith("limit reached")

@@ -23,6 +23,11 @@ def test_prefill_of_another_site_or_without_it() -> None:
     assert not takes_rail("mooncake", "pd", [], [])
 
 
+def test_pages_of_another_size() -> None:
+    assert takes_rail("mooncake", "pd", [rank()], [""], (16, 16))
+    assert not takes_rail("mooncake", "pd", [rank()], [""], (16, 64))
+
+
 def test_a_rank_that_only_claims_to_be_of_this_site() -> None:
     assert not takes_rail("mooncake", "pd", [rank()], ["prfaas"])
     assert not takes_rail("mooncake", "pd", [rank(), rank(tp_rank=1)], ["pd", "prfaas"])

@@ -2,8 +2,8 @@
 
 Copying takes two steps (Olsson et al. 2022, "In-context learning and induction heads"): each place must know the token
 before it, and a head must look for the place whose token before is the one at hand. From weights without any order
-transformers find this after many minutes of training on a CPU; from these they find it in seconds. What the start
-gives is rough: margins, and all that the other layers do, come from training."""
+nothing of this was learnt in the time that tests may take; from these it is learnt in seconds. What the start gives is
+rough: margins come from training, of all weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ POSITION_PAIRS = 6
 """Pairs of elements of a head, of the fastest rotation, that tell one place from the next."""
 QK_NORM = 1.7
 SHARPNESS = 4.0
+"""How large the queries of MLA are beside its keys."""
 
 
 class Directions:

@@ -33,7 +33,7 @@ from sglang_prfaas.config.schema import (
 )
 from sglang_prfaas.launch.local_deployment import HEARTBEAT_TIMEOUT_S, STARTUP_TIMEOUT_S
 from sglang_prfaas.site import Site, running
-from sglang_prfaas.site.free_ports import HeldPort
+from sglang_prfaas.site.free_ports import free_ports
 from sglang_prfaas.site.threaded import RunningSite
 from sglang_prfaas.tiny_models import cpu_server_args, cpu_server_env, make_tiny_model
 from sglang_prfaas.transport import transfer_log
@@ -81,7 +81,7 @@ class Sites:
         family, names = case.family, (case.exact, *case.codecs)
         model = _trained(family, directory / "model") if TRAINED else make_tiny_model(family, directory / "model")
         weights = ["--load-format", "auto"] if TRAINED else []
-        ports = _free_ports(len(names) + 2)
+        ports = free_ports(len(names) + 2)
         self.bootstrap_port = ports.pop()
         self.rooms = itertools.count(1)
 
@@ -131,17 +131,6 @@ class Sites:
             return records if len(records) == len(rooms) else None
 
         return [one["output_ids"] for one in answers[1][2]], wait_for("the transfer log", noted)
-
-
-def _free_ports(count: int) -> list[int]:
-    held: list[HeldPort] = []
-    try:
-        for _ in range(count):
-            held.append(HeldPort(avoid=[port.port for port in held]))
-        return [port.port for port in held]
-    finally:
-        for port in held:
-            port.release()
 
 
 def _trained(family: str, directory: Path) -> Path:

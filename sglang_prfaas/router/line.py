@@ -72,7 +72,7 @@ class Line:
         line = self._lines[figures.pd_site]
         local_s, prfaas_s = _needed_s(decision, tokens)
         line.observe(now_s, prfaas_s if decision.route == "prfaas" else local_s)
-        if not len(self) and line.has_room(_load_of(decision.prefill)):
+        if not len(self) and line.has_room(_load_of(decision.prefill)) and self._link_has_room(decision):
             return Turn(decision, self._policy.begin(now_s, decision, tokens), 0.0)
         if len(self) >= self._settings.max_held_requests:
             return Turn(self._refused(decision), None, 0.0)
@@ -94,9 +94,11 @@ class Line:
             self._wake(self._policy.look_interval_s)
 
     def held_s(self, now_s: float) -> dict[str, float]:
-        """Seconds of prefill that wait in front of each server of a site, of requests that can still be in time."""
-        found = {home: line.timely_work_s("local", now_s) for home, line in self._lines.items()}
-        far_s = sum(line.timely_work_s("prfaas", now_s) for line in self._lines.values())
+        """Seconds that what goes before a new request needs of each server of a site, or of its links."""
+        found = {home: line.ahead("local", now_s).work_s for home, line in self._lines.items()}
+        ahead = {home: line.ahead("prfaas", now_s) for home, line in self._lines.items()}
+        far_s = sum(each.work_s for each in ahead.values())
+        links_s = max(each.link_bytes / self._policy.link_bytes_per_s(home) for home, each in ahead.items())
         servers = dict.fromkeys((site.name for site in self._policy.observation.sites), 0)
         far = 0
         for site in self._policy.observation.sites:
@@ -105,7 +107,8 @@ class Line:
                 found[site.name] = far_s
                 far += servers[site.name]
         return {
-            name: seconds / max(1, servers[name] if name in self._lines else far) for name, seconds in found.items()
+            name: seconds / max(1, servers[name]) if name in self._lines else max(seconds / max(1, far), links_s)
+            for name, seconds in found.items()
         }
 
     def local_work_s(self, home: str) -> float:
@@ -143,8 +146,16 @@ class Line:
 
     # --- who goes ---------------------------------------------------------------------------------------------------
 
+    def _link_has_room(self, decision: Decision) -> bool:
+        figures = decision.figures
+        assert figures is not None
+        home = figures.pd_site
+        return decision.route != "prfaas" or self._lines[home].link_has_room(self._policy.link_s(home))
+
     def _add(self, held: _Held, local_s: float, prfaas_s: float) -> None:
+        figures = held.decision.figures
         assert held.decision.route is not None
+        assert figures is not None
         self._lines[held.home].add(
             held,
             held.decision.route,
@@ -152,6 +163,7 @@ class Line:
             local_s=local_s,
             prfaas_s=prfaas_s,
             fixed=held.view.forced is not None or _INFINITE in (local_s, prfaas_s),
+            link_bytes=self._policy.increment_bytes(held.tokens, figures),
         )
 
     def _wake(self, in_s: float) -> None:

@@ -26,7 +26,7 @@ from sglang_prfaas.scheduler import Decision
 from sglang_prfaas.scheduler.live import LivePolicy
 from sglang_prfaas.scheduler.moment import Moment
 from sglang_prfaas.scheduler.profiles import ProfileFile
-from sglang_prfaas.scheduler.types import Observation
+from sglang_prfaas.scheduler.types import Figures, Observation
 
 _LOOK_S_PER_SERVER = 1e-4
 _FREE_SERVERS = 16
@@ -166,6 +166,17 @@ class LiveRouting:
                 least_s = min(least_s, max(link.wait_s, self.sending_bytes.get((site, to), 0.0) / link.bytes_per_s))
         return 0.0 if least_s == float("inf") else least_s
 
+    def link_bytes_per_s(self, home: str) -> float:
+        """What all links to a PD site carry together; infinite where none is known."""
+        found = [link.bytes_per_s for (_, to), link in self.observation.links.items() if to == home]
+        return max(1.0, sum(found)) if found else float("inf")
+
+    def increment_bytes(self, tokens: TokenCount, figures: Figures) -> float:
+        """KVCache that PrfaaS would send of a request, of a batch all of it."""
+        held = tokens.longest - figures.local_tokens
+        prompts = max(1.0, tokens.total / max(1, tokens.longest))
+        return prompts * self.profile.kv.increment_bytes(tokens.longest, held)
+
     def begin(self, now_s: float, decision: Decision, tokens: TokenCount) -> Flight:
         target, figures = decision.prefill, decision.figures
         assert isinstance(target, Target)
@@ -173,8 +184,8 @@ class LiveRouting:
         far = decision.route == "prfaas"
         to_compute = figures.prfaas_tokens if far else figures.local_tokens
         held = tokens.longest - figures.local_tokens
-        pair = (target.site, figures.pd_site)
-        return Flight(self, target, now_s, to_compute, tokens, pair if far else None, held)
+        pair = (target.site, figures.pd_site) if far else None
+        return Flight(self, target, now_s, to_compute, tokens, pair, held, self.increment_bytes(tokens, figures))
 
     def describe(self, now_s: float) -> dict[str, Any]:
         return policy_report.describe(self, now_s)
@@ -197,8 +208,9 @@ class Flight:
         tokens: TokenCount,
         pair: tuple[str, str] | None,
         held: int,
+        increment_bytes: float,
     ) -> None:
-        """pair: the link that its KVCache crosses."""
+        """pair: the link that its KVCache crosses, `increment_bytes` of it."""
         live = policy.live
         link = policy.observation.links.get(pair) if pair is not None else None
         work_s = live.prefill_s(target.site, float(to_compute))
@@ -215,7 +227,7 @@ class Flight:
         target.set_wait(target.wait_s + work_s)
         self._pair, self._bytes = pair, 0.0
         if pair is not None:
-            self._bytes = prompts * policy.profile.kv.increment_bytes(tokens.longest, held)
+            self._bytes = increment_bytes
             policy.sending_bytes[pair] = policy.sending_bytes.get(pair, 0.0) + self._bytes
 
     def prefilled(self, now_s: float) -> None:

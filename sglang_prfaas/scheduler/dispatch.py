@@ -7,7 +7,14 @@ the other. Among the requests of a path:
    where not all of them can make it (Moore and Hodgson's rule: it lets the fewest miss).
 2. Then those that cannot: by arrival plus `slack` times their prefill time, so that short ones pass long ones, but not
    for ever.
-3. Before all of them, whoever has waited for `max_wait_s`.
+3. Those that have waited for `max_wait_s` have a fifth of the time before all others.
+
+That holds while at most a tenth of the recent requests are late. Under an overload (`overload.py`) it would leave the
+late ones behind for as long as new ones come. Then all but the longest tenth go in order of arrival, late or not, and
+the longest ones after them, but for the fifth of 3.
+
+A PrfaaS server takes nobody while the link has more to send than it can in `LINK_LEAD_S`: whoever waits here can still
+go the other way, and a transfer does not share a slow link with a hundred others.
 
 A path without requests helps the other one: PrfaaS takes the request that it speeds up most, local prefill the shortest
 one if that is done sooner there. Pure: times are passed in.
@@ -16,16 +23,20 @@ one if that is done sooner there. Pure: times are passed in.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 from msgspec import Struct
 
 from sglang_prfaas.core.request import Route
 from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.scheduler.overload import Lateness, Overload
 
 Key = TypeVar("Key", bound=Hashable)
 ROUTES: tuple[Route, ...] = ("local", "prfaas")
+LINK_LEAD_S = 2.0
+_SHARE_OF_OLD = 0.2
+"""Of the prefill time, for requests that have waited for `max_wait_s`."""
 
 
 class Waiting(Struct, Generic[Key], eq=False, gc=False):
@@ -37,10 +48,47 @@ class Waiting(Struct, Generic[Key], eq=False, gc=False):
     prfaas_s: float
     fixed: bool
     """The other path must not take it."""
+    link_bytes: float
+    """What PrfaaS would send of it."""
+    lateness: Lateness
+    is_long: bool
+    """Among the longest tenth of the recent ones."""
 
     def work_s(self, route: Route) -> float:
         """Seconds on one path."""
         return self.local_s if route == "local" else self.prfaas_s
+
+
+class Ahead(NamedTuple):
+    """What goes before a new request of a path: seconds of prefill, on one server, and bytes for the link."""
+
+    work_s: float
+    link_bytes: float
+
+
+class Arrivals(Generic[Key]):
+    """Waiting requests in order of arrival. Those that have left are forgotten when they come to the front."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Waiting[Key]]] = []
+        self._there: set[int] = set()
+        self._count = 0
+
+    def add(self, entry: Waiting[Key]) -> None:
+        """One more."""
+        self._count += 1
+        self._there.add(id(entry))
+        heapq.heappush(self._heap, (entry.arrived_s, self._count, entry))
+
+    def remove(self, entry: Waiting[Key]) -> None:
+        """One that is there leaves."""
+        self._there.remove(id(entry))
+        while self._heap and id(self._heap[0][2]) not in self._there:
+            heapq.heappop(self._heap)
+
+    def first(self) -> Waiting[Key] | None:
+        """Who came first."""
+        return self._heap[0][2] if self._heap else None
 
 
 class DispatchQueue(Generic[Key]):
@@ -58,16 +106,41 @@ class DispatchQueue(Generic[Key]):
         self._max_wait_s, self._slack = max_wait_s, slack
         self._timely: dict[Route, dict[Key, Waiting[Key]]] = {"local": {}, "prfaas": {}}
         self._late: dict[Route, dict[Key, Waiting[Key]]] = {"local": {}, "prfaas": {}}
+        self._usual: dict[Route, Arrivals[Key]] = {"local": Arrivals(), "prfaas": Arrivals()}
+        self._long: dict[Route, Arrivals[Key]] = {"local": Arrivals(), "prfaas": Arrivals()}
+        self._lent_s: dict[Route, float] = {"local": 0.0, "prfaas": 0.0}
+        self._overload = Overload()
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether more of the recent requests are late than may be."""
+        return self._overload.is_on
 
     def add(
-        self, key: Key, route: Route, *, arrived_s: float, local_s: float, prfaas_s: float, fixed: bool = False
+        self,
+        key: Key,
+        route: Route,
+        *,
+        arrived_s: float,
+        local_s: float,
+        prfaas_s: float,
+        link_bytes: float = 0.0,
+        fixed: bool = False,
     ) -> None:
-        """A request waits for a path."""
-        self._timely[route][key] = Waiting(key, arrived_s, local_s, prfaas_s, fixed)
+        """A request waits for a path. `link_bytes`: what PrfaaS would send of it."""
+        lateness, is_long = self._overload.add(local_s if local_s < float("inf") else prfaas_s)
+        entry = Waiting(key, arrived_s, local_s, prfaas_s, fixed, link_bytes, lateness, is_long)
+        self._timely[route][key] = entry
+        (self._long if is_long else self._usual)[route].add(entry)
 
     def remove(self, key: Key) -> bool:
         """Forget a request that was given up. False where it does not wait."""
-        return any(queue.pop(key, None) is not None for queue in self._all())
+        for route in ROUTES:
+            for queue in (self._timely[route], self._late[route]):
+                if (entry := queue.pop(key, None)) is not None:
+                    (self._long if entry.is_long else self._usual)[route].remove(entry)
+                    return True
+        return False
 
     def waiting(self, route: Route) -> int:
         """Requests that wait for a path."""
@@ -81,10 +154,14 @@ class DispatchQueue(Generic[Key]):
         """Seconds of prefill that wait for a path, on one server."""
         return sum(entry.work_s(route) for queue in (self._timely, self._late) for entry in queue[route].values())
 
-    def timely_work_s(self, route: Route, now_s: float) -> float:
-        """Seconds of prefill, on one server, of the requests that can still make it: they go before a new one."""
+    def ahead(self, route: Route, now_s: float) -> Ahead:
+        """What goes before a new request: those that can still make it, and under an overload everybody."""
         self._expire(route, now_s)
-        return sum(entry.work_s(route) for entry in self._timely[route].values())
+        entries = list(self._timely[route].values())
+        if self.overloaded:
+            entries += self._late[route].values()
+        link_bytes = sum(entry.link_bytes for entry in entries) if route == "prfaas" else 0.0
+        return Ahead(sum(entry.work_s(route) for entry in entries), link_bytes)
 
     def take(
         self,
@@ -100,16 +177,13 @@ class DispatchQueue(Generic[Key]):
         it has, without what waits here. `link_s`: seconds that the link needs for what was sent over it so far, and for
         what is being computed. The request is no longer in the queue then.
         """
+        if route == "prfaas" and link_s > LINK_LEAD_S:
+            return None
         self._expire(route, now_s)
         entry = self._next(route, now_s, left_s) or self._help(route, other_left_s, link_s)
         if entry is not None:
             self.remove(entry.key)
         return entry.key if entry is not None else None
-
-    def _all(self) -> Iterator[dict[Key, Waiting[Key]]]:
-        for route in ROUTES:
-            yield self._timely[route]
-            yield self._late[route]
 
     def _expire(self, route: Route, now_s: float) -> None:
         """Requests that cannot make it any more go behind the others."""
@@ -120,17 +194,31 @@ class DispatchQueue(Generic[Key]):
         for entry in gone:
             del timely[entry.key]
             self._late[route][entry.key] = entry
+            self._overload.missed(entry.lateness)
 
     def _next(self, route: Route, now_s: float, left_s: Sequence[float]) -> Waiting[Key] | None:
-        late = self._late[route].values()
-        if late:
-            oldest = min(late, key=_arrived)
-            if now_s - oldest.arrived_s >= self._max_wait_s:
-                return oldest
+        oldest: Waiting[Key] | None
+        if self.overloaded:
+            oldest = self._long[route].first()
+            chosen = self._usual[route].first() or oldest
+        else:
+            oldest = min(self._late[route].values(), key=_arrived, default=None)
+            chosen = self._in_time(route, now_s, left_s)
+        if chosen is None or oldest is None or now_s - oldest.arrived_s < self._max_wait_s:
+            return chosen
+        if self._lent_s[route] <= 0:
+            self._lent_s[route] += oldest.work_s(route)
+            return oldest
+        self._lent_s[route] -= chosen.work_s(route) * _SHARE_OF_OLD / (1 - _SHARE_OF_OLD)
+        return chosen
+
+    def _in_time(self, route: Route, now_s: float, left_s: Sequence[float]) -> Waiting[Key] | None:
+        """Those that can make it, then the others, short ones first."""
         timely = sorted(self._timely[route].values(), key=_arrived)
         if timely:
             left_out = self._left_out(route, timely, now_s, left_s)
             return next((entry for entry in timely if id(entry) not in left_out), timely[0])
+        late = self._late[route].values()
         return min(late, key=lambda entry: entry.arrived_s + self._slack * entry.work_s(route), default=None)
 
     def _left_out(self, route: Route, timely: list[Waiting[Key]], now_s: float, left_s: Sequence[float]) -> set[int]:

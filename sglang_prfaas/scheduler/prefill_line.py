@@ -2,8 +2,8 @@
 
 A server has room while its predicted work ends within `feed_s`, or its prompts in work come to fewer tokens than
 `feed_tokens`: so it never runs dry, and short prompts still fill a chunk together. Nobody is held for longer than
-`max_held_s`. Without a promised TTFT the objective is twice the P90 of what recent requests needed on their path. Pure:
-times are passed in.
+`max_held_s`, but under an overload that lets the line go on. Without a promised TTFT the objective is twice the P90 of
+what recent requests needed on their path. Pure: times are passed in.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from msgspec import Struct
 
 from sglang_prfaas.config.schema import PolicyConfig
 from sglang_prfaas.core.request import Route
-from sglang_prfaas.scheduler.dispatch import ROUTES, DispatchQueue
+from sglang_prfaas.scheduler.dispatch import LINK_LEAD_S, ROUTES, Ahead, DispatchQueue
 
 Key = TypeVar("Key", bound=Hashable)
+_STALLED_S = 5.0
+"""A line that has sent nobody for so long does not go on."""
 
 
 class ServerLoad(Struct, frozen=True):
@@ -43,7 +45,7 @@ class PrefillLine(Generic[Key]):
     def __init__(self, settings: PolicyConfig) -> None:
         self._settings = settings
         self._needed_s: deque[float] = deque(maxlen=settings.window_requests)
-        self._measured_s = float("-inf")
+        self._measured_s = self._sent_s = float("-inf")
         self._queue: DispatchQueue[Key] = DispatchQueue(
             ttft_slo_s=settings.slo_ttft_s or 1.0, max_wait_s=settings.max_held_s
         )
@@ -75,10 +77,28 @@ class PrefillLine(Generic[Key]):
         """Whether a server should have another request."""
         return server.left_s <= self._settings.feed_s or server.tokens < self._settings.feed_tokens
 
-    def add(self, key: Key, route: Route, now_s: float, *, local_s: float, prfaas_s: float, fixed: bool) -> None:
-        """A request waits for a path. `local_s`, `prfaas_s`: what either path needs once a server has it."""
+    def link_has_room(self, link_s: float) -> bool:
+        """Whether a link should have more, that needs `link_s` for what was sent over it so far."""
+        return link_s <= LINK_LEAD_S
+
+    def add(
+        self,
+        key: Key,
+        route: Route,
+        now_s: float,
+        *,
+        local_s: float,
+        prfaas_s: float,
+        fixed: bool,
+        link_bytes: float = 0.0,
+    ) -> None:
+        """A request waits for a path. `local_s`, `prfaas_s`: what either path needs once a server has it.
+        `link_bytes`: what PrfaaS would send of it.
+        """
         self._arrived[key] = (now_s, route)
-        self._queue.add(key, route, arrived_s=now_s, local_s=local_s, prfaas_s=prfaas_s, fixed=fixed)
+        self._queue.add(
+            key, route, arrived_s=now_s, local_s=local_s, prfaas_s=prfaas_s, fixed=fixed, link_bytes=link_bytes
+        )
 
     def remove(self, key: Key) -> None:
         """A request was given up, or is decided anew."""
@@ -90,7 +110,13 @@ class PrefillLine(Generic[Key]):
         return self._queue.keys(route)
 
     def overdue(self, now_s: float) -> list[tuple[Key, Route]]:
-        """Those who were held for as long as anybody may be: they go to a server, whether it has room or not."""
+        """Those who were held for as long as anybody may be: they go to a server, whether it has room or not.
+
+        Nobody under an overload, as long as the line goes on: there would be so many that servers had no room for
+        anybody else. They have their share of the turns (`DispatchQueue`).
+        """
+        if self._queue.overloaded and now_s - self._sent_s < _STALLED_S:
+            return []
         found = []
         for key, (arrived_s, route) in list(self._arrived.items()):
             if now_s - arrived_s < self._settings.max_held_s:
@@ -117,11 +143,12 @@ class PrefillLine(Generic[Key]):
         key = self._queue.take(route, now_s, left_s, other_left_s, link_s)
         if key is not None:
             del self._arrived[key]
+            self._sent_s = now_s
         return key
 
-    def timely_work_s(self, route: Route, now_s: float) -> float:
-        """`DispatchQueue.timely_work_s`."""
-        return self._queue.timely_work_s(route, now_s)
+    def ahead(self, route: Route, now_s: float) -> Ahead:
+        """`DispatchQueue.ahead`."""
+        return self._queue.ahead(route, now_s)
 
     def waits(self, now_s: float) -> dict[Route, Waits]:
         """Who waits, by path."""

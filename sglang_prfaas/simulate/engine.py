@@ -85,6 +85,7 @@ class Simulation:
         for link in (world.egress, world.ingress):
             for key in link.advance(world.now_s):
                 if key in self._sent:
+                    world.at(world.now_s, self.dispatch)
                     world.at(world.now_s + self._cluster.rtt_s / 2, partial(self._kv_complete, self._sent.pop(key)))
                 else:
                     world.at(world.now_s + self._cluster.rtt_s / 2, partial(self._fetched, self._fetching.pop(~key)))
@@ -164,7 +165,14 @@ class Simulation:
             bytes_per_s = gbps_to_bytes_per_s(self.world.egress.gbps)
             sending_s = (job.move_bytes - fleet.kv.state_bytes) / bytes_per_s
             far_s = max(fleet.prfaas_prefill.time_s.at(tokens), sending_s) + fleet.kv.state_bytes / bytes_per_s
-        self._queue.add(job.number, ROUTE_OF[job.route], arrived_s=job.arrival.at_s, local_s=local_s, prfaas_s=far_s)
+        self._queue.add(
+            job.number,
+            ROUTE_OF[job.route],
+            arrived_s=job.arrival.at_s,
+            local_s=local_s,
+            prfaas_s=far_s,
+            link_bytes=job.move_bytes,
+        )
         self.dispatch()
 
     def dispatch(self) -> None:
@@ -323,7 +331,8 @@ class Simulation:
         servers = sum(server.speed for server in alive)
         wait_s = min((server.wait_s(now_s) for server in alive), default=float("inf"))
         if self._queue is not None and servers:
-            wait_s += self._queue.timely_work_s(route, now_s) / servers
+            ahead, bytes_per_s = self._queue.ahead(route, now_s), gbps_to_bytes_per_s(self.world.egress.gbps)
+            wait_s += max(ahead.work_s / servers, ahead.link_bytes / max(1.0, bytes_per_s))
         return PathLoad(servers=servers, wait_s=wait_s)
 
     def queued(self, site: str) -> int:

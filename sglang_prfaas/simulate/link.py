@@ -134,12 +134,13 @@ class SharedLink:
     def _share(self) -> None:
         """Max-min fair rates: flows without backlog take at most what they produce, the others share the rest."""
         left, waiting = self._bytes_per_s, len(self._flows)
-        order = sorted(self._flows.values(), key=self._wanted)
-        for flow in order:
-            flow.rate = min(self._wanted(flow), left / waiting)
+        keeping_up: list[Flow] = []
+        behind: list[Flow] = []
+        for flow in self._flows.values():
+            (behind if flow.backlog > _EPSILON_BYTES else keeping_up).append(flow)
+        for flow in sorted(keeping_up, key=lambda flow: flow.ready_rate):
+            flow.rate = min(flow.ready_rate, left / waiting)
             left -= flow.rate
             waiting -= 1
-
-    @staticmethod
-    def _wanted(flow: Flow) -> float:
-        return float("inf") if flow.backlog > _EPSILON_BYTES else flow.ready_rate
+        for flow in behind:
+            flow.rate = left / waiting

@@ -49,7 +49,7 @@ def test_late_ones_go_after_the_others_short_ones_first() -> None:
     add(waiting, "late and long", 0.0, 9.0)
     add(waiting, "late", 1.0, 2.0)
     add(waiting, "timely", 15.0, 1.0)
-    assert waiting.timely_work_s("local", 15.0) == 1.0
+    assert waiting.ahead("local", 15.0).work_s == 1.0
     assert waiting.work_s("local") == 12.0
     assert [take(waiting, 15.0) for _ in range(3)] == ["timely", "late", "late and long"]
 
@@ -79,7 +79,7 @@ def test_an_idle_path_helps_the_other() -> None:
     waiting.add("c", "local", arrived_s=0.0, local_s=9.0, prfaas_s=3.0)
     waiting.remove("a")
     assert waiting.take("prfaas", 0.0, [0.0], [0.0], 60.0) is None, "the link is full for a minute"
-    assert waiting.take("prfaas", 0.0, [0.0], [0.0], 5.0) == "c"
+    assert waiting.take("prfaas", 0.0, [0.0], [0.0], 1.9) == "c"
     waiting.add("a", "local", arrived_s=0.0, local_s=2.0, prfaas_s=1.0)
     waiting.add("forced", "local", arrived_s=0.0, local_s=9.0, prfaas_s=3.0, fixed=True)
     waiting.remove("a")

@@ -28,15 +28,23 @@ def main() -> int:
     parser.add_argument("--json", required=True, metavar="OUT", help="file for the results")
     parser.add_argument("--render", action="store_true", help="measure nothing: write the markdown from the JSON file")
     parser.add_argument("--trace", metavar="FILE", help="Mooncake trace to replay")
-    parser.add_argument("--time-scale", type=float, default=1.6, help="speed of the trace")
+    parser.add_argument("--only-trace", action="store_true", help="replay the trace, keep what else the JSON file has")
     parser.add_argument("--duration", type=float, default=2400.0, help="simulated seconds of each case study run")
     parser.add_argument("--markdown", metavar="FILE", help="write docs/reproduction.md, too")
     args = parser.parse_args()
 
+    results: dict[str, Any]
+    if args.only_trace and not args.trace:
+        parser.error("--only-trace needs --trace FILE")
     if args.render:
         return _write(msgspec.json.decode(Path(args.json).read_bytes()), args.markdown)
+    if args.only_trace:
+        kept = msgspec.json.decode(Path(args.json).read_bytes())
+        results = {**kept, "trace": replay.measure(args.trace)}
+        write_json(args.json, results)
+        return _write(msgspec.to_builtins(results), args.markdown)
     rows = [*planner.compare_table6(), *planner.compare_section_2_3(), *planner.compare_table5()]
-    results: dict[str, Any] = {
+    results = {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "python": platform.python_version(),
         "paper": paper_json(rows),
@@ -47,7 +55,7 @@ def main() -> int:
     results["roles"] = role_shift.measure()
     if args.trace:
         print("trace", file=sys.stderr)
-        results["trace"] = replay.measure(args.trace, args.time_scale)
+        results["trace"] = replay.measure(args.trace)
     results["speed"] = speed.measure()
     write_json(args.json, results)
     return _write(msgspec.to_builtins(results), args.markdown)

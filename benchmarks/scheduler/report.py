@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scheduler import role_shift
+from benchmarks.scheduler import replay, role_shift
 from sglang_prfaas.scheduler import paper, planner
 from sglang_prfaas.scheduler.lengths import nodes
 from sglang_prfaas.scheduler.solver import over_roles, over_thresholds, solve
@@ -21,7 +21,8 @@ Prefill-as-a-Service (PrfaaS), arXiv 2604.15039v2. This file is written by
 python -m benchmarks.scheduler --json OUT --trace conversation_trace.jsonl --markdown docs/reproduction.md
 ```
 
-The trace is kvcache-ai/Mooncake's conversation trace (FAST'25 release). Without `--trace` its section is left out.
+The trace is kvcache-ai/Mooncake's conversation trace (FAST'25 release). Without `--trace` its section is left out;
+`--only-trace` replays it alone, and keeps the rest of an earlier `OUT`.
 `python -m sglang_prfaas.launch plan --paper` prints the first table alone.
 
 What the model rests on: Table 5 for the H200 (quadratic least squares over the prefill times; 16.875 KiB for each token
@@ -107,20 +108,30 @@ output at {heavy_rate:g}, and an hour as the first. `scheduler.long_term` looks 
 server and takes 20 s then.
 """
 
-_TRACE = """## The conversation trace
+_TRACE = """## The conversation trace, and what happens to it
 
-{requests} requests at {time_scale:g} times their speed over the case study's fleet at 3/5, with a prefix cache in
-either site. Times are spread over the 3 s that the trace rounds to. Figures are over the whole trace, faults included.
-The two constants of the live threshold were chosen on the first four scenarios. Static thresholds serve in order of
-arrival. "live" has the order of `scheduler.dispatch`; "prefixes fetched" also takes cached prefixes over from the other
-site while the link has room.
+{requests} requests: the trace {fleets} times at once (each shifted by its part of the hour, with prompts of its own)
+over {fleets} times the case study's fleet at 3/5, with one link of 100 Gbps and a prefix cache in either site. Times
+are spread over the 3 s that the trace rounds to. One rule sets the load of everything below: {sustained_speed:g} times
+the trace's speed is the highest, in steps of 0.1, at which the best static threshold keeps P90 TTFT within twice its value
+without load; we run at 0.8 of that, {time_scale:g}. {fleets} is the least multiple of the fleet that puts more on the
+link than the drop leaves ({egress:.1f} Gbps; the case study's own fleet sends about half of that). Every event begins
+at {positions} of the trace.
+
+"static" is the best of t = {thresholds} by P90 TTFT in just the part that the line is about, found with hindsight, in
+order of arrival. "live" knows nothing before it happens. "event": all requests that arrived in the event and the minute
+after it, however late they were served, and first tokens in that time; every request is served in the end. The
+constants of the live policy were chosen on this trace.
 """
 
 _EVENTS = """\
-The events alone: requests that arrived in the event and the minute after it, and first tokens in that time. The static
-threshold is the best for just that time, by its P90. With the drop both serve all that arrives. The burst is more than
-anything could serve in time: the order lets some wait so that most are in time, so that its median and mean are lower
-and its P90 and P99 of just that time higher. After 120 s nobody is passed any more, which bounds what that costs.
+P90 TTFT and throughput of live to static, medians over the positions:
+"""
+
+_EVENTS_END = """\
+Who pays: in a burst there is more work than time, and what one waits less, another waits more. The longest prompts go
+last (`scheduler.overload`), so P99 is later than in order of arrival. While the link is slow, live keeps most prompts
+at home: all of them wait a little, where a static threshold leaves those of the link behind.
 """
 
 
@@ -225,38 +236,48 @@ def _roles(found: dict[str, Any]) -> str:
 
 
 def _trace(found: dict[str, Any]) -> str:
-    lines = []
-    for name, entry in found["scenarios"].items():
-        runs = (
-            (f"static {entry['best_static_t']}, best here", entry["best_static"]),
-            (f"static {entry['plain_static_t']}, best without fault", entry["plain_static"]),
-            *entry["ours"].items(),
-        )
-        for label, run in runs:
-            lines.append(
-                (name, label, *(f"{run[key]:.2f}" for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s")),
-                 f"{run['throughput']:.3f}", f"{run['offloaded_share']:.1%}")
-            )  # fmt: skip
-    header = ("scenario", "policy", "TTFT mean s", "P50", "P90", "P99", "req/s", "offloaded")
-    return f"{_TRACE.format(**found)}\n" + _rows(header, lines) + _events(found)
+    lines, ratios = [], []
+    for name, entries in found["scenarios"].items():
+        for part in ("whole", "event"):
+            if part not in entries[0]:
+                continue
+            for entry in entries:
+                for label in ("best_static", "live"):
+                    of = entry[part]
+                    who = "live" if label == "live" else f"static {of['best_static_t']}"
+                    lines.append((name, part, f"{entry['start_s']:.0f}", who, *_figures(of[label])))
+            ratios.append((name, part, *(f"{replay.ratio(entries, part, key):.3f}" for key in _RATIOS)))
+    head = _TRACE.format(
+        **found,
+        egress=found["scenarios"][replay.PLAIN][0]["whole"]["best_static"]["egress_gbps"],
+        positions=", ".join(f"{position:g}" for position in replay.POSITIONS),
+        thresholds=", ".join(map(str, replay.THRESHOLDS)),
+    )
+    header = (
+        "scenario",
+        "part",
+        "at s",
+        "policy",
+        "mean s",
+        "P50",
+        "P90",
+        "P99",
+        "req/s",
+        "Gbps",
+        "offloaded",
+        "failed",
+    )
+    names = ("scenario", "part", "P50", "P90", "P99", "mean", "throughput")
+    return f"{head}\n{_EVENTS}\n{_rows(names, ratios)}\n{_EVENTS_END}\n{_rows(header, lines)}"
 
 
-def _events(found: dict[str, Any]) -> str:
-    """The same over the events alone. Empty for results that do not have them."""
-    lines = []
-    for name, entry in found["scenarios"].items():
-        if "event" not in entry:
-            continue
-        event = entry["event"]
-        static = event["best_static"]
-        for label, run in ((f"static {event['best_static_t']}, best here", static), *event["ours"].items()):
-            lines.append(
-                (name, label, *(f"{run[key]:.2f}" for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s")),
-                 f"{run['ttft_p90_s'] / static['ttft_p90_s'] - 1:+.0%}", f"{run['throughput']:.3f}",
-                 f"{run['throughput'] / static['throughput'] - 1:+.1%}")
-            )  # fmt: skip
-    header = ("event", "policy", "TTFT mean s", "P50", "P90", "P99", "P90 to static", "req/s", "req/s to static")
-    return f"\n{_EVENTS}\n{_rows(header, lines)}" if lines else ""
+_RATIOS = ("ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "ttft_mean_s", "throughput")
+
+
+def _figures(run: dict[str, Any]) -> tuple[str, ...]:
+    times = (f"{run[key]:.2f}" for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s"))
+    return (*times, f"{run['throughput']:.3f}", f"{run['egress_gbps']:.1f}", f"{run['offloaded_share']:.1%}",
+            f"{run['failed']}")  # fmt: skip
 
 
 _SPEEDS = (

@@ -99,6 +99,22 @@ def time_scaled(arrivals: Iterable[Arrival], factor: float) -> list[Arrival]:
     return [msgspec.structs.replace(entry, at_s=entry.at_s / factor) for entry in arrivals]
 
 
+def overlaid(arrivals: list[Arrival], copies: int) -> list[Arrival]:
+    """So many copies of the same requests at once, each shifted by its part of the duration and with prompts of its
+    own: as many times the rate, over the same time."""
+    span_s = arrivals[-1].at_s + 1e-6
+    found = [
+        msgspec.structs.replace(
+            entry,
+            at_s=(entry.at_s + copy * span_s / copies) % span_s,
+            blocks=tuple(copy + copies * block for block in entry.blocks),
+        )
+        for copy in range(copies)
+        for entry in arrivals
+    ]
+    return sorted(found, key=lambda entry: entry.at_s)
+
+
 def with_burst(arrivals: list[Arrival], *, start_s: float, end_s: float, factor: int, seed: int = 0) -> list[Arrival]:
     """`factor` times as many requests between two times: copies at random moments of the window, with prompts of their
     own, so that they hit no cache that the originals do not.

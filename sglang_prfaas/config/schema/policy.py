@@ -156,7 +156,11 @@ class PolicyConfig(Config, frozen=True):
     ] = 8192
     max_held_s: Annotated[
         float,
-        Meta(gt=0, description="Ordered: seconds after which a waiting request goes to a server, room or not."),
+        Meta(
+            gt=0,
+            description="Ordered: seconds after which a waiting request goes to a server, room or not; under an "
+            "overload it has its turn among the others.",
+        ),
     ] = 120.0
     max_held_requests: Annotated[
         int, Meta(ge=0, description="Ordered: requests that may wait in the router; beyond it 429.")

@@ -54,6 +54,55 @@ def test_late_ones_go_after_the_others_short_ones_first() -> None:
     assert [take(waiting, 15.0) for _ in range(3)] == ["timely", "late", "late and long"]
 
 
+def overloaded(waiting: DispatchQueue[str], now_s: float) -> None:
+    """A flood of which nearly all are late, and all have left."""
+    for index in range(400):
+        add(waiting, f"flood {index}", now_s - 50.0, 2.0)
+    while take(waiting, now_s) is not None:
+        pass
+    assert waiting.overloaded
+
+
+def test_under_an_overload_the_longest_go_last_and_the_others_in_order_of_arrival() -> None:
+    waiting = queue()
+    overloaded(waiting, 50.0)
+    for key, arrived_s, work_s in (("long", 40.0, 8.0), ("late", 41.0, 2.0), ("timely", 59.0, 0.5)):
+        add(waiting, key, arrived_s, work_s)
+    assert waiting.ahead("local", 60.0).work_s == 10.5, "a new request waits for all of them"
+    assert [take(waiting, 60.0) for _ in range(4)] == ["late", "timely", "long", None]
+
+
+def test_old_ones_have_a_fifth_of_the_time_under_an_overload() -> None:
+    waiting = queue()
+    overloaded(waiting, 50.0)
+    for index in range(3):
+        add(waiting, f"old {index}", 0.0, 8.0)
+    for index in range(100):
+        add(waiting, f"{index}", 60.0, 2.0)
+    taken = [take(waiting, 70.0) for _ in range(50)]
+    old = [number for number, key in enumerate(taken) if key and key.startswith("old")]
+    assert old == [0, 17, 34], "8 s for every 32 s of others"
+
+
+def test_an_overload_is_over_when_the_recent_ones_are_in_time() -> None:
+    waiting = queue()
+    overloaded(waiting, 50.0)
+    for index in range(271):
+        add(waiting, f"{index}", 60.0, 0.1)
+    assert not waiting.overloaded
+    assert take(waiting, 60.0) == "0"
+
+
+def test_a_full_link_takes_nobody() -> None:
+    waiting = queue()
+    waiting.add("far", "prfaas", arrived_s=0.0, local_s=2.0, prfaas_s=1.0, link_bytes=5e8)
+    assert waiting.ahead("prfaas", 0.0) == (1.0, 5e8)
+    assert waiting.take("prfaas", 0.0, [0.0], [0.0], 3.0) is None
+    assert waiting.take("local", 0.0, [0.0], [0.0], 3.0) == "far", "the other path does"
+    waiting.add("far", "prfaas", arrived_s=0.0, local_s=2.0, prfaas_s=1.0)
+    assert waiting.take("prfaas", 0.0, [0.0], [0.0], 1.0) == "far"
+
+
 def test_nobody_waits_for_ever() -> None:
     waiting = queue()
     add(waiting, "old", 0.0, 11.0)

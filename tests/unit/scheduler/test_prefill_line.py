@@ -61,6 +61,15 @@ def test_nobody_is_held_for_ever() -> None:
     assert len(it) == 0
 
 
+def test_an_overloaded_line_that_goes_on_lets_nobody_go_before_its_turn() -> None:
+    it = line(max_held_s=30.0, slo_ttft_s=1.0)
+    for index in range(400):
+        add(it, str(index), index * 0.01, needs_s=2.0)
+    assert it.next("local", 31.0, [FREE], [], 0.0) == "0"
+    assert it.overdue(34.0) == []
+    assert len(it.overdue(36.1)) == 399, "no server has taken anybody for 5 s"
+
+
 def test_who_gives_up_leaves() -> None:
     it = line()
     add(it, "gone")

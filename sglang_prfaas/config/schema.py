@@ -790,9 +790,7 @@ class RouterLimits(_Config, frozen=True):
         float, Meta(gt=0, description="Seconds until the first byte of an answer (covers queue, prefill, transfer).")
     ] = 600.0
     idle_timeout_s: Annotated[float, Meta(gt=0, description="Seconds between two bytes of an answer.")] = 300.0
-    keepalive_timeout_s: Annotated[
-        float, Meta(gt=0, description="Seconds an idle client connection is kept, and a request may trickle in.")
-    ] = 75.0
+    keepalive_timeout_s: Annotated[float, Meta(gt=0, description="Seconds an idle client connection is kept.")] = 75.0
     max_retries: Annotated[
         int, Meta(ge=0, description="Other servers tried when one fails before the first token.")
     ] = 2

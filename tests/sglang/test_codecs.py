@@ -191,17 +191,19 @@ def test_tokens_and_bytes(sites: Sites) -> None:
     wrong = []
     if answers:
         right = sum(a == b for a, b in zip(expected, answers, strict=True)) / PROMPTS
-        print(f"{sites.case.exact}: {right:.1%} of the answers are right")
+        print(f"{sites.case.family} {sites.case.exact}: {right:.1%} of the answers are right")
         assert right >= RIGHT
     for codec in (sites.case.exact, *sites.case.codecs):
         tokens, records = sites.generate(codec, prompts)
         assert {record.codec for record in records} == {codec}
         ratio = sum(r.kv_bytes for r in records) / sum(map(kv_wire_bytes, records))
         unchanged = share_unchanged(tokens, expected)
+        first = sum(a[1] == b[1] for a, b in zip(tokens, expected, strict=True)) / PROMPTS
         same, total = decisions([one[1:] for one in tokens], [one[1:] for one in expected])
         print(
             f"{sites.case.family} {codec}: {ratio:.3f} times fewer bytes; unchanged: all {NEW_TOKENS - 1} tokens of "
-            f"{unchanged:.1%} of the prompts, {same} of {total} tokens after equal ones ({same / total:.1%})"
+            f"{unchanged:.1%} of the prompts, the first of {first:.1%}, {same} of {total} tokens after equal ones "
+            f"({same / total:.1%})"
         )
         if ratio < RATIO[codec] or (TRAINED and unchanged < UNCHANGED):
             wrong.append((codec, ratio, unchanged))

@@ -169,10 +169,11 @@ class TestPeersBehindAGateway:
         make.make_keys(tmp_path, {"pd": ()}, now=now())
         return msgspec.structs.replace(CONFIG, keys_dir=str(tmp_path / "pd"))
 
-    def test_a_killed_prefill(self, config: TransportConfig) -> None:
-        with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config, decode_config=config) as pair:
-            control, data = (int(port) for port in prefill.line()[1:])
-            with joined([control, data], config, site="pd", of="pd"):
+    def test_a_killed_prefill_that_comes_back(self, config: TransportConfig) -> None:
+        with contextlib.ExitStack() as stack, Pair(config=config, decode_config=config) as pair:
+            with peer("prefill", free_pair(HERE), config.keys_dir) as prefill:
+                control, data = (int(port) for port in prefill.line()[1:])
+                stack.enter_context(joined([control, data], config, site="pd", of="pd"))
                 pair.host, pair.sender.control_port = THERE, control
                 item = pair.receiver.expect(pair.session(), 7, some_slots(7), 0)
                 prefill.do("half", 7)
@@ -184,6 +185,14 @@ class TestPeersBehindAGateway:
                 print(f"killed prefill: {took_s:.2f} s: {item.transfer.reason}")
                 assert took_s < AT_ONCE_S + BUSY_S
                 assert "its process has ended" in item.transfer.reason
+            with peer("prefill", control, config.keys_dir) as again:
+                assert [int(port) for port in again.line()[1:]] == [control, data]
+                wait_until(lambda: pair.dial().up, "a session with the new process")
+                item = pair.receiver.expect(pair.session(), 8, some_slots(8), 0)
+                again.do("half", 8)
+                again.do("rest", 8)
+                wait_ended(item.transfer)
+                assert not item.transfer.reason, item.transfer.reason
 
     def test_a_killed_decode(self, config: TransportConfig) -> None:
         with (

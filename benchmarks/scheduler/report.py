@@ -113,10 +113,10 @@ _TRACE = """## The conversation trace, and what happens to it
 {requests} requests: the trace {fleets} times at once (each shifted by its part of the hour, with prompts of its own)
 over {fleets} times the case study's fleet at 3/5, with one link of 100 Gbps and a prefix cache in either site. Times
 are spread over the 3 s that the trace rounds to. One rule sets the load of everything below: {sustained_speed:g} times
-the trace's speed is the highest, in steps of 0.1, at which the best static threshold keeps P90 TTFT within twice its value
-without load; we run at 0.8 of that, {time_scale:g}. {fleets} is the least multiple of the fleet that puts more on the
-link than the drop leaves ({egress:.1f} Gbps; the case study's own fleet sends about half of that). Every event begins
-at {positions} of the trace.
+the trace's speed is the highest, in steps of 0.1, at which the best static threshold keeps P90 TTFT within twice its
+value without load; we run at 0.8 of that, {time_scale:g}. {fleets} is the least multiple of the fleet that puts more on
+the link than the drop leaves ({egress:.1f} Gbps; the case study's own fleet sends about half of that). Every event
+begins at {positions} of the trace.
 
 "static" is the best of t = {thresholds} by P90 TTFT in just the part that the line is about, found with hindsight, in
 order of arrival. "live" knows nothing before it happens. "event": all requests that arrived in the event and the minute

@@ -252,7 +252,7 @@ class DispatchQueue(Generic[Key]):
             entry = min(free, key=lambda entry: entry.local_s)
         if not other_left_s:
             return entry
-        there_s = (sum(other_left_s) + self.work_s(other)) / len(other_left_s)
+        there_s = min(other_left_s) + (self.work_s(other) - entry.work_s(other)) / len(other_left_s)
         far_s = max(entry.prfaas_s, link_s)
         here, there = (far_s, entry.local_s) if route == "prfaas" else (entry.local_s, far_s)
         return entry if here <= there + there_s else None

@@ -112,8 +112,11 @@ class DataSender:
         found = []
         for link in links:
             connection = link.connection
+            if not link.lane.flying:
+                link.moved_s = now_s
+                continue
             moved = (link.lane.first, connection.sent_bytes, connection.unsent_bytes())
-            if moved != link.moved or not link.lane.flying:
+            if moved != link.moved:
                 link.moved, link.moved_s = moved, now_s
             elif now_s - link.moved_s > self._config.heartbeat_timeout_s:
                 self.give_up(session, link, f"no progress for {now_s - link.moved_s:.1f} s")

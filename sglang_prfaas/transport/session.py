@@ -63,7 +63,7 @@ class Transfer:
         self._pins = 0
         self._ending = False
         self._late = 0
-        """Calls that wait for the end, or for an acknowledgement."""
+        """Calls that wait for the end."""
         self.reason = ""
         self.peer_knows = False
         """Whether the peer has been told of a failure, or told us of it."""
@@ -169,6 +169,8 @@ class OutgoingTransfer(Transfer):
         self.queued_bytes = 0
         """Bytes that were put on the way, sent or not."""
         self.acknowledged_bytes = 0
+        self._awaited_bytes: list[int] = []
+        """Acknowledged bytes that calls wait for."""
         self.read_receipts: Callable[[Callable[[], bool]], None] | None = None
         """Where one connection has what was sent last: reads its receipts on the calling thread until the condition
         holds, or for a moment; else another thread does."""
@@ -264,7 +266,7 @@ class OutgoingTransfer(Transfer):
         if self._admission is not None:
             self._admission.acknowledged(self, length)
         self.progress_s = self._clock.now_s()
-        if self._late:
+        if self._awaited_bytes and self.acknowledged_bytes >= min(self._awaited_bytes):
             self._unpinned.notify_all()
 
     def wait_acknowledged(self, nbytes: int, timeout_s: float) -> bool:
@@ -280,7 +282,9 @@ class OutgoingTransfer(Transfer):
             if has_come():
                 return True
             self._late += 1
+            self._awaited_bytes.append(nbytes)
             came = self._unpinned.wait_for(has_come, timeout_s)
+            self._awaited_bytes.remove(nbytes)
             self._late -= 1
             return came
 

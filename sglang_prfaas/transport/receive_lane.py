@@ -97,6 +97,11 @@ class ReceiveLane:
     def take(self, data: memoryview) -> None:
         """Bytes that came already. Raises as `advance`."""
         while data:
+            if self._header is None and not self._head_bytes and len(data) >= HEADER_BYTES:
+                self._head[:] = data[:HEADER_BYTES]
+                data = data[HEADER_BYTES:]
+                self._begin_chunk()
+                continue
             count = 0
             for view in self.begin():
                 part = data[count : count + len(view)]

@@ -193,13 +193,15 @@ class SendMover:
         ready: Callable[[], None] = at_hand,
         *,
         buffers: Sequence[int] | None = None,
+        awaited: bool = False,
     ) -> Indices:
         """Put items `first_item`... of a component on their way, those in `buffers` only where given (the layers that
         are computed); they lie at `indices`. `ready` is called before the memory is read, and may wait for a device.
 
         Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
         under the transfer's lock. A few bytes that are at hand leave before, from the calling thread, where a
-        connection is idle. Raises LocalError for slots that do not exist."""
+        connection is idle. awaited: the caller calls `transfer.wait_acknowledged` next, from the same thread, which is
+        sooner then. Raises LocalError for slots that do not exist."""
         items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)
@@ -220,7 +222,7 @@ class SendMover:
             return items
         tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
         small = 0 < nbytes <= SMALL_BYTES and ready is at_hand and session.codec.name == RAW
-        if small and self._data.send_at_once(session, tasks):
+        if small and self._data.send_at_once(session, tasks, awaited=awaited):
             return items
         expected = transfer.expected
         remaining_bytes = layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0

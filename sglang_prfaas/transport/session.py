@@ -173,7 +173,7 @@ class OutgoingTransfer(Transfer):
         """Acknowledged bytes that calls wait for."""
         self.read_receipts: Callable[[Callable[[], bool]], None] | None = None
         """Where one connection has what was sent last: reads its receipts on the calling thread until the condition
-        holds, or for a moment; else another thread does."""
+        holds, or for a moment; else another thread does. To be called once."""
         self._admission: Admission[OutgoingTransfer] | None = None
         self._expected_bytes = 0
         self._queued = 0
@@ -276,8 +276,9 @@ class OutgoingTransfer(Transfer):
         def has_come() -> bool:
             return self.acknowledged_bytes >= nbytes or not self.live
 
-        if self.read_receipts is not None:
-            self.read_receipts(has_come)
+        read, self.read_receipts = self.read_receipts, None
+        if read is not None:
+            read(has_come)
         with self.lock:
             if has_come():
                 return True

@@ -17,7 +17,7 @@ ACK_BYTES = 8 << 20
 """An acknowledgement goes out after so many bytes, or as soon as nothing more has come."""
 
 
-MAX_PIECE_BYTES = 256 << 10
+MAX_PIECE_BYTES = 512 << 10
 """Received in one call, and checked before the next: so much stays in a core's cache."""
 
 

@@ -212,7 +212,7 @@ class DataSender:
         connection = link.connection
         try:
             data_tcp.tune(connection.sock, session.config)
-            if self._config.zero_copy:
+            if self._config.zero_copy and not connection.same_host:
                 connection.may_lend()
             while tasks := self._batch(session, link):
                 delay_s = self._pacer.reserve(link.sending.batch_bytes)

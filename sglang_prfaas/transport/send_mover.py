@@ -205,11 +205,9 @@ class SendMover:
         items = self._memory.checked(component, indices)
         with self._lock:
             session = self._rooms.home(transfer)
-        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
-        if session is not None:
-            chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
         layout = self.layout if session is None else session.view.layout
         item_bytes = layout.components[component].item_bytes
+        chunk_bytes = self._chunk_bytes(session, max(item_bytes, default=0))
         which = range(len(item_bytes)) if buffers is None else buffers
         spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
@@ -228,6 +226,18 @@ class SendMover:
         remaining_bytes = layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0
         session.dispatch.put(transfer, tasks, remaining_bytes, self._clock.now_s())
         return items
+
+    def _chunk_bytes(self, session: SendSession | None, item_bytes: int) -> int:
+        """How long chunks to a decode rank may be: less over a slow link, but an item where a chunk can hold one."""
+        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
+        if session is None:
+            return chunk_bytes
+        chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
+        link = self.links.figures(session.hello.site)
+        if link is None:
+            return chunk_bytes
+        at_once = paced_chunk_bytes(chunk_bytes, link.capacity_bytes_per_s * 8 / 1e6)
+        return max(at_once, min(item_bytes, chunk_bytes))
 
     def finish(self, transfer: OutgoingTransfer) -> None:
         """Nothing more will be sent for this request. Ends it where decode expects more items than were sent."""

@@ -91,8 +91,8 @@ class TransportConfig(_Config, frozen=True):
         Meta(
             ge=4096,
             le=64 << 20,
-            description="Largest payload of one chunk on the wire, in bytes; less where the link takes longer than 50 ms "
-            "for it.",
+            description="Largest payload of one chunk on the wire, in bytes; less where that takes the link more "
+            "than 50 ms.",
         ),
     ] = 2 << 20
     handshake_timeout_s: Annotated[

@@ -170,10 +170,9 @@ class DataSender:
         try:
             began_s = now_s = self._clock.now_s()
             while not came() and now_s < began_s + PATIENCE_S:
-                sleeps = now_s >= began_s + SPIN_S
-                if connection.wait(write=False, timeout_s=began_s + PATIENCE_S - now_s if sleeps else 0):
-                    if not self._readable(session, link):
-                        break
+                sleep_s = began_s + PATIENCE_S - now_s if now_s >= began_s + SPIN_S else 0.0
+                if connection.wait(write=False, timeout_s=sleep_s) and not self._readable(session, link):
+                    break
                 now_s = self._clock.now_s()
             self._acceptor.look_again(connection)
         finally:

@@ -19,9 +19,9 @@ _LEAST_BYTES = 104
 """Linux 2.6.10: up to `tcpi_total_retrans`."""
 
 _LAYOUT = struct.Struct("=8B24I4Q6I4Q2I2Q")
-"""After those of Linux 2.6.10, in order: pacing_rate, max_pacing_rate, bytes_acked, bytes_received; segs_out, segs_in, notsent_bytes,
-min_rtt, data_segs_in, data_segs_out; delivery_rate, busy_time, rwnd_limited, sndbuf_limited; delivered, delivered_ce;
-bytes_sent, bytes_retrans."""
+"""After those of Linux 2.6.10, in order: pacing_rate, max_pacing_rate, bytes_acked, bytes_received; segs_out, segs_in,
+notsent_bytes, min_rtt, data_segs_in, data_segs_out; delivery_rate, busy_time, rwnd_limited, sndbuf_limited; delivered,
+delivered_ce; bytes_sent, bytes_retrans."""
 _FIELD_ENDS = tuple(itertools.accumulate([8] * 4 + [4] * 6 + [8] * 4 + [4] * 2 + [8] * 2, initial=_LEAST_BYTES))
 """Of those after the first, in bytes."""
 _APP_LIMITED = 1

@@ -32,9 +32,7 @@ PAGE_BYTES, COUNT = 16 << 10, 512
 PAGED = layout(components=(Component("kv", (PAGE_BYTES,)),))
 
 
-def send_all_one_by_one(
-    pair: Pair, transfer: OutgoingTransfer, slots: list[np.ndarray], awaited: bool = True
-) -> None:
+def send_all_one_by_one(pair: Pair, transfer: OutgoingTransfer, slots: list[np.ndarray], awaited: bool = True) -> None:
     """Each page once decode has the one before."""
     for page in range(len(slots[PAGES])):
         pair.sender.send(transfer, PAGES, page, slots[PAGES][page : page + 1], awaited=awaited)

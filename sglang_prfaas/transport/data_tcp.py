@@ -78,6 +78,14 @@ class Connection:
         the owner."""
         self.sock.setblocking(receiving and not self.tls)
 
+    @property
+    def same_host(self) -> bool:
+        """Whether both ends are on this host; also where it does not stand any more."""
+        try:
+            return bool(self.sock.getpeername()[0] == self.sock.getsockname()[0])
+        except OSError:
+            return True
+
     def may_lend(self) -> None:
         """From here on memory may be lent, where this system can. By the owner, once TLS is on or is not to be."""
         self.lends = not self.tls and page_pipe.available()

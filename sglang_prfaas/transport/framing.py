@@ -16,6 +16,7 @@ own connection, from 0; their check is the low 32 bits of xxh3-64 of magic and n
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import xxhash
 from msgspec import Struct
@@ -114,14 +115,16 @@ class PayloadCheck:
         self._state: xxhash.xxh3_64 | None = None
         self._digest = -1
 
-    def update(self, part: Payload) -> None:
-        """Take the next bytes."""
+    def update(self, parts: Sequence[Payload]) -> None:
+        """Take the next bytes, end to end."""
         if self._state is None:
-            if len(part) == self._length:
-                self._digest = xxhash.xxh3_64_intdigest(part, seed=self._seed)
+            if len(parts) == 1 and len(parts[0]) == self._length:
+                self._digest = xxhash.xxh3_64_intdigest(parts[0], seed=self._seed)
                 return
             self._state = xxhash.xxh3_64(seed=self._seed)
-        self._state.update(part)
+        take = self._state.update
+        for part in parts:
+            take(part)
 
     def holds(self, header: ChunkHeader) -> bool:
         """Whether all of them were right."""
@@ -172,8 +175,9 @@ def _digest(seed: int, payload: tuple[Payload, ...]) -> int:
         whole: int = xxhash.xxh3_64_intdigest(payload[0], seed=seed)
         return whole
     state = xxhash.xxh3_64(seed=seed)
+    take = state.update
     for part in payload:
-        state.update(part)
+        take(part)
     result: int = state.intdigest()
     return result
 

@@ -63,6 +63,9 @@ class LinkMonitor:
         self._report = report
         self._links: dict[str, _Link] = {}
         self._lock = threading.Lock()
+        self._rested: dict[int, tuple[int, ConnectionSample]] = {}
+        """Of connections with nothing on its way at the last look: what had been handed to each by then, and the
+        sample."""
         self._blind = False
 
     def admission(self, site: str) -> Admission[OutgoingTransfer]:
@@ -76,13 +79,24 @@ class LinkMonitor:
         return link.estimator.figures if link is not None else None
 
     def look(self, traffic: Iterable[Traffic]) -> None:
-        """Sample every connection that stands, and report every link."""
+        """Sample every connection that stands, and report every link. One that is at rest is not looked at again: the
+        kernel has nothing new to tell of it."""
         now_s = self._clock.now_s()
         samples: dict[str, list[ConnectionSample]] = {}
         backlogs: dict[str, int] = {}
+        rested, self._rested = self._rested, {}
         for one in traffic:
             found = samples.setdefault(one.site, [])
-            found += filter(None, map(self._sample, one.connections))
+            for connection in one.connections:
+                sent_bytes = connection.sent_bytes
+                before = rested.get(connection.number)
+                idle = before is not None and before[0] == sent_bytes
+                sample = before[1] if before is not None and idle else self._sample(connection)
+                if sample is None:
+                    continue
+                found.append(sample)
+                if not sample.queued_bytes:
+                    self._rested[sample.key] = sent_bytes, sample
             backlogs[one.site] = backlogs.get(one.site, 0) + one.backlog_bytes
             self._link(one.site).used_s = now_s
         with self._lock:

@@ -7,12 +7,13 @@ import threading
 from sglang_prfaas.clock import Clock
 
 CHUNK_S = 0.05
-"""How long one chunk may take at the limit: so short are bursts, and so long at most a thread sleeps between two."""
+"""How long one chunk may take at a rate: so short are bursts under a limit, and so long at most a thread sleeps between
+two."""
 MIN_CHUNK_BYTES = 4096
 
 
 def paced_chunk_bytes(chunk_bytes: int, rate_limit_mbps: float) -> int:
-    """The chunk size under a rate limit in Mbit/s, 0 for none."""
+    """The chunk size for a rate in Mbit/s, 0 for none known: other requests wait for one chunk at most."""
     if not rate_limit_mbps:
         return chunk_bytes
     return min(chunk_bytes, max(MIN_CHUNK_BYTES, int(rate_limit_mbps * 1e6 / 8 * CHUNK_S)))

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import itertools
 import os
 import socket
 import struct
@@ -21,10 +22,6 @@ SPLICE_F_NONBLOCK = 2
 SPLICE_F_MORE = 4
 PROBE_TIMEOUT_S = 0.2
 PROBE_ROUNDS = 256
-
-
-class _IoVec(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,13 +45,11 @@ class PagePipe:
     def put(self, views: list[memoryview]) -> int:
         """Take writable memory, up to the pipe's size; returns how many bytes. Raises OSError for memory whose pages
         cannot be referenced, TypeError for memory that cannot be written to."""
-        vectors = (_IoVec * len(views))()
-        keep = []
-        for vector, view in zip(vectors, views, strict=True):
-            start = ctypes.c_char.from_buffer(view)
-            keep.append(start)
-            vector.base, vector.length = ctypes.addressof(start), len(view)
-        taken: int = _libc.vmsplice(self._write, vectors, ctypes.c_size_t(len(views)), SPLICE_F_NONBLOCK)
+        count = len(views)
+        starts = list(map(ctypes.c_char.from_buffer, views))
+        extents = zip(map(ctypes.addressof, starts), map(len, views), strict=True)
+        vectors = struct.pack(f"@{2 * count}N", *itertools.chain.from_iterable(extents))
+        taken: int = _libc.vmsplice(self._write, vectors, ctypes.c_size_t(count), SPLICE_F_NONBLOCK)
         if taken < 0:
             code = ctypes.get_errno()
             if code == errno.EAGAIN:

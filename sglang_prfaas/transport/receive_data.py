@@ -26,7 +26,7 @@ AHEAD_BYTES = 32 << 10
 """Of what comes first after a pause: received at one go, header and all, and copied."""
 REDIAL_TIMEOUT_S = 3.0
 """For one attempt to dial a lost connection again."""
-LOW_WATER_BYTES = 128 << 10
+LOW_WATER_BYTES = 256 << 10
 """A thread sleeps until so many bytes have come, or all that its chunk lacks."""
 
 

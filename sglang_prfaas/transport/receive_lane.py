@@ -11,12 +11,13 @@ from sglang_prfaas.transport.codec.session import Place, SessionCodec
 from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, PayloadCheck, Receipt, unpack_header
 from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
 from sglang_prfaas.transport.session import Claim, IncomingTransfer
+from sglang_prfaas.transport.views import cut, split
 
 ACK_BYTES = 8 << 20
 """An acknowledgement goes out after so many bytes, or as soon as nothing more has come."""
 
 
-MAX_PIECE_BYTES = 256 << 10
+MAX_PIECE_BYTES = 512 << 10
 """Received in one call, and checked before the next: so much stays in a core's cache."""
 
 
@@ -57,7 +58,10 @@ class ReceiveLane:
         self._revoked = False
         self._check: PayloadCheck | None = None
         """None where the chunk is drained."""
-        self._missing: list[memoryview] = []
+        self._pieces: list[list[memoryview]] = []
+        """Where the rest of the payload goes, in reverse: each is received in one call."""
+        self._piece_bytes = 0
+        """Of the piece that is next."""
         self._missing_bytes = 0
         self._taken = 0
         """Bytes of the payload that came last."""
@@ -80,15 +84,9 @@ class ReceiveLane:
             self._revoked = claim.revoked
             self._claim = None
             self._drain()
-        if self._missing_bytes <= MAX_PIECE_BYTES:
-            return [*self._missing, self._head[self._head_bytes :]]
-        found, room = [], MAX_PIECE_BYTES
-        for view in self._missing:
-            found.append(view[:room])
-            room -= len(found[-1])
-            if not room:
-                break
-        return found
+        if len(self._pieces) > 1:
+            return self._pieces[-1]
+        return [*(self._pieces[0] if self._pieces else ()), self._head[self._head_bytes :]]
 
     def end(self, count: int) -> None:
         """So many bytes came; no more is written to what `begin` returned."""
@@ -99,6 +97,11 @@ class ReceiveLane:
     def take(self, data: memoryview) -> None:
         """Bytes that came already. Raises as `advance`."""
         while data:
+            if self._header is None and not self._head_bytes and len(data) >= HEADER_BYTES:
+                self._head[:] = data[:HEADER_BYTES]
+                data = data[HEADER_BYTES:]
+                self._begin_chunk()
+                continue
             count = 0
             for view in self.begin():
                 part = data[count : count + len(view)]
@@ -111,9 +114,9 @@ class ReceiveLane:
     @property
     def room_bytes(self) -> int:
         """Of what `begin` returns."""
-        if self._missing_bytes <= MAX_PIECE_BYTES:
-            return self._missing_bytes + HEADER_BYTES - self._head_bytes
-        return MAX_PIECE_BYTES
+        if len(self._pieces) > 1:
+            return self._piece_bytes
+        return self._missing_bytes + HEADER_BYTES - self._head_bytes
 
     @property
     def wanted_bytes(self) -> int:
@@ -141,20 +144,16 @@ class ReceiveLane:
         """So many bytes of the payload came."""
         self._taken = count
         self._missing_bytes -= count
-        check = self._check
-        whole = 0
-        for view in self._missing:
-            if count < len(view):
-                break
-            count -= len(view)
-            whole += 1
-            if check is not None:
-                check.update(view)
-        del self._missing[:whole]
-        if count:
-            if check is not None:
-                check.update(self._missing[0][:count])
-            self._missing[0] = self._missing[0][count:]
+        if not count:
+            return
+        if count == self._piece_bytes:
+            came = self._pieces.pop()
+            self._piece_bytes = sum(map(len, self._pieces[-1])) if self._pieces else 0
+        else:
+            self._piece_bytes -= count
+            came, self._pieces[-1] = split(self._pieces[-1], count)
+        if self._check is not None:
+            self._check.update(came)
 
     def _begin_chunk(self) -> None:
         self._raw = bytes(self._head)
@@ -181,13 +180,19 @@ class ReceiveLane:
             buffer = self._memory.components[header.component][header.buffer]
             views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
         self._staged = not views
-        self._missing = views or [self._scratch_memory()[: header.length].data]
+        self._expect(views or [self._scratch_memory()[: header.length].data])
         self._check = PayloadCheck(self._raw, header.length)
 
     def _drain(self) -> None:
         """The rest of the chunk is not wanted."""
         self._check = None
-        self._missing = [self._scratch_memory()[: self._missing_bytes].data]
+        self._expect([self._scratch_memory()[: self._missing_bytes].data])
+
+    def _expect(self, views: list[memoryview]) -> None:
+        """The rest of the chunk goes there."""
+        self._pieces = cut(views, MAX_PIECE_BYTES)
+        self._pieces.reverse()
+        self._piece_bytes = sum(map(len, self._pieces[-1])) if self._pieces else 0
 
     def _scratch_memory(self) -> Bytes:
         if self._scratch is None:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 0.002
 """So long who waits for a receipt reads by itself; then it leaves that to the acceptor's thread."""
+SPIN_S = 50e-6
+"""So long it looks again and again before it sleeps: to be woken takes about half of that."""
 SMALL_BYTES = 64 << 10
 """Up to so many are sent from the thread that hands them over: waking another takes longer than sending them."""
 
@@ -66,6 +68,7 @@ class DataSender:
         sending = SendLane(session.view.memory, chunk_bytes, self._abort, session.codec)
         link = DataLink(index, connection, sending, self._clock.now_s())
         link.read_until = partial(self._read_until, session, link)
+        link.read_held = partial(self._read_held, session, link)
         thread = threading.Thread(target=self._run, args=(session, link), name="prfaas-send-data", daemon=True)
         before = session.links.get(index)
         session.links[index] = link
@@ -112,8 +115,11 @@ class DataSender:
         found = []
         for link in links:
             connection = link.connection
+            if not link.lane.flying:
+                link.moved_s = now_s
+                continue
             moved = (link.lane.first, connection.sent_bytes, connection.unsent_bytes())
-            if moved != link.moved or not link.lane.flying:
+            if moved != link.moved:
                 link.moved, link.moved_s = moved, now_s
             elif now_s - link.moved_s > self._config.heartbeat_timeout_s:
                 self.give_up(session, link, f"no progress for {now_s - link.moved_s:.1f} s")
@@ -146,16 +152,28 @@ class DataSender:
 
     def _read_until(self, session: SendSession, link: DataLink, came: Callable[[], bool]) -> None:
         """Read receipts on the calling thread, which waits for one that should come at once: no other has to wake."""
+        if not came() and self._hold(link):
+            self._read_held(session, link, came)
+
+    def _hold(self, link: DataLink) -> bool:
+        """Leave a connection's receipts to the calling thread, which must call `_read_held` next; returns False, and
+        does nothing, where another has them, or it has ended."""
+        if not link.reader.acquire(blocking=False):
+            return False
+        if not self._acceptor.look_away(link.connection):
+            link.reader.release()
+            return False
+        return True
+
+    def _read_held(self, session: SendSession, link: DataLink, came: Callable[[], bool]) -> None:
         connection = link.connection
-        if came() or not link.reader.acquire(blocking=False):
-            return
         try:
-            if not self._acceptor.look_away(connection):
-                return
-            until_s = self._clock.now_s() + PATIENCE_S
-            while not came() and (left_s := until_s - self._clock.now_s()) > 0:
-                if not connection.wait(write=False, timeout_s=left_s) or not self._readable(session, link):
+            began_s = now_s = self._clock.now_s()
+            while not came() and now_s < began_s + PATIENCE_S:
+                sleep_s = began_s + PATIENCE_S - now_s if now_s >= began_s + SPIN_S else 0.0
+                if connection.wait(write=False, timeout_s=sleep_s) and not self._readable(session, link):
                     break
+                now_s = self._clock.now_s()
             self._acceptor.look_again(connection)
         finally:
             link.reader.release()
@@ -193,7 +211,7 @@ class DataSender:
         connection = link.connection
         try:
             data_tcp.tune(connection.sock, session.config)
-            if self._config.zero_copy:
+            if self._config.zero_copy and not connection.same_host:
                 connection.may_lend()
             while tasks := self._batch(session, link):
                 delay_s = self._pacer.reserve(link.sending.batch_bytes)
@@ -212,13 +230,15 @@ class DataSender:
             self._lose(session, str(error))
         self._acceptor.discard(connection)
 
-    def send_at_once(self, session: SendSession, tasks: list[Task]) -> bool:
+    def send_at_once(self, session: SendSession, tasks: list[Task], *, awaited: bool = False) -> bool:
         """Send a few small chunks of one transfer from the calling thread, where a connection is idle: none has to wake
-        for them. Waits for nothing. Returns False, and does nothing, where they have to wait their turn."""
+        for them. Waits for nothing. Returns False, and does nothing, where they have to wait their turn. awaited: the
+        caller waits for their receipts next."""
         link = None if self._pacer.limits else session.dispatch.borrow(tasks)
         if link is None:
             return False
-        tasks[0].transfer.read_receipts = link.read_until
+        held = awaited and self._hold(link)
+        tasks[0].transfer.read_receipts = link.read_held if held else link.read_until
         begun = tasks
         try:
             begun = self._fill(session, link, tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -13,6 +14,7 @@ from sglang_prfaas.transport.framing import ChunkHeader, pack_header
 from sglang_prfaas.transport.memory import Bytes, RankMemory, TorchBuffer
 from sglang_prfaas.transport.outbox import Task
 from sglang_prfaas.transport.session import OutgoingTransfer
+from sglang_prfaas.transport.views import split
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +46,10 @@ class SendLane:
         self._staging: Bytes | None = None
         self._staged = 0
         self._raw: Bytes | None = None
-        self._views: list[memoryview] = []
-        self._owners: list[OutgoingTransfer | None] = []
-        """Of each view; None for bytes of the lane's own."""
-        self._lendable: list[bool] = []
-        """Of each view: whether it stays as it is until the peer has it, unless its transfer ends."""
+        self._runs: deque[_Run] = deque()
+        """What has yet to leave."""
+        self._parts = 0
+        """Pieces of memory that the batch was made of."""
         self._pinned: list[OutgoingTransfer] = []
         self.lending = False
         """Whether what `begin` returned last may be lent to the kernel."""
@@ -57,15 +58,14 @@ class SendLane:
 
     def reset(self) -> None:
         """Begin a new batch."""
-        self._views.clear()
-        self._owners.clear()
-        self._lendable.clear()
+        self._runs.clear()
+        self._parts = 0
         self._staged = self.batch_bytes = 0
 
     @property
     def full(self) -> bool:
         """Whether the batch is large enough."""
-        return self.batch_bytes >= self._chunk_bytes or len(self._views) >= MAX_PARTS
+        return self.batch_bytes >= self._chunk_bytes or self._parts >= MAX_PARTS
 
     def add(self, task: Task, *, copy: bool = False) -> bool:
         """Put a chunk into the batch, where it is small a `copy`: that costs less than looking after its pages. Returns
@@ -97,9 +97,11 @@ class SendLane:
             logger.exception("prfaas: a chunk of room %d could not be read", transfer.room)
             self._failed(transfer, f"prefill could not read a chunk: {error}")
             return False
-        self._views += [memoryview(head), *views]
-        self._owners += [None, *([owner] * len(views))]
-        self._lendable += [False, *([owner is not None and span.length >= MIN_LENT_BYTES] * len(views))]
+        self._runs.append(_Run([memoryview(head)], None, lendable=False))
+        if views:
+            lendable = owner is not None and span.length >= MIN_LENT_BYTES
+            self._runs.append(_Run(views, owner, lendable=lendable))
+        self._parts += 1 + len(views)
         self.batch_bytes += header.length
         task.wire_bytes = header.length
         return True
@@ -142,30 +144,36 @@ class SendLane:
     @property
     def empty(self) -> bool:
         """Whether all of the batch has left."""
-        return not self._views
+        return not self._runs
 
     @property
     def more(self) -> bool:
         """Whether the batch has more than `begin` returned."""
-        return self._begun < len(self._views)
+        return self._begun < len(self._runs)
 
     _begun = 0
+    """Runs that `begin` returned."""
 
     def begin(self, *, lend: bool = False) -> list[memoryview]:
         """What is to be sent now, without waiting for anything; `end` must follow. With `lend`, all of it may be lent,
         or none of it: see `lending`."""
-        for owner in dict.fromkeys(self._owners):
-            if owner is None:
-                continue
-            if owner.pin():
-                self._pinned.append(owner)
-            else:
-                self._blank(owner)
-        self._begun = min(len(self._views), MAX_PARTS)
-        self.lending = lend and bool(self._views) and self._lendable[0]
-        if lend and (not self.lending) in self._lendable[: self._begun]:
-            self._begun = self._lendable.index(not self.lending)
-        return self._views[: self._begun]
+        found: list[memoryview] = []
+        self._begun = 0
+        self.lending = lend and bool(self._runs) and self._runs[0].lendable
+        for run in self._runs:
+            if found and (len(found) + len(run.views) > MAX_PARTS or (lend and run.lendable is not self.lending)):
+                break
+            if run.owner is not None and run.owner not in self._pinned:
+                if run.owner.pin():
+                    self._pinned.append(run.owner)
+                else:
+                    run.blank()
+                    if self.lending and found:
+                        break
+                    self.lending = False
+            found += run.views
+            self._begun += 1
+        return found
 
     def end(self) -> None:
         """What `begin` returned is not looked at any more."""
@@ -175,20 +183,32 @@ class SendLane:
 
     def advance(self, sent: int) -> None:
         """So many bytes have left."""
-        views = self._views
-        whole = 0
-        for view in views:
-            if sent < len(view):
-                break
-            sent -= len(view)
-            whole += 1
-        del views[:whole], self._owners[:whole], self._lendable[:whole]
+        runs = self._runs
+        while runs and sent >= runs[0].nbytes:
+            sent -= runs.popleft().nbytes
         if sent:
-            views[0] = views[0][sent:]
+            runs[0].drop(sent)
 
-    def _blank(self, transfer: OutgoingTransfer) -> None:
-        for at, owner in enumerate(self._owners):
-            if owner is transfer:
-                self._views[at] = memoryview(bytes(len(self._views[at])))
-                self._owners[at] = None
-                self._lendable[at] = False
+
+class _Run:
+    """Bytes of a batch that belong together."""
+
+    __slots__ = ("lendable", "nbytes", "owner", "views")
+
+    def __init__(self, views: list[memoryview], owner: OutgoingTransfer | None, *, lendable: bool) -> None:
+        """owner: the transfer whose pages they lie in; None for bytes of the lane's own. lendable: whether they stay as
+        they are until the peer has them, unless the transfer ends."""
+        self.views = views
+        self.owner = owner
+        self.lendable = lendable
+        self.nbytes = sum(map(len, views))
+
+    def drop(self, sent: int) -> None:
+        """Fewer than all of its bytes have left."""
+        self.nbytes -= sent
+        self.views = split(self.views, sent)[1]
+
+    def blank(self) -> None:
+        """Its transfer has ended: zeros from here on."""
+        self.views = [memoryview(bytes(self.nbytes))]
+        self.owner, self.lendable = None, False

@@ -193,22 +193,22 @@ class SendMover:
         ready: Callable[[], None] = at_hand,
         *,
         buffers: Sequence[int] | None = None,
+        awaited: bool = False,
     ) -> Indices:
         """Put items `first_item`... of a component on their way, those in `buffers` only where given (the layers that
         are computed); they lie at `indices`. `ready` is called before the memory is read, and may wait for a device.
 
         Returns at once, with the slots as they will be read: who moves an item meanwhile writes its new slot there,
         under the transfer's lock. A few bytes that are at hand leave before, from the calling thread, where a
-        connection is idle. Raises LocalError for slots that do not exist."""
+        connection is idle. awaited: the caller calls `transfer.wait_acknowledged` next, from the same thread, which is
+        sooner then. Raises LocalError for slots that do not exist."""
         with self._lock:
             session = self._rooms.home(transfer)
         memory = self._memory if session is None else session.view.memory
         items = memory.checked(component, indices)
-        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
-        if session is not None:
-            chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
         layout = self.layout if session is None else session.view.layout
         item_bytes = layout.components[component].item_bytes
+        chunk_bytes = self._chunk_bytes(session, max(item_bytes, default=0))
         which = range(len(item_bytes)) if buffers is None else buffers
         spans = list(cut(component, item_bytes, first_item, len(items), chunk_bytes, which))
         with transfer.lock:
@@ -221,12 +221,24 @@ class SendMover:
             return items
         tasks = [Task(transfer, span, items, first_item, ready) for span in spans]
         small = 0 < nbytes <= SMALL_BYTES and ready is at_hand and session.codec.name == RAW
-        if small and self._data.send_at_once(session, tasks):
+        if small and self._data.send_at_once(session, tasks, awaited=awaited):
             return items
         expected = transfer.expected
         remaining_bytes = layout.request_bytes(expected.counts) - transfer.bytes if expected is not None else 0
         session.dispatch.put(transfer, tasks, remaining_bytes, self._clock.now_s())
         return items
+
+    def _chunk_bytes(self, session: SendSession | None, item_bytes: int) -> int:
+        """How long chunks to a decode rank may be: less over a slow link, but an item where a chunk can hold one."""
+        chunk_bytes = paced_chunk_bytes(self._config.chunk_bytes, self._config.rate_limit_mbps)
+        if session is None:
+            return chunk_bytes
+        chunk_bytes = min(chunk_bytes, session.hello.chunk_bytes)
+        link = self.links.figures(session.hello.site)
+        if link is None:
+            return chunk_bytes
+        at_once = paced_chunk_bytes(chunk_bytes, link.capacity_bytes_per_s * 8 / 1e6)
+        return max(at_once, min(item_bytes, chunk_bytes))
 
     def finish(self, transfer: OutgoingTransfer) -> None:
         """Nothing more will be sent for this request. Ends it where decode expects more items than were sent."""

@@ -44,6 +44,8 @@ class DataLink:
         self.read_buffer = memoryview(bytearray(RECEIPT_READ_BYTES))
         self.read_until: Callable[[Callable[[], bool]], None] | None = None
         """See `OutgoingTransfer.read_receipts`."""
+        self.read_held: Callable[[Callable[[], bool]], None] | None = None
+        """The same, for one who holds `reader` already, and nobody else looks at the connection."""
         self.renewing = False
         """Whether it is the last word on it that it be dialled again."""
         self.moved: tuple[int, int, int] = (0, 0, 0)

@@ -63,7 +63,7 @@ class Transfer:
         self._pins = 0
         self._ending = False
         self._late = 0
-        """Calls that wait for the end, or for an acknowledgement."""
+        """Calls that wait for the end."""
         self.reason = ""
         self.peer_knows = False
         """Whether the peer has been told of a failure, or told us of it."""
@@ -169,9 +169,11 @@ class OutgoingTransfer(Transfer):
         self.queued_bytes = 0
         """Bytes that were put on the way, sent or not."""
         self.acknowledged_bytes = 0
+        self._awaited_bytes: list[int] = []
+        """Acknowledged bytes that calls wait for."""
         self.read_receipts: Callable[[Callable[[], bool]], None] | None = None
         """Where one connection has what was sent last: reads its receipts on the calling thread until the condition
-        holds, or for a moment; else another thread does."""
+        holds, or for a moment; else another thread does. To be called once."""
         self._admission: Admission[OutgoingTransfer] | None = None
         self._expected_bytes = 0
         self._queued = 0
@@ -264,7 +266,7 @@ class OutgoingTransfer(Transfer):
         if self._admission is not None:
             self._admission.acknowledged(self, length)
         self.progress_s = self._clock.now_s()
-        if self._late:
+        if self._awaited_bytes and self.acknowledged_bytes >= min(self._awaited_bytes):
             self._unpinned.notify_all()
 
     def wait_acknowledged(self, nbytes: int, timeout_s: float) -> bool:
@@ -274,13 +276,16 @@ class OutgoingTransfer(Transfer):
         def has_come() -> bool:
             return self.acknowledged_bytes >= nbytes or not self.live
 
-        if self.read_receipts is not None:
-            self.read_receipts(has_come)
+        read, self.read_receipts = self.read_receipts, None
+        if read is not None:
+            read(has_come)
         with self.lock:
             if has_come():
                 return True
             self._late += 1
+            self._awaited_bytes.append(nbytes)
             came = self._unpinned.wait_for(has_come, timeout_s)
+            self._awaited_bytes.remove(nbytes)
             self._late -= 1
             return came
 

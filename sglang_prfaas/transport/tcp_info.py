@@ -6,6 +6,7 @@ are 0. Other systems have no such struct, or another one under the same name; th
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 import sys
@@ -17,11 +18,12 @@ _MAX_BYTES = 1024
 _LEAST_BYTES = 104
 """Linux 2.6.10: up to `tcpi_total_retrans`."""
 
-_FIXED = struct.Struct("=8B24I")
-_LATER = (("Q", 4), ("I", 6), ("Q", 4), ("I", 2), ("Q", 2))
-"""What follows, in order: pacing_rate, max_pacing_rate, bytes_acked, bytes_received; segs_out, segs_in, notsent_bytes,
-min_rtt, data_segs_in, data_segs_out; delivery_rate, busy_time, rwnd_limited, sndbuf_limited; delivered, delivered_ce;
-bytes_sent, bytes_retrans."""
+_LAYOUT = struct.Struct("=8B24I4Q6I4Q2I2Q")
+"""After those of Linux 2.6.10, in order: pacing_rate, max_pacing_rate, bytes_acked, bytes_received; segs_out, segs_in,
+notsent_bytes, min_rtt, data_segs_in, data_segs_out; delivery_rate, busy_time, rwnd_limited, sndbuf_limited; delivered,
+delivered_ce; bytes_sent, bytes_retrans."""
+_FIELD_ENDS = tuple(itertools.accumulate([8] * 4 + [4] * 6 + [8] * 4 + [4] * 2 + [8] * 2, initial=_LEAST_BYTES))
+"""Of those after the first, in bytes."""
 _APP_LIMITED = 1
 """Lowest bit of the eighth byte: `tcpi_delivery_rate_app_limited`."""
 
@@ -67,16 +69,11 @@ def parse(data: bytes) -> TcpInfo | None:
     """`data`: what the kernel returned, of any length. None where it is shorter than Linux has ever had it."""
     if len(data) < _LEAST_BYTES:
         return None
-    first = _FIXED.unpack_from(data)
-    flags, words = first[7], first[8:]
-    later: list[int] = []
-    at = _LEAST_BYTES
-    for kind, count in _LATER:
-        size = struct.calcsize("=" + kind)
-        for _ in range(count):
-            known = at + size <= len(data)
-            later.append(struct.unpack_from("=" + kind, data, at)[0] if known else 0)
-            at += size
+    if len(data) < _LAYOUT.size:
+        known = max(end for end in _FIELD_ENDS if end <= len(data))
+        data = data[:known].ljust(_LAYOUT.size, b"\0")
+    fields = _LAYOUT.unpack_from(data)
+    flags, words, later = fields[7], fields[8:32], fields[32:]
     min_rtt_us = later[7] if later[7] != 0xFFFFFFFF else 0  # no sample yet
     return TcpInfo(
         mss_bytes=words[2],

@@ -9,12 +9,21 @@ from collections.abc import Iterator
 
 import pytest
 
+from sglang_prfaas.transport.data_tcp import Connection
 from tests.transport.keyring import Keyring
 from tests.transport.rig import Pair, wait_until
 
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(params=["copied", "lent"])
+def sending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How pages get to the socket: as on one host, or as between two."""
+    if request.param == "lent":
+        monkeypatch.setattr(Connection, "same_host", False)
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

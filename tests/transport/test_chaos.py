@@ -9,6 +9,7 @@ import threading
 
 import msgspec
 import numpy as np
+import pytest
 
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import PeerGoneError
@@ -59,6 +60,7 @@ class Faults:
         self.thread.join(30.0)
 
 
+@pytest.mark.usefixtures("sending")
 def test_chaos() -> None:
     rng = random.Random(SEED)
     outcomes: dict[str, int] = {}

@@ -7,6 +7,7 @@ import threading
 
 import msgspec
 import numpy as np
+import pytest
 
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.framing import HEADER_BYTES, Preface, Receipt, unpack_header
@@ -31,10 +32,10 @@ PAGE_BYTES, COUNT = 16 << 10, 512
 PAGED = layout(components=(Component("kv", (PAGE_BYTES,)),))
 
 
-def send_all_one_by_one(pair: Pair, transfer: OutgoingTransfer, slots: list[np.ndarray]) -> None:
+def send_all_one_by_one(pair: Pair, transfer: OutgoingTransfer, slots: list[np.ndarray], awaited: bool = True) -> None:
     """Each page once decode has the one before."""
     for page in range(len(slots[PAGES])):
-        pair.sender.send(transfer, PAGES, page, slots[PAGES][page : page + 1])
+        pair.sender.send(transfer, PAGES, page, slots[PAGES][page : page + 1], awaited=awaited)
         assert transfer.wait_acknowledged((page + 1) * 6000, DEADLINE_S)
         assert transfer.live
     for component in (1, 2):
@@ -42,11 +43,12 @@ def send_all_one_by_one(pair: Pair, transfer: OutgoingTransfer, slots: list[np.n
     pair.sender.finish(transfer)
 
 
-def test_one_after_another() -> None:
+@pytest.mark.parametrize("awaited", [False, True])
+def test_one_after_another(awaited: bool) -> None:
     with Pair() as pair:
         ours, theirs = some_slots(1), some_slots(2)
         transfer, item = pair.ready(7, theirs)
-        send_all_one_by_one(pair, transfer, ours)
+        send_all_one_by_one(pair, transfer, ours, awaited)
         wait_ended(transfer, item.transfer)
         assert (transfer.state, item.transfer.state) == (State.DONE, State.DONE), transfer.reason
         assert_moved(pair.source, ours, pair.target, theirs)

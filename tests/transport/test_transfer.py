@@ -30,6 +30,7 @@ from tests.transport.rig import (
 
 @pytest.mark.parametrize("connections", [1, 4])
 @pytest.mark.parametrize("chunk_bytes", [4096, 10_000, 1 << 20])
+@pytest.mark.usefixtures("sending")
 def test_a_hybrid_request(connections: int, chunk_bytes: int) -> None:
     config = TransportConfig(connections=connections, chunk_bytes=chunk_bytes)
     with Pair(config=config) as pair:
@@ -254,6 +255,7 @@ def test_a_small_request_passes_a_large_one_in_the_same_session() -> None:
         assert_moved(source, small_slots, target, small_slots)
 
 
+@pytest.mark.usefixtures("sending")
 def test_layer_by_layer_and_an_item_that_moved_meanwhile() -> None:
     with Pair() as pair:
         slots = some_slots(9)

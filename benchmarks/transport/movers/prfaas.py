@@ -57,7 +57,7 @@ class Sender:
             transfer.start(len(slots[0]))
         if workload.one_by_one:
             for page in range(len(slots[0])):
-                mover.send(transfer, 0, page, slots[0][page : page + 1])
+                mover.send(transfer, 0, page, slots[0][page : page + 1], awaited=True)
                 transfer.wait_acknowledged((page + 1) * workload.page_bytes, DEADLINE_S)
         else:
             mover.send(transfer, 0, 0, slots[0])

@@ -35,8 +35,14 @@ class TransportConfig(Config, frozen=True):
         int, Meta(ge=1, le=64, description="TCP connections between one prefill rank and one decode rank.")
     ] = 4
     chunk_bytes: Annotated[
-        int, Meta(ge=4096, le=64 << 20, description="Largest payload of one chunk on the wire, in bytes.")
-    ] = 1 << 20
+        int,
+        Meta(
+            ge=4096,
+            le=64 << 20,
+            description="Largest payload of one chunk on the wire, in bytes; less where that takes the link more "
+            "than 50 ms.",
+        ),
+    ] = 2 << 20
     handshake_timeout_s: Annotated[
         float, Meta(gt=0, description="Seconds to reach a prefill server and agree on the layout.")
     ] = 30.0
@@ -100,8 +106,9 @@ class TransportConfig(Config, frozen=True):
     zero_copy: Annotated[
         bool,
         Meta(
-            description="Send host memory without a copy where there is no TLS: the kernel reads a page until the peer "
-            "has acknowledged it, even where its request was aborted meanwhile; the checksum then tells."
+            description="Send host memory without a copy, without TLS and to other hosts (on one host a copy is "
+            "cheaper): the kernel reads a page until the peer has acknowledged it, even where its request was aborted "
+            "meanwhile; the checksum then tells."
         ),
     ] = True
     rate_limit_mbps: Annotated[

@@ -43,7 +43,7 @@ def parse(data: bytes, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> tuple[ChunkHea
     check = PayloadCheck(raw, header.length)
     half = len(payload) // 2
     for part in (payload[:half], payload[half:]):
-        check.update(part)
+        check.update([part])
     if not check.holds(header):
         raise ChecksumError("payload")
     return header, payload
@@ -115,7 +115,7 @@ def test_wrong_magic_and_checksum_messages_hold_both_values() -> None:
 def test_another_payload_does_not_hold(payload: bytes) -> None:
     data = chunk(ChunkHeader(7, 1, 2, 4096, 0), b"payload")
     check = PayloadCheck(data[:HEADER_BYTES], len(b"payload"))
-    check.update(payload)
+    check.update([payload])
     assert not check.holds(unpack_header(data[:HEADER_BYTES]))
 
 

@@ -16,6 +16,12 @@ def test_no_limit_never_waits() -> None:
     assert paced_chunk_bytes(1 << 20, 0.0) == 1 << 20
 
 
+def test_a_chunk_takes_50_ms_at_most() -> None:
+    assert paced_chunk_bytes(2 << 20, 100.0) == 625_000
+    assert paced_chunk_bytes(2 << 20, 1000.0) == 2 << 20
+    assert paced_chunk_bytes(2 << 20, 0.001) == MIN_CHUNK_BYTES
+
+
 def test_nothing_is_saved_up() -> None:
     clock = VirtualClock()
     pacer = Pacer(clock, 1000.0)

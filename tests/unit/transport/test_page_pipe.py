@@ -85,3 +85,17 @@ def test_memory_that_cannot_be_lent_is_copied(ends: tuple[socket.socket, socket.
     assert not connection.lends
     assert read(far, 9) == b"read-only"
     connection.close()
+
+
+def test_both_ends_on_one_host_are_told_from_two() -> None:
+    near, far = socket.socketpair()
+    near.close()
+    far.close()
+    assert Connection(near).same_host
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname(), source_address=("127.0.0.1", 0)) as one,
+        socket.create_connection(listener.getsockname(), source_address=("127.0.0.2", 0)) as other,
+    ):
+        assert Connection(one).same_host
+        assert not Connection(other).same_host

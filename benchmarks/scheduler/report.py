@@ -89,7 +89,7 @@ What gives what:
 - The order of waiting requests, and paths that help each other (`scheduler.dispatch`): from there to "live". Requests
   wait in front of the servers; those that can still make twice the unloaded P90 go first, in order of arrival, but for
   the longest ones where not all can make it; an idle path takes requests of the other. It has a price, in the last
-  columns: the longest prompts wait longer than in order of arrival, at most about two minutes.
+  columns: the longest prompts wait longer than in order of arrival.
 - In the long run prefill at 3/5 has time for {limit:.2f} requests a second in any order, and for {limit_base:.2f} in
   the homogeneous cluster at 9/3: the mean of the prefill times over the lengths, where eq. 3 and 4 take the
   prefill time of the mean length.

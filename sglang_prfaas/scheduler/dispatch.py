@@ -10,7 +10,7 @@ the other. Among the requests of a path:
 3. Those that have waited for `max_wait_s` have a fifth of the time before all others.
 
 That holds while at most a tenth of the recent requests are late. Under an overload (`overload.py`) it would leave the
-late ones behind for as long as new ones come. Then all but the longest tenth go in order of arrival, late or not, and
+late ones behind for as long as new ones come. Then all but the longest 7 % go in order of arrival, late or not, and
 the longest ones after them, but for the fifth of 3.
 
 A PrfaaS server takes nobody while the link has more to send than it can in `LINK_LEAD_S`: whoever waits here can still
@@ -52,7 +52,7 @@ class Waiting(Struct, Generic[Key], eq=False, gc=False):
     """What PrfaaS would send of it."""
     lateness: Lateness
     is_long: bool
-    """Among the longest tenth of the recent ones."""
+    """Among the longest of the recent ones."""
 
     def work_s(self, route: Route) -> float:
         """Seconds on one path."""

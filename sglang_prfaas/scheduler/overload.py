@@ -1,4 +1,4 @@
-"""Whether more requests miss their objective than may, and which of them are to pay for it: the longest tenth.
+"""Whether more requests miss their objective than may, and which of them are to pay for it: the longest 7 %.
 
 Under an overload nothing serves all in time, and whoever always serves those first that still can make it leaves the
 others behind for as long as it lasts. So the order changes once more than `LATE_SHARE` of the recent requests are late

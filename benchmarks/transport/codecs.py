@@ -36,7 +36,7 @@ from sglang_prfaas.transport.layout import Component, Layout
 from sglang_prfaas.transport.memory import Bytes, HostBuffer, RankMemory
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 
 CODECS = ("raw", "fp8", "int8", "shuffle")
 LARGEST_ERROR = {"raw": 0.0, "fp8": 0.04, "int8": 0.02, "shuffle": 0.0}

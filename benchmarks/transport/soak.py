@@ -26,7 +26,7 @@ from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 
 HOST = "127.0.0.1"
 COMPARE_EVERY = 50

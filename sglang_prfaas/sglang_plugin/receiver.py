@@ -15,7 +15,7 @@ from sglang_prfaas.transport.fan_out import joint_reason, joint_state
 from sglang_prfaas.transport.messages import Directory, RankInfo
 from sglang_prfaas.transport.part_memory import PrefillRank
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 
 LOOKUP_INTERVAL_S = 0.02
 

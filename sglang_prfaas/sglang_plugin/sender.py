@@ -15,7 +15,7 @@ from sglang_prfaas.sglang_plugin.page_progress import PageProgress
 from sglang_prfaas.transport.fan_out import FanOut
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.paging import WINDOWS, PromptPages
-from sglang_prfaas.transport.session import FINAL, State
+from sglang_prfaas.transport.transfer import FINAL, State
 
 _POLL = {
     State.WAITING: KVPoll.Bootstrapping,

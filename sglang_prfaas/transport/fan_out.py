@@ -8,9 +8,10 @@ from contextlib import ExitStack
 
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.messages import Expect
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.paging import PromptPages
 from sglang_prfaas.transport.send_mover import SendMover
-from sglang_prfaas.transport.session import OutgoingTransfer, State, Transfer
+from sglang_prfaas.transport.transfer import State, Transfer
 
 _SLOWEST_FIRST = (
     State.WAITING,

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import msgspec
 
 from sglang_prfaas.core.link_counts import LinkCounts
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.send_session import SendSession
-from sglang_prfaas.transport.session import OutgoingTransfer, State
+from sglang_prfaas.transport.transfer import State
 
 
 class LinkCounters:

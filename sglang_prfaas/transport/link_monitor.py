@@ -14,7 +14,7 @@ from sglang_prfaas.core.units import gbps_to_bytes_per_s
 from sglang_prfaas.transport.admission import Admission, limit_of
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.link_estimator import ConnectionSample, LinkEstimator, LinkFigures
-from sglang_prfaas.transport.session import OutgoingTransfer
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 
 logger = logging.getLogger(__name__)
 

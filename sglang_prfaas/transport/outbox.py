@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.transport.memory import Indices
-from sglang_prfaas.transport.session import OutgoingTransfer
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.sharing import Sharing, ShortestFirst
 from sglang_prfaas.transport.streams import ChunkSpan
 

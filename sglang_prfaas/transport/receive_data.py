@@ -14,11 +14,11 @@ from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.health import Contact, backoff_s
+from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.messages import Welcome
 from sglang_prfaas.transport.receive_lane import ReceiveLane
 from sglang_prfaas.transport.receive_session import PeerSession
 from sglang_prfaas.transport.security import Security
-from sglang_prfaas.transport.session import IncomingTransfer
 
 logger = logging.getLogger(__name__)
 

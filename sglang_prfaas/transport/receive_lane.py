@@ -9,8 +9,8 @@ import numpy as np
 from sglang_prfaas.transport.codec.base import Codec
 from sglang_prfaas.transport.codec.session import Place, SessionCodec
 from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, PayloadCheck, Receipt, unpack_header
+from sglang_prfaas.transport.incoming_transfer import Claim, IncomingTransfer
 from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
-from sglang_prfaas.transport.session import Claim, IncomingTransfer
 from sglang_prfaas.transport.views import cut, split
 
 ACK_BYTES = 8 << 20

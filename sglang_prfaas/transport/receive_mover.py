@@ -20,6 +20,7 @@ from sglang_prfaas.errors import ChecksumError, LocalError, PeerGoneError, Proto
 from sglang_prfaas.transport.addresses import endpoint
 from sglang_prfaas.transport.codec.session import RAW, SessionCodec, obstacle, offered
 from sglang_prfaas.transport.health import REFUSALS, Contact
+from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.link_tuning import check_links, for_link, kernel_buffers
 from sglang_prfaas.transport.lookup import DirectoryClient
@@ -53,7 +54,6 @@ from sglang_prfaas.transport.resolver import resolve_in_background
 from sglang_prfaas.transport.security import ServerKeys, load_security
 from sglang_prfaas.transport.security.curve import Loss
 from sglang_prfaas.transport.security.peers import Watch
-from sglang_prfaas.transport.session import IncomingTransfer
 
 __all__ = ["Incoming", "PeerSession", "ReceiveMover"]
 

@@ -13,13 +13,13 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.health import Health
+from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.mailbox import Mailbox
 from sglang_prfaas.transport.memory import Indices
 from sglang_prfaas.transport.messages import Hello, Message
 from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.receive_lane import Placement
 from sglang_prfaas.transport.security import ServerKey
-from sglang_prfaas.transport.session import IncomingTransfer
 
 
 class Incoming(Placement):

@@ -6,8 +6,8 @@ from collections import OrderedDict
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import LocalError
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.send_session import SendSession
-from sglang_prfaas.transport.session import OutgoingTransfer
 
 MAX_ABORTED = 4096
 """Ends remembered that came before prefill's own request; those of the oldest room are forgotten first."""

@@ -16,10 +16,10 @@ from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import RENEWAL, Receipt
 from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Task
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.pacing import Pacer, paced_chunk_bytes
 from sglang_prfaas.transport.send_lane import SendLane
 from sglang_prfaas.transport.send_session import DataLink, SendSession
-from sglang_prfaas.transport.session import OutgoingTransfer
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.framing import ChunkHeader, pack_header
 from sglang_prfaas.transport.memory import Bytes, RankMemory, TorchBuffer
 from sglang_prfaas.transport.outbox import Task
-from sglang_prfaas.transport.session import OutgoingTransfer
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.views import split
 
 logger = logging.getLogger(__name__)

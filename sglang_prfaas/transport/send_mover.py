@@ -50,6 +50,7 @@ from sglang_prfaas.transport.messages import (
     reason_text,
 )
 from sglang_prfaas.transport.outbox import Task, at_hand
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.pacing import paced_chunk_bytes
 from sglang_prfaas.transport.part_memory import SessionView, prefill_view
 from sglang_prfaas.transport.rooms import Rooms
@@ -59,8 +60,8 @@ from sglang_prfaas.transport.security.peers import Watch
 from sglang_prfaas.transport.security.refusals import RefusalLog
 from sglang_prfaas.transport.send_data import SMALL_BYTES, DataSender
 from sglang_prfaas.transport.send_session import SendSession
-from sglang_prfaas.transport.session import OutgoingTransfer, State
 from sglang_prfaas.transport.streams import cut
+from sglang_prfaas.transport.transfer import State
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from sglang_prfaas.transport.health import Health
 from sglang_prfaas.transport.mailbox import Mailbox
 from sglang_prfaas.transport.messages import Hello
 from sglang_prfaas.transport.outbox import Lane, Outbox, Task
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.send_lane import SendLane
-from sglang_prfaas.transport.session import OutgoingTransfer
 
 RECEIPT_READ_BYTES = 4096
 

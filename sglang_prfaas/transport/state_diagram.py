@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sglang_prfaas.transport.health import CONTACTS
-from sglang_prfaas.transport.session import TRANSITIONS
+from sglang_prfaas.transport.transfer import TRANSITIONS
 
 S = TypeVar("S", bound=enum.Enum)
 

@@ -18,9 +18,10 @@ from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.transport.layout import Component, Layout
 from sglang_prfaas.transport.link_monitor import Report
 from sglang_prfaas.transport.memory import HostBuffer, RankMemory
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession, ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
-from sglang_prfaas.transport.session import OutgoingTransfer, State, Transfer
+from sglang_prfaas.transport.transfer import State, Transfer
 
 DEADLINE_S = 60.0
 """How long a test waits for an event that should come in milliseconds."""

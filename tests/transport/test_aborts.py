@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sglang_prfaas.transport.messages import Abort
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import FakePrefill, chunk
 from tests.transport.rig import (
     ONE_CONNECTION,

@@ -14,7 +14,7 @@ from msgspec import Struct
 from sglang_prfaas.transport.framing import Receipt
 from sglang_prfaas.transport.messages import Abort
 from sglang_prfaas.transport.receive_mover import Incoming
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import FakePrefill, at_end, chunk, read_exactly
 from tests.transport.rig import ONE_CONNECTION, PAGES, Memory, Pair, flat, layout, some_slots, wait_ended
 

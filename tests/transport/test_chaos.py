@@ -14,7 +14,7 @@ import pytest
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import PeerGoneError
 from sglang_prfaas.transport.receive_mover import ReceiveMover
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.relay import FaultyRelay
 from tests.transport.rig import CONFIG, PAGES, Pair, assert_moved, some_slots, wait_until
 

@@ -11,7 +11,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.framing import Preface
 from sglang_prfaas.transport.layout import Component
 from sglang_prfaas.transport.messages import Expect, Welcome
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import FakeDecode
 from tests.transport.rig import DEADLINE_S, Memory, Pair, layout, some_slots, wait_ended, wait_until
 

@@ -17,7 +17,7 @@ from sglang_prfaas.transport.framing import ChunkHeader, Receipt, pack_header
 from sglang_prfaas.transport.layout import Component, Layout
 from sglang_prfaas.transport.memory import RankMemory, TorchBuffer
 from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello, Welcome
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import INSTANCE, TOKEN, FakeDecode, FakePrefill, read_exactly
 from tests.transport.relay import FaultyRelay
 from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until

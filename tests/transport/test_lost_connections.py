@@ -12,7 +12,7 @@ import pytest
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.transport.messages import Expect, Welcome
 from sglang_prfaas.transport.receive_mover import ReceiveMover
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import FakeDecode, FakePrefill, at_end, reset
 from tests.transport.relay import FaultyRelay
 from tests.transport.rig import (

@@ -18,7 +18,7 @@ import pytest
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.security import make
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.addresses import HERE
 from tests.transport.keyring import now
 from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until

@@ -8,7 +8,7 @@ import zmq
 from sglang_prfaas.transport import send_mover
 from sglang_prfaas.transport.mailbox import seal
 from sglang_prfaas.transport.messages import Abort, Done, Expect, Failed, Hello, Ping, Pong, Refuse, Unknown, encode
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import INSTANCE, FakeDecode, FakePrefill, at_end
 from tests.transport.rig import ONE_CONNECTION, Pair, layout, some_slots, wait_ended, wait_until, works
 

@@ -21,7 +21,7 @@ from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello, Refuse, decode_to_decode, encode
 from sglang_prfaas.transport.receive_mover import PeerSession, ReceiveMover
 from sglang_prfaas.transport.security import load_security
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import INSTANCE, FakeDecode
 from tests.transport.keyring import Keyring, Relay
 from tests.transport.rig import (

@@ -13,7 +13,8 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.framing import HEADER_BYTES, Preface, Receipt, unpack_header
 from sglang_prfaas.transport.layout import Component
 from sglang_prfaas.transport.messages import Done, Expect, Welcome
-from sglang_prfaas.transport.session import OutgoingTransfer, State
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
+from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import FakeDecode, read_exactly
 from tests.transport.rig import (
     CONFIG,

@@ -13,7 +13,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError, PeerGoneError
 from sglang_prfaas.transport.layout import Component
 from sglang_prfaas.transport.receive_mover import ReceiveMover
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 from tests.transport.rig import (
     CONFIG,
     PAGES,

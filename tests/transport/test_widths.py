@@ -21,7 +21,7 @@ from sglang_prfaas.transport.part_memory import PrefillRank
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession, ReceiveMover
 from sglang_prfaas.transport.reshape import held, peers
 from sglang_prfaas.transport.send_mover import SendMover
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 
 from .rig import CONFIG, wait_until
 

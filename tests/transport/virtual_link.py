@@ -17,12 +17,13 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ChecksumError
 from sglang_prfaas.transport.framing import ReceiptReader
 from sglang_prfaas.transport.health import Health, backoff_s
+from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.mailbox import Mailbox, unseal
 from sglang_prfaas.transport.messages import Abort, Done, Expect, Message, decode_to_prefill, encode
 from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Lane, Outbox, Task
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.receive_lane import Placement, ReceiveLane
 from sglang_prfaas.transport.send_lane import SendLane
-from sglang_prfaas.transport.session import IncomingTransfer, OutgoingTransfer
 from sglang_prfaas.transport.streams import cut
 from tests.transport.rig import Memory, Slots, layout, some_slots
 

@@ -14,7 +14,7 @@ from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.send_mover import SendMover
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 
 MAX_CONNECTIONS = 64
 """Of one session."""

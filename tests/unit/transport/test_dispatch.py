@@ -14,8 +14,8 @@ import pytest
 from sglang_prfaas.clock import VirtualClock
 from sglang_prfaas.errors import PeerGoneError
 from sglang_prfaas.transport.outbox import Task, at_hand
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.send_session import DataLink, Dispatch
-from sglang_prfaas.transport.session import OutgoingTransfer
 from sglang_prfaas.transport.streams import ChunkSpan
 
 DEADLINE_S = 60.0

@@ -25,6 +25,7 @@ from sglang_prfaas.transport.framing import (
     pack_header,
     unpack_preface,
 )
+from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.mailbox import Mailbox, seal, unseal
 from sglang_prfaas.transport.messages import (
     PROTOCOL_VERSION,
@@ -47,7 +48,6 @@ from sglang_prfaas.transport.messages import (
     encode,
 )
 from sglang_prfaas.transport.receive_lane import Placement, ReceiveLane
-from sglang_prfaas.transport.session import IncomingTransfer
 from tests.transport.rig import Memory, flat, layout, some_slots
 
 COUNT = int(os.environ.get("PRFAAS_FUZZ", "10000"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sglang_prfaas.clock import VirtualClock
 from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.transport.outbox import Lane, Outbox, Task
-from sglang_prfaas.transport.session import OutgoingTransfer
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.sharing import ShortestFirst
 from sglang_prfaas.transport.streams import ChunkSpan
 

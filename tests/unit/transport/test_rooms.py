@@ -14,7 +14,7 @@ from sglang_prfaas.transport.messages import Expect, Hello
 from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.rooms import Rooms
 from sglang_prfaas.transport.send_session import SendSession
-from sglang_prfaas.transport.session import State
+from sglang_prfaas.transport.transfer import State
 
 HELLO = Hello(1, "pd", "decode-0", Layout("m", "f", 1, 1, "", (), ()), 4, 1 << 20, b"i" * 16, 0)
 

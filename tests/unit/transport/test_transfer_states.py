@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from sglang_prfaas.clock import VirtualClock
 from sglang_prfaas.errors import ProtocolError
-from sglang_prfaas.transport import session
+from sglang_prfaas.transport import incoming_transfer
 from sglang_prfaas.transport.admission import Admission
 from sglang_prfaas.transport.framing import ChunkHeader
+from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.layout import Component, Layout
 from sglang_prfaas.transport.messages import Expect
-from sglang_prfaas.transport.session import FINAL, TRANSITIONS, IncomingTransfer, OutgoingTransfer, State, Transfer
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.streams import cut
+from sglang_prfaas.transport.transfer import FINAL, TRANSITIONS, State, Transfer
 
 LAYOUT = Layout("m", "f", 1, 1, "", (0,), (Component("kv", (4, 3)), Component("state", (10,)), Component("none", ())))
 COUNTS = (5, 1, 0)
@@ -290,7 +292,7 @@ def test_chunks_outside_of_what_is_expected(header: ChunkHeader, message: str) -
 
 
 def test_a_peer_cannot_make_us_remember_any_number_of_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "MAX_FRAGMENTS", 3)
+    monkeypatch.setattr(incoming_transfer, "MAX_FRAGMENTS", 3)
     transfer, _ = incoming()
     for offset in (0, 4, 8):
         arrive(transfer, chunk(0, 0, offset, 1))

@@ -217,12 +217,13 @@ class DispatchQueue(Generic[Key]):
         timely = sorted(self._timely[route].values(), key=_arrived)
         if timely:
             left_out = self._left_out(route, timely, now_s, left_s)
-            return next((entry for entry in timely if id(entry) not in left_out), timely[0])
+            return next((entry for number, entry in enumerate(timely) if number not in left_out), timely[0])
         late = self._late[route].values()
         return min(late, key=lambda entry: entry.arrived_s + self._slack * entry.work_s(route), default=None)
 
     def _left_out(self, route: Route, timely: list[Waiting[Key]], now_s: float, left_s: Sequence[float]) -> set[int]:
-        """Moore and Hodgson: walk in order of deadlines, and leave out the longest one whenever one would be late.
+        """Moore and Hodgson: walk in order of deadlines, and leave out the longest one whenever one would be late, the
+        last of equal ones. Returns their numbers in `timely`.
 
         The servers count as one that is as fast as all of them; a request still takes its own time on one of them.
         """
@@ -230,14 +231,14 @@ class DispatchQueue(Generic[Key]):
         before_s = sum(left_s) / servers
         longest: list[tuple[float, int]] = []
         left_out: set[int] = set()
-        for entry in timely:
+        for number, entry in enumerate(timely):
             work_s = entry.work_s(route)
-            heapq.heappush(longest, (-work_s, id(entry)))
+            heapq.heappush(longest, (-work_s, -number))
             before_s += work_s / servers
             if now_s + before_s - work_s / servers + work_s > entry.arrived_s + self.ttft_slo_s:
-                negative, out = heapq.heappop(longest)
-                before_s += negative / servers
-                left_out.add(out)
+                negative_s, negative_number = heapq.heappop(longest)
+                before_s += negative_s / servers
+                left_out.add(-negative_number)
         return left_out
 
     def _help(self, route: Route, other_left_s: Sequence[float], link_s: float) -> Waiting[Key] | None:

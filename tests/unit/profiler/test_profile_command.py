@@ -335,7 +335,12 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
     with serving("plain") as (server,):
         server.prefill_s = lambda tokens: 60.0
         command = [sys.executable, "-m", "sglang_prfaas.launch", "profile", "--prefill", f"A={server.url}"]
-        process = subprocess.Popen([*command, *flags(tmp_path)], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, *flags(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
         deadline_s = time.monotonic() + 60
         while not server.prompts and time.monotonic() < deadline_s:
             time.sleep(0.05)

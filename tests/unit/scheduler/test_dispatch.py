@@ -37,6 +37,13 @@ def test_the_longest_gives_way_where_not_all_can_make_it() -> None:
     assert [take(waiting, now_s) for now_s in (0.0, 3.0, 6.0, 9.0)] == ["1", "2", "3", "0"]
 
 
+def test_of_equal_ones_the_last_gives_way() -> None:
+    waiting = queue()
+    for index in range(20):
+        add(waiting, str(index), 0.0, 3.0)
+    assert [take(waiting, now_s) for now_s in (0.0, 3.0, 6.0)] == ["0", "1", "2"]
+
+
 def test_more_servers_make_more_of_them() -> None:
     waiting = queue()
     for index, work_s in enumerate((8.0, 3.0, 3.0, 3.0)):

@@ -4,7 +4,7 @@
                                    [--congestion cubic] [--links loopback,veth-1gbit,rtt-50ms]
                                    [--workloads block,dense,hybrid,small,small-serial]
                                    [--movers prfaas,mooncake,nixl,plain,iperf3,prfaas+tls,prfaas+256,
-                                             mooncake+1mib]
+                                             mooncake+1mib,prfaas+2]
 
 Prints a line for each arm and, at the end, which bars are reached. What cannot run here (a mover that is not installed,
 a link without the rights for it) is named with its reason and left out. docs/benchmarks/transport.md says what is

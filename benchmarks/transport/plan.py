@@ -11,6 +11,7 @@ from benchmarks.transport.movers.mooncake import LARGE_SLICES
 
 PEERS = ("mooncake", "nixl")
 TUNED = "mooncake+1mib"
+FEWER = "prfaas+2"
 MANY_CONNECTIONS = 256
 
 
@@ -27,11 +28,12 @@ class Study(Struct, frozen=True):
 MOVERS = ("prfaas", *PEERS, "plain")
 WITH_IPERF3 = (*MOVERS, "iperf3")
 WITH_TLS = (*MOVERS, TUNED, "prfaas+tls")
+LARGE = (*WITH_TLS, FEWER)
 
 FULL = (
-    Study("loopback", "block", 9, 1, (*WITH_IPERF3, TUNED, "prfaas+tls")),
-    Study("loopback", "dense", 5, 1, WITH_TLS),
-    Study("loopback", "hybrid", 7, 1, (*WITH_TLS, "prfaas+256")),
+    Study("loopback", "block", 9, 1, (*WITH_IPERF3, TUNED, "prfaas+tls", FEWER)),
+    Study("loopback", "dense", 5, 1, LARGE),
+    Study("loopback", "hybrid", 7, 1, (*LARGE, "prfaas+256")),
     Study("loopback", "small", 15, 3, WITH_TLS),
     Study("loopback", "small-serial", 7, 1, WITH_TLS),
     Study("veth-1gbit", "block", 3, 0, WITH_IPERF3),
@@ -49,7 +51,7 @@ QUICK = (
     Study("veth-1gbit", "block", 1, 0, WITH_IPERF3),
     Study("rtt-50ms", "hybrid", 1, 0, ("prfaas", "plain")),
 )
-ARMS = (*WITH_IPERF3, TUNED, "prfaas+tls", "prfaas+256")
+ARMS = (*WITH_IPERF3, TUNED, "prfaas+tls", "prfaas+256", FEWER)
 
 
 def arm_of(name: str, connections: int, keys: str) -> Arm:
@@ -57,6 +59,8 @@ def arm_of(name: str, connections: int, keys: str) -> Arm:
     mover = name.partition("+")[0]
     if name == "prfaas+tls":
         return Arm(name, mover, connections, keys=keys)
+    if name == FEWER:
+        return Arm(name, mover, 2)
     if name == "prfaas+256":
         return Arm(name, mover, connections, idle=MANY_CONNECTIONS)
     return Arm(name, mover, connections, environment=LARGE_SLICES if name == TUNED else {})

@@ -2,15 +2,16 @@
 
     preface   "PFD1"  u16 version  u16 connection index  16 bytes token
     chunk     "PFC1"  u16 component  u16 buffer  u64 transfer id  u64 offset  u32 length  u32 head check
-              u64 checksum  payload
+              payload  u64 checksum
     encoded   "PFE1", else as a chunk, but u32 first item  u32 items  in place of the offset
-    renewal   "PFN1"  and 36 zero bytes: the last of a connection, to be dialled again with the same preface
+    renewal   "PFN1"  and 28 zero bytes: the last of a connection, to be dialled again with the same preface
     receipt   "PFA1" (all before this number are dealt with) or "PFX1" (send this one again)  u32 check  u64 number
 
 Big-endian. A stream is (transfer, component, buffer): the request's items of that buffer, end to end; `offset` is a
 byte position in it. H is xxh3-64 of the first 28 bytes; the head check is its low 32 bits, so that a corrupt length is
-noticed before it is believed. The checksum is xxh3-64 of the payload with seed H. Receipts count the chunks of their
-own connection, from 0; their check is the low 32 bits of xxh3-64 of magic and number.
+noticed before it is believed. The checksum is xxh3-64 of the payload with seed H; it comes last, so that either end
+makes it while it has the bytes at hand to copy them. Receipts count the chunks of their own connection, from 0; their
+check is the low 32 bits of xxh3-64 of magic and number.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ from sglang_prfaas.errors import ChecksumError, ProtocolError
 
 PREFACE = struct.Struct(">4sHH16s")
 CHUNK_HEAD = struct.Struct(">4sHHQQI")
-CHUNK_CHECKS = struct.Struct(">IQ")
+HEAD_CHECK = struct.Struct(">I")
+TRAILER = struct.Struct(">Q")
 RECEIPT = struct.Struct(">4sIQ")
-HEADER_BYTES = CHUNK_HEAD.size + CHUNK_CHECKS.size
+HEADER_BYTES = CHUNK_HEAD.size + HEAD_CHECK.size
+TRAILER_BYTES = TRAILER.size
 PREFACE_MAGIC = b"PFD1"
 CHUNK_MAGIC = b"PFC1"
 ENCODED_MAGIC = b"PFE1"
 RENEWAL = b"PFN1".ljust(HEADER_BYTES, b"\0")
 ACK_MAGIC = b"PFA1"
 AGAIN_MAGIC = b"PFX1"
-DATA_VERSION = 2
+DATA_VERSION = 3
 MAX_CHUNK_BYTES = 64 << 20
 
 Payload = memoryview | bytes
@@ -69,19 +72,17 @@ class ChunkHeader(Struct, frozen=True):
     buffer: int
     offset: int
     length: int
-    checksum: int = 0
     items: int = 0
     """Encoded items; 0 where the bytes are sent as they are."""
 
 
-def pack_header(header: ChunkHeader, *payload: Payload) -> bytes:
-    """The chunk's header, with the checksum of `payload`, end to end. The checksum in `header` is not looked at."""
+def pack_header(header: ChunkHeader) -> bytes:
+    """The `HEADER_BYTES` bytes before a chunk's payload."""
     magic, offset = CHUNK_MAGIC, header.offset
     if header.items:
         magic, offset = ENCODED_MAGIC, offset << 32 | header.items
     head = CHUNK_HEAD.pack(magic, header.component, header.buffer, header.transfer_id, offset, header.length)
-    seed: int = xxhash.xxh3_64_intdigest(head)
-    return head + CHUNK_CHECKS.pack(seed & 0xFFFFFFFF, _digest(seed, payload))
+    return head + HEAD_CHECK.pack(_seed(head) & 0xFFFFFFFF)
 
 
 def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> ChunkHeader:
@@ -90,46 +91,52 @@ def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYT
     magic, component, buffer, transfer_id, offset, length = CHUNK_HEAD.unpack_from(data)
     if magic not in (CHUNK_MAGIC, ENCODED_MAGIC):
         raise ChecksumError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r} or {ENCODED_MAGIC!r}")
-    head_check, checksum = CHUNK_CHECKS.unpack_from(data, CHUNK_HEAD.size)
-    actual = _seed(data) & 0xFFFFFFFF
+    (head_check,) = HEAD_CHECK.unpack_from(data, CHUNK_HEAD.size)
+    actual = _seed(data[: CHUNK_HEAD.size]) & 0xFFFFFFFF
     if actual != head_check:
         raise ChecksumError(f"chunk header is corrupt: checksum {actual:08x}, expected {head_check:08x}")
     if not 0 < length <= max_chunk_bytes:
         raise ProtocolError(f"chunk of {length} bytes, expected 1 to {max_chunk_bytes}")
     if magic == CHUNK_MAGIC:
-        return ChunkHeader(transfer_id, component, buffer, offset, length, checksum)
+        return ChunkHeader(transfer_id, component, buffer, offset, length)
     first_item, items = offset >> 32, offset & 0xFFFFFFFF
     if not items:
         raise ProtocolError("encoded chunk of no items")
-    return ChunkHeader(transfer_id, component, buffer, first_item, length, checksum, items)
+    return ChunkHeader(transfer_id, component, buffer, first_item, length, items)
 
 
 class PayloadCheck:
-    """The checksum of a chunk's payload, taken as it comes: that is when it lies in the processor's cache."""
+    """The checksum of a chunk's payload, taken piece by piece: while that lies in the processor's cache."""
 
-    __slots__ = ("_digest", "_length", "_seed", "_state")
+    __slots__ = ("_state",)
 
-    def __init__(self, raw_header: bytes | memoryview, length: int) -> None:
-        self._seed = _seed(raw_header)
-        self._length = length
-        self._state: xxhash.xxh3_64 | None = None
-        self._digest = -1
+    def __init__(self, header: bytes | memoryview) -> None:
+        """header: its `HEADER_BYTES` bytes."""
+        self._state = xxhash.xxh3_64(seed=_seed(header[: CHUNK_HEAD.size]))
 
     def update(self, parts: Sequence[Payload]) -> None:
         """Take the next bytes, end to end."""
-        if self._state is None:
-            if len(parts) == 1 and len(parts[0]) == self._length:
-                self._digest = xxhash.xxh3_64_intdigest(parts[0], seed=self._seed)
-                return
-            self._state = xxhash.xxh3_64(seed=self._seed)
         take = self._state.update
         for part in parts:
             take(part)
 
-    def holds(self, header: ChunkHeader) -> bool:
+    def trailer(self, *, spoilt: bool = False) -> bytes:
+        """The `TRAILER_BYTES` bytes after the payload; `spoilt`: such that the peer asks for the chunk again."""
+        digest: int = self._state.intdigest()
+        return TRAILER.pack(digest ^ 1 if spoilt else digest)
+
+    def holds(self, trailer: bytes | memoryview) -> bool:
         """Whether all of them were right."""
-        digest: int = self._digest if self._state is None else self._state.intdigest()
-        return digest == header.checksum
+        expected: int = TRAILER.unpack(trailer)[0]
+        return expected == self._state.intdigest()
+
+
+def pack_chunk(header: ChunkHeader, *payload: Payload) -> bytes:
+    """A whole chunk."""
+    head = pack_header(header)
+    check = PayloadCheck(head)
+    check.update(payload)
+    return b"".join((head, *payload, check.trailer()))
 
 
 class Receipt(Struct, frozen=True):
@@ -170,18 +177,6 @@ def _receipt_check(magic: bytes, number: int) -> int:
     return result
 
 
-def _digest(seed: int, payload: tuple[Payload, ...]) -> int:
-    if len(payload) == 1:
-        whole: int = xxhash.xxh3_64_intdigest(payload[0], seed=seed)
-        return whole
-    state = xxhash.xxh3_64(seed=seed)
-    take = state.update
-    for part in payload:
-        take(part)
-    result: int = state.intdigest()
-    return result
-
-
-def _seed(raw_header: bytes | memoryview) -> int:
-    result: int = xxhash.xxh3_64_intdigest(raw_header[: CHUNK_HEAD.size])
+def _seed(head: bytes | memoryview) -> int:
+    result: int = xxhash.xxh3_64_intdigest(head)
     return result

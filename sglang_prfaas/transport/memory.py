@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,17 +67,32 @@ class HostBuffer:
         if count > MAX_VIEWS or length < MIN_VIEW_BYTES * count:
             return []
         rows = indices[item - first_item : last - first_item + 1].tolist()
-        low = rows[0] * size + start
-        high = rows[0] * size + min(size, start + length)
+        memory = self._bytes
+        if count == 1:
+            low = rows[0] * size + start
+            return [memory[low : low + length]]
+        found = [memory[row * size : row * size + size] for row in rows]
+        if start:
+            found[0] = found[0][start:]
+        if rest := (last + 1) * size - (offset + length):
+            found[-1] = found[-1][:-rest]
+        if any(row + 1 == after for row, after in pairwise(rows)):
+            return self._joined(rows, found)
+        return found
+
+    def _joined(self, rows: list[int], views: list[memoryview]) -> list[memoryview]:
+        """The same with one view for items that lie next to each other."""
+        size, memory = self.item_bytes, self._bytes
         found: list[memoryview] = []
-        for row in rows[1:]:
-            begin = row * size
-            if begin != high:
-                found.append(self._bytes[low:high])
-                low = begin
-            high = begin + size
-        high -= (last + 1) * size - (offset + length) if count > 1 else 0
-        found.append(self._bytes[low:high])
+        high = -1
+        for row, view in zip(rows, views, strict=True):
+            if row * size == high:
+                low = high - len(found[-1])
+                found[-1] = memory[low : high + len(view)]
+                high += len(view)
+            else:
+                found.append(view)
+                high = (row + 1) * size
         return found
 
     @property

@@ -147,45 +147,34 @@ class DataReceiver:
             session.codec,
         )
         ahead = memoryview(bytearray(AHEAD_BYTES))
+        receive = connection.receive
         unsent = b""
         may_wait = False
         try:
             while True:
                 if may_wait:
-                    wanted, count = len(ahead), connection.receive([ahead], wait=True)
+                    count = receive([ahead], wait=True)
+                    short = count is None or count < len(ahead)
+                    if count:
+                        lane.take(ahead[:count])
                 else:
-                    wanted, count = self._receive_in_place(lane, connection)
+                    count, short = lane.fill(receive), lane.short
                 if count == 0:
                     end = "closed" if lane.between_chunks else "closed in the middle of a chunk"
                     raise PeerGoneError(f"data connection {end}")
                 if count is not None:
                     session.health.heard(self._clock.now_s())
-                    if may_wait:
-                        lane.take(ahead[:count])
-                    else:
-                        lane.advance(count)
-                unsent += lane.answers(idle=count is None or count < wanted or lane.renewed)
+                unsent += lane.answers(idle=short or lane.renewed)
                 if unsent:
                     unsent = unsent[connection.send([memoryview(unsent)]) :]
                     connection.flush()
                 if lane.renewed:
                     return
                 may_wait = False
-                if count is None or (count < wanted and not connection.tls):
+                if count is None or (short and not connection.tls):
                     connection.want(min(lane.wanted_bytes, LOW_WATER_BYTES))
                     may_wait = lane.between_chunks and not connection.tls  # nothing is pinned then
                     if not may_wait:
                         connection.wait(write=False)
         finally:
             lane.lost()
-
-    @staticmethod
-    def _receive_in_place(lane: ReceiveLane, connection: Connection) -> tuple[int, int | None]:
-        """Receive what has come to where it belongs. Returns how many bytes there was room for, and how many came: None
-        for none, 0 at the end."""
-        views, room_bytes, count = lane.begin(), lane.room_bytes, None
-        try:
-            count = connection.receive(views)
-        finally:
-            lane.end(count or 0)
-        return room_bytes, count

@@ -8,7 +8,15 @@ import numpy as np
 
 from sglang_prfaas.transport.codec.base import Codec
 from sglang_prfaas.transport.codec.session import Place, SessionCodec
-from sglang_prfaas.transport.framing import HEADER_BYTES, RENEWAL, ChunkHeader, PayloadCheck, Receipt, unpack_header
+from sglang_prfaas.transport.framing import (
+    HEADER_BYTES,
+    RENEWAL,
+    TRAILER_BYTES,
+    ChunkHeader,
+    PayloadCheck,
+    Receipt,
+    unpack_header,
+)
 from sglang_prfaas.transport.incoming_transfer import Claim, IncomingTransfer
 from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
 from sglang_prfaas.transport.views import cut, split
@@ -19,6 +27,10 @@ ACK_BYTES = 8 << 20
 
 MAX_PIECE_BYTES = 512 << 10
 """Received in one call, and checked before the next: so much stays in a core's cache."""
+
+
+Receive = Callable[[list[memoryview]], int | None]
+"""Fills views from the front, and waits for nothing. Returns how many bytes came, 0 at the end, None for none yet."""
 
 
 class Placement:
@@ -32,8 +44,8 @@ class Placement:
 class ReceiveLane:
     """Chunks of one data connection, received straight into their pages where that is possible.
 
-    Receive into what `begin` returns, without waiting; then `end` and `advance` with how many bytes came. `find`
-    returns the request of a transfer id, or None; `complete` is called with a transfer whose last byte is in place."""
+    `fill` it again and again. `find` returns the request of a transfer id, or None; `complete` is called with a
+    transfer whose last byte is in place."""
 
     def __init__(
         self,
@@ -48,8 +60,10 @@ class ReceiveLane:
         self._find = find
         self._complete = complete
         self._codec = codec or SessionCodec()
-        self._head = memoryview(bytearray(HEADER_BYTES))
-        self._head_bytes = 0
+        self._frame = memoryview(bytearray(TRAILER_BYTES + HEADER_BYTES))
+        """The trailer of a chunk, and the header of the next."""
+        self._framed = TRAILER_BYTES
+        """Bytes of it that are there, or that do not come: before the first chunk there is no trailer."""
         self._raw = b""
         self._header: ChunkHeader | None = None
         self._place_of: Place | None = None
@@ -58,13 +72,9 @@ class ReceiveLane:
         self._revoked = False
         self._check: PayloadCheck | None = None
         """None where the chunk is drained."""
-        self._pieces: list[list[memoryview]] = []
-        """Where the rest of the payload goes, in reverse: each is received in one call."""
-        self._piece_bytes = 0
-        """Of the piece that is next."""
+        self._pieces: list[tuple[list[memoryview], int]] = []
+        """Where the rest of the payload goes, and how many bytes, in reverse: each is received in one call."""
         self._missing_bytes = 0
-        self._taken = 0
-        """Bytes of the payload that came last."""
         self._staged = False
         self._scratch: Bytes | None = None
         self._decoded: Bytes | None = None
@@ -72,95 +82,104 @@ class ReceiveLane:
         self._acknowledged = 0
         self._since_ack_bytes = 0
         self._answers = bytearray()
+        self.short = False
+        """Whether less came last than there was room for."""
         self.renewed = False
         """Whether prefill wants the connection made anew."""
 
     # --- input ----------------------------------------------------------------------------------------------------
 
-    def begin(self) -> list[memoryview]:
-        """Where the next bytes go: the rest of a chunk and the header after it, or a part of it."""
+    def fill(self, receive: Receive) -> int | None:
+        """Receive until less comes than there is room for, or a chunk has ended or begun. Returns how many bytes came;
+        else what `receive` returned. Raises as it does; ChecksumError where the connection cannot be made sense of any
+        more, ProtocolError for a chunk that must not be."""
         claim = self._claim
         if claim is not None and not claim.pin():
             self._revoked = claim.revoked
-            self._claim = None
+            claim = self._claim = None
             self._drain()
-        if len(self._pieces) > 1:
-            return self._pieces[-1]
-        return [*(self._pieces[0] if self._pieces else ()), self._head[self._head_bytes :]]
+        try:
+            count = self._fill(receive)
+        finally:
+            if claim is not None:
+                claim.unpin()
+        if self._header is not None and self._framed >= TRAILER_BYTES:
+            self._finish()
+        if self._framed == len(self._frame):
+            self._begin_chunk()
+        return count
 
-    def end(self, count: int) -> None:
-        """So many bytes came; no more is written to what `begin` returned."""
-        self._take(min(count, self._missing_bytes))
-        if self._claim is not None:
-            self._claim.unpin()
+    def _fill(self, receive: Receive) -> int | None:
+        pieces, check, total = self._pieces, self._check, 0
+        self.short = False
+        while len(pieces) > 1:
+            views, nbytes = pieces[-1]
+            count = receive(views)
+            if count != nbytes:
+                return self._came_short(views, nbytes, count, total)
+            pieces.pop()
+            self._missing_bytes -= nbytes
+            total += nbytes
+            if check is not None:
+                check.update(views)
+        views, nbytes = pieces[0] if pieces else ([], 0)
+        count = receive([*views, self._frame[self._framed :]])
+        if count is None or count < nbytes or not count:
+            return self._came_short(views, nbytes, count, total)
+        if pieces:
+            pieces.clear()
+            self._missing_bytes = 0
+            if check is not None:
+                check.update(views)
+        self._framed += count - nbytes
+        self.short = self._framed < len(self._frame)
+        return total + count
+
+    def _came_short(self, views: list[memoryview], nbytes: int, count: int | None, before: int) -> int | None:
+        """Of a piece less came than it has."""
+        self.short = True
+        if not count:
+            return before or count
+        came, rest = split(views, count)
+        self._pieces[-1] = rest, nbytes - count
+        self._missing_bytes -= count
+        if self._check is not None:
+            self._check.update(came)
+        return before + count
 
     def take(self, data: memoryview) -> None:
-        """Bytes that came already. Raises as `advance`."""
-        while data:
-            if self._header is None and not self._head_bytes and len(data) >= HEADER_BYTES:
-                self._head[:] = data[:HEADER_BYTES]
-                data = data[HEADER_BYTES:]
-                self._begin_chunk()
-                continue
-            count = 0
-            for view in self.begin():
-                part = data[count : count + len(view)]
-                view[: len(part)] = part
-                count += len(part)
-            self.end(count)
-            data = data[count:]
-            self.advance(count)
+        """Bytes that came already. Raises as `fill`."""
 
-    @property
-    def room_bytes(self) -> int:
-        """Of what `begin` returns."""
-        if len(self._pieces) > 1:
-            return self._piece_bytes
-        return self._missing_bytes + HEADER_BYTES - self._head_bytes
+        def receive(views: list[memoryview]) -> int:
+            nonlocal data
+            count = 0
+            for view in views:
+                part = data[: len(view)]
+                view[: len(part)] = part
+                data = data[len(part) :]
+                count += len(part)
+            return count
+
+        while data:
+            self.fill(receive)
 
     @property
     def wanted_bytes(self) -> int:
         """So many bytes at least are still to come before anything can be done with them."""
-        return self._missing_bytes or 1
+        return self._missing_bytes + TRAILER_BYTES - self._framed if self._header is not None else 1
 
     @property
     def between_chunks(self) -> bool:
         """Whether no chunk has begun that has not ended."""
-        return self._header is None and self._head_bytes == 0
-
-    def advance(self, count: int) -> None:
-        """So many bytes came. Raises ChecksumError where the connection cannot be made sense of any more,
-        ProtocolError for a chunk that must not be."""
-        if self._header is not None:
-            if self._missing_bytes:
-                return
-            count -= self._taken
-            self._finish()
-        self._head_bytes += count
-        if self._head_bytes == HEADER_BYTES:
-            self._begin_chunk()
-
-    def _take(self, count: int) -> None:
-        """So many bytes of the payload came."""
-        self._taken = count
-        self._missing_bytes -= count
-        if not count:
-            return
-        if count == self._piece_bytes:
-            came = self._pieces.pop()
-            self._piece_bytes = sum(map(len, self._pieces[-1])) if self._pieces else 0
-        else:
-            self._piece_bytes -= count
-            came, self._pieces[-1] = split(self._pieces[-1], count)
-        if self._check is not None:
-            self._check.update(came)
+        return self._header is None and self._framed == TRAILER_BYTES
 
     def _begin_chunk(self) -> None:
-        self._raw = bytes(self._head)
-        self._head_bytes = 0
+        self._raw = bytes(self._frame[TRAILER_BYTES:])
         if self._raw == RENEWAL:
+            self._framed = TRAILER_BYTES
             self.renewed = True
             return
+        self._framed = 0
         header = self._header = unpack_header(self._raw, self._chunk_bytes)
         self._missing_bytes = header.length
         self._revoked = False
@@ -181,7 +200,7 @@ class ReceiveLane:
             views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
         self._staged = not views
         self._expect(views or [self._scratch_memory()[: header.length].data])
-        self._check = PayloadCheck(self._raw, header.length)
+        self._check = PayloadCheck(self._raw)
 
     def _drain(self) -> None:
         """The rest of the chunk is not wanted."""
@@ -192,7 +211,6 @@ class ReceiveLane:
         """The rest of the chunk goes there."""
         self._pieces = cut(views, MAX_PIECE_BYTES)
         self._pieces.reverse()
-        self._piece_bytes = sum(map(len, self._pieces[-1])) if self._pieces else 0
 
     def _scratch_memory(self) -> Bytes:
         if self._scratch is None:
@@ -206,9 +224,10 @@ class ReceiveLane:
         check, self._check = self._check, None
         self._header = self._claim = self._item = None
         good = not self._revoked
-        if claim is not None and item is not None and check is not None:
+        right = check is not None and check.holds(self._frame[:TRAILER_BYTES])
+        if claim is not None and item is not None:
             transfer = claim.transfer
-            good = check.holds(header) and (not self._staged or self._place(claim, item, header))
+            good = right and (not self._staged or self._place(claim, item, header))
             with transfer.lock:
                 good = good and not claim.revoked
                 if good:

@@ -295,16 +295,7 @@ class DataSender:
 
 def _push(connection: Connection, lane: SendLane) -> bool:
     """Send what the socket takes of a batch. Returns whether all of it has left. Raises PeerGoneError."""
-    while not lane.empty:
-        views = lane.begin(lend=connection.lends)
-        try:
-            sent = connection.lend(views) if lane.lending else connection.send(views, more=lane.more)
-        finally:
-            lane.end()
-        if not sent:
-            return False
-        lane.advance(sent)
-    return connection.flush()
+    return lane.push(connection) and connection.flush()
 
 
 def _note_sent(tasks: list[Task]) -> None:

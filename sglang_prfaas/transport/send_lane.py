@@ -5,32 +5,57 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from sglang_prfaas.transport.codec.session import SessionCodec
-from sglang_prfaas.transport.framing import ChunkHeader, pack_header
+from sglang_prfaas.transport.framing import (
+    HEADER_BYTES,
+    TRAILER_BYTES,
+    ChunkHeader,
+    PayloadCheck,
+    pack_chunk,
+    pack_header,
+)
 from sglang_prfaas.transport.memory import Bytes, RankMemory, TorchBuffer
 from sglang_prfaas.transport.outbox import Task
 from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
-from sglang_prfaas.transport.views import split
+from sglang_prfaas.transport.views import cut, split
 
 logger = logging.getLogger(__name__)
 
 MAX_PARTS = 512
 """Separate pieces of memory in one call; the kernel takes 1024."""
+PIECE_BYTES = 512 << 10
+"""Summed up and handed over at a time: so much stays in a core's cache in between."""
+SLACK_BYTES = 4 << 10
+"""Headers and trailers that may go with a piece."""
 MIN_LENT_BYTES = 64 << 10
 """Chunks below this are copied: that costs less than the calls for handing their pages over."""
+
+
+class Sink(Protocol):
+    """Takes bytes and never waits: a connection."""
+
+    lends: bool
+    """Whether it has `lend`."""
+
+    def send(self, views: list[memoryview], *, more: bool = False) -> int:
+        """Take bytes; returns how many, 0 where it would have to wait."""
+
+    def lend(self, views: list[memoryview]) -> int:
+        """As `send`, without a copy: they are read until the peer has them."""
 
 
 class SendLane:
     """A batch of chunks on its way, straight from the pages where they can be sent from there.
 
-    Add chunks, then send what `begin` returns, report it with `advance`, and end with `end`, until `begin` returns
-    nothing. Should a transfer end in the meantime, zeros take the place of its bytes: the peer knows already, or finds
-    the checksum wrong. Where items moved after their checksum was made, and something else was written to their old
-    slots before they left, the peer finds it wrong too, and the chunk is sent again from the new ones."""
+    Add chunks, then `push` until that returns True. A chunk's checksum is made piece by piece, as it leaves. Should a
+    transfer end in the meantime, zeros take the place of its bytes: the peer knows already, or finds the checksum
+    wrong. Where items moved, and something else may have been written to their old slots before they left, the
+    checksum is made wrong, and the chunk is sent again from the new ones."""
 
     def __init__(
         self,
@@ -51,8 +76,6 @@ class SendLane:
         self._parts = 0
         """Pieces of memory that the batch was made of."""
         self._pinned: list[OutgoingTransfer] = []
-        self.lending = False
-        """Whether what `begin` returned last may be lent to the kernel."""
         self.batch_bytes = 0
         """Payload of the batch."""
 
@@ -79,35 +102,42 @@ class SendLane:
                 return False
             try:
                 plain = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
-                moves = -1
-                while moves != transfer.moves:  # what a move left may be written over while it is read
+                while True:  # what a move left may be written over while it is read
                     moves = transfer.moves
-                    encoded = self._encoded(task, plain)
-                    if encoded is not None:
-                        (header, views), owner = encoded, None
-                    else:
-                        header = plain
-                        views, owner = self._payload(task)
-                    head = pack_header(header, *views)
-                if copy:
-                    head, views = b"".join((head, *views)), []
+                    header, views, owner = self._encoded(task, plain) or (plain, *self._payload(task))
+                    if copy:
+                        views, owner = [memoryview(b"".join(views))], None
+                    if owner is not None or moves == transfer.moves:
+                        break
             finally:
                 transfer.unpin()
         except Exception as error:
             logger.exception("prfaas: a chunk of room %d could not be read", transfer.room)
             self._failed(transfer, f"prefill could not read a chunk: {error}")
             return False
-        self._runs.append(_Run([memoryview(head)], None, lendable=False))
-        if views:
-            lendable = owner is not None and span.length >= MIN_LENT_BYTES
-            self._runs.append(_Run(views, owner, lendable=lendable))
-        self._parts += 1 + len(views)
+        self._put(header, views, owner, moves)
         self.batch_bytes += header.length
         task.wire_bytes = header.length
         return True
 
-    def _encoded(self, task: Task, header: ChunkHeader) -> tuple[ChunkHeader, list[memoryview]] | None:
-        """A chunk's items encoded, with the header that says so; None where its bytes are sent as they are."""
+    def _put(self, header: ChunkHeader, views: list[memoryview], owner: OutgoingTransfer | None, moves: int) -> None:
+        runs = self._runs
+        if owner is None and header.length < MIN_LENT_BYTES:
+            chunk = pack_chunk(header, *views)
+            runs.append(_Run([memoryview(chunk)], len(chunk)))
+            self._parts += 1
+            return
+        head = pack_header(header)
+        total = _Sum(PayloadCheck(head), owner, moves)
+        lendable = owner is not None and header.length >= MIN_LENT_BYTES
+        runs.append(_Run([memoryview(head)], HEADER_BYTES))
+        runs.extend(_Run(piece, nbytes, total, lendable=lendable) for piece, nbytes in cut(views, PIECE_BYTES))
+        runs.append(_Run([], TRAILER_BYTES, total))
+        self._parts += 2 + len(views)
+
+    def _encoded(self, task: Task, header: ChunkHeader) -> tuple[ChunkHeader, list[memoryview], None] | None:
+        """A chunk's items encoded, with the header that says so, as `_payload`; None where its bytes are sent as they
+        are."""
         span = task.span
         codec = self._codec.of(span.component, span.buffer)
         if codec is None or span.offset % codec.item_bytes or span.length % codec.item_bytes:
@@ -125,7 +155,8 @@ class SendLane:
         if payload is None:
             return None
         first_item, items = span.offset // codec.item_bytes, span.length // codec.item_bytes
-        return msgspec.structs.replace(header, offset=first_item, items=items, length=len(payload)), [payload.data]
+        encoded = msgspec.structs.replace(header, offset=first_item, items=items, length=len(payload))
+        return encoded, [payload.data], None
 
     def _payload(self, task: Task) -> tuple[list[memoryview], OutgoingTransfer | None]:
         """A chunk's bytes, and the transfer whose pages they lie in: None for a copy."""
@@ -146,42 +177,58 @@ class SendLane:
         """Whether all of the batch has left."""
         return not self._runs
 
-    @property
-    def more(self) -> bool:
-        """Whether the batch has more than `begin` returned."""
-        return self._begun < len(self._runs)
+    def push(self, sink: Sink) -> bool:
+        """Hand over what the sink takes now. Returns whether all of the batch has left. Raises as the sink does."""
+        try:
+            while self._runs:
+                views, lendable, more = self._next(lend=sink.lends)
+                sent = sink.lend(views) if lendable else sink.send(views, more=more)
+                if not sent:
+                    return False
+                self._advance(sent)
+            return True
+        finally:
+            for owner in self._pinned:
+                owner.unpin()
+            self._pinned.clear()
 
-    _begun = 0
-    """Runs that `begin` returned."""
-
-    def begin(self, *, lend: bool = False) -> list[memoryview]:
-        """What is to be sent now, without waiting for anything; `end` must follow. With `lend`, all of it may be lent,
-        or none of it: see `lending`."""
+    def _next(self, *, lend: bool) -> tuple[list[memoryview], bool, bool]:
+        """What is to leave next, whether it may be lent, and whether there is more after it."""
         found: list[memoryview] = []
-        self._begun = 0
-        self.lending = lend and bool(self._runs) and self._runs[0].lendable
+        room_bytes = PIECE_BYTES + SLACK_BYTES
+        lent = lend and self._runs[0].lendable
         for run in self._runs:
-            if found and (len(found) + len(run.views) > MAX_PARTS or (lend and run.lendable is not self.lending)):
-                break
-            if run.owner is not None and run.owner not in self._pinned:
-                if run.owner.pin():
-                    self._pinned.append(run.owner)
-                else:
-                    run.blank()
-                    if self.lending and found:
-                        break
-                    self.lending = False
+            if found:
+                full = run.nbytes > room_bytes or len(found) + len(run.views) > MAX_PARTS
+                if full or (lend and run.lendable is not lent):
+                    return found, lent, True
+            if run.total is not None and not self._ready(run, run.total):
+                if found and lent:
+                    return found, True, True
+                lent = False
             found += run.views
-            self._begun += 1
-        return found
+            room_bytes -= run.nbytes
+        return found, lent, False
 
-    def end(self) -> None:
-        """What `begin` returned is not looked at any more."""
-        for owner in self._pinned:
-            owner.unpin()
-        self._pinned.clear()
+    def _ready(self, run: _Run, total: _Sum) -> bool:
+        """Make sure that a run's bytes can be read until `push` returns, and are part of the checksum. Returns False
+        where they cannot: its transfer has ended, and zeros take their place."""
+        owner = total.owner
+        if owner is not None and run.views and owner not in self._pinned:
+            if not owner.pin():
+                total.spoilt = True
+                run.blank()
+                return False
+            self._pinned.append(owner)
+        if not run.summed:
+            run.summed = True
+            if run.views:
+                total.check.update(run.views)
+            else:
+                run.views = [memoryview(total.trailer())]
+        return True
 
-    def advance(self, sent: int) -> None:
+    def _advance(self, sent: int) -> None:
         """So many bytes have left."""
         runs = self._runs
         while runs and sent >= runs[0].nbytes:
@@ -190,18 +237,40 @@ class SendLane:
             runs[0].drop(sent)
 
 
-class _Run:
-    """Bytes of a batch that belong together."""
+class _Sum:
+    """The checksum of a chunk that is being sent."""
 
-    __slots__ = ("lendable", "nbytes", "owner", "views")
+    __slots__ = ("check", "moves", "owner", "spoilt")
 
-    def __init__(self, views: list[memoryview], owner: OutgoingTransfer | None, *, lendable: bool) -> None:
-        """owner: the transfer whose pages they lie in; None for bytes of the lane's own. lendable: whether they stay as
-        they are until the peer has them, unless the transfer ends."""
-        self.views = views
+    def __init__(self, check: PayloadCheck, owner: OutgoingTransfer | None, moves: int) -> None:
+        """owner: the transfer whose pages the chunk lies in, None for a copy; moves: how often its items had moved when
+        the chunk was looked up."""
+        self.check = check
         self.owner = owner
+        self.moves = moves
+        self.spoilt = False
+
+    def trailer(self) -> bytes:
+        """What comes after the payload, all of which has been taken."""
+        moved = self.owner is not None and self.owner.moves != self.moves
+        return self.check.trailer(spoilt=self.spoilt or moved)
+
+
+class _Run:
+    """Bytes of a batch that belong together: at most a piece of a chunk."""
+
+    __slots__ = ("lendable", "nbytes", "summed", "total", "views")
+
+    def __init__(
+        self, views: list[memoryview], nbytes: int, total: _Sum | None = None, *, lendable: bool = False
+    ) -> None:
+        """views: none for the trailer of the chunk with the checksum `total`; total: None where these bytes are not
+        part of one. lendable: whether they stay as they are until the peer has them, unless the transfer ends."""
+        self.views = views
+        self.nbytes = nbytes
+        self.total = total
         self.lendable = lendable
-        self.nbytes = sum(map(len, views))
+        self.summed = False
 
     def drop(self, sent: int) -> None:
         """Fewer than all of its bytes have left."""
@@ -209,6 +278,6 @@ class _Run:
         self.views = split(self.views, sent)[1]
 
     def blank(self) -> None:
-        """Its transfer has ended: zeros from here on."""
+        """Zeros from here on."""
         self.views = [memoryview(bytes(self.nbytes))]
-        self.owner, self.lendable = None, False
+        self.total, self.lendable = None, False

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 
-def cut(views: list[memoryview], nbytes: int) -> list[list[memoryview]]:
-    """Pieces of `nbytes` each at most, in order; a view is cut only where it is longer than a piece."""
-    pieces: list[list[memoryview]] = []
-    room = 0
+def cut(views: list[memoryview], nbytes: int) -> list[tuple[list[memoryview], int]]:
+    """Pieces of `nbytes` each at most, in order, with their lengths; a view is cut only where it is longer than a
+    piece."""
+    pieces: list[tuple[list[memoryview], int]] = []
+    piece: list[memoryview] = []
+    length = 0
     for view in views:
-        if pieces and len(view) <= room:
-            pieces[-1].append(view)
-            room -= len(view)
-            continue
-        for at in range(0, len(view), nbytes):
-            part = view[at : at + nbytes]
-            pieces.append([part])
-            room = nbytes - len(part)
+        size = len(view)
+        if length + size > nbytes:
+            if length:
+                pieces.append((piece, length))
+            while size > nbytes:
+                pieces.append(([view[:nbytes]], nbytes))
+                view = view[nbytes:]
+                size -= nbytes
+            piece, length = [], 0
+        piece.append(view)
+        length += size
+    if length:
+        pieces.append((piece, length))
     return pieces
 
 

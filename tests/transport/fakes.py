@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 
 from sglang_prfaas.transport.addresses import endpoint
-from sglang_prfaas.transport.framing import PREFACE, ChunkHeader, Preface, pack_header
+from sglang_prfaas.transport.framing import PREFACE, ChunkHeader, Preface, pack_chunk
 from sglang_prfaas.transport.layout import Layout
 from sglang_prfaas.transport.mailbox import seal, unseal
 from sglang_prfaas.transport.messages import (
@@ -29,7 +29,7 @@ TOKEN = b"0123456789abcdef"
 
 
 def chunk(transfer_id: int, component: int, buffer: int, offset: int, payload: bytes) -> bytes:
-    return pack_header(ChunkHeader(transfer_id, component, buffer, offset, len(payload)), payload) + payload
+    return pack_chunk(ChunkHeader(transfer_id, component, buffer, offset, len(payload)), payload)
 
 
 def reset(sock: socket.socket) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.codec.session import SessionCodec
-from sglang_prfaas.transport.framing import ChunkHeader, Receipt, pack_header
+from sglang_prfaas.transport.framing import ChunkHeader, Receipt, pack_chunk
 from sglang_prfaas.transport.layout import Component, Layout
 from sglang_prfaas.transport.memory import RankMemory, TorchBuffer
 from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello, Welcome
@@ -209,7 +209,7 @@ def encoded(codec: SessionCodec, transfer_id: int, items: int = 2) -> tuple[Chun
 
 
 def on_wire(header: ChunkHeader, payload: bytes) -> bytes:
-    return pack_header(header, payload) + payload
+    return pack_chunk(header, payload)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.transport.framing import HEADER_BYTES, Preface, Receipt, unpack_header
+from sglang_prfaas.transport.framing import HEADER_BYTES, TRAILER_BYTES, Preface, Receipt, unpack_header
 from sglang_prfaas.transport.layout import Component
 from sglang_prfaas.transport.messages import Done, Expect, Welcome
 from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
@@ -126,7 +126,7 @@ def test_a_peer_that_does_not_read_holds_nobody_up() -> None:
         seen = set()
         while len(seen) < COUNT:
             header = unpack_header(read_exactly(data, HEADER_BYTES))
-            payload = read_exactly(data, header.length)
+            payload = read_exactly(data, header.length + TRAILER_BYTES)
             for at in range(0, header.length, PAGE_BYTES):
                 page = (header.offset + at) // PAGE_BYTES
                 assert payload[at : at + PAGE_BYTES] == memory.arrays[0][0][order[page]].tobytes()

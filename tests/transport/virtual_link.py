@@ -47,6 +47,23 @@ class Link(Struct, frozen=True):
     """From when until when nothing passes, and every connection is lost."""
 
 
+class Segment:
+    """Takes the next bytes of a lane, so many at most."""
+
+    lends = False
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def send(self, views: list[memoryview], *, more: bool = False) -> int:
+        taken = b"".join(views)[: SEGMENT_BYTES - len(self.data)]
+        self.data += taken
+        return len(taken)
+
+    def lend(self, views: list[memoryview]) -> int:
+        raise AssertionError("not offered")
+
+
 class Wire:
     """One data connection, from one dial to the next."""
 
@@ -191,21 +208,19 @@ class Session:
 
     def _segment(self, wire: Wire) -> bool:
         """Put the next bytes of a connection on their way. Returns False where there are none."""
-        views = wire.sending.begin()
-        wire.sending.end()
-        if not views:
+        segment = Segment()
+        wire.sending.push(segment)
+        if not segment.data:
             self._end_batch(wire)
             while not wire.sending.full and (task := self.outbox.take(wire.lane)) is not None:
                 if wire.sending.add(task):
                     wire.batch.append(task)
                 else:
                     self.outbox.untake(wire.lane)
-            views = wire.sending.begin()
-            wire.sending.end()
-            if not views:
+            wire.sending.push(segment)
+            if not segment.data:
                 return False
-        data = b"".join(views)[:SEGMENT_BYTES]
-        wire.sending.advance(len(data))
+        data = bytes(segment.data)
         if self.rng.random() < self.link.corrupt_rate:
             at = self.rng.randrange(len(data))
             data = data[:at] + bytes([data[at] ^ (1 << self.rng.randrange(8))]) + data[at + 1 :]
@@ -231,7 +246,7 @@ class Session:
             return
         self.health["decode"].heard(self.clock.now_s())
         try:
-            self._feed(wire.receiving, data)
+            wire.receiving.take(memoryview(data))
         except ChecksumError:
             self._reset(wire)
             return
@@ -239,19 +254,6 @@ class Session:
         if answers:
             self._after(self.link.delay_s, lambda: self._answered(wire, answers))
         self._pump()
-
-    @staticmethod
-    def _feed(lane: ReceiveLane, data: bytes) -> None:
-        while data:
-            views = lane.begin()
-            count = 0
-            for view in views:
-                part = data[count : count + len(view)]
-                view[: len(part)] = part
-                count += len(part)
-            lane.end(count)
-            data = data[count:]
-            lane.advance(count)
 
     def _answered(self, wire: Wire, answers: bytes) -> None:
         if not wire.up:

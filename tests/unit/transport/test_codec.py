@@ -143,7 +143,7 @@ def test_where_an_encoded_chunk_belongs(name: str) -> None:
     first = codec.of(0, 0)
     assert first is not None
     header = ChunkHeader(7, 0, 0, 5, first.most_bytes(3), items=3)
-    place = codec.place(unpack_header(pack_header(header, b"x")), 1 << 20)
+    place = codec.place(unpack_header(pack_header(header)), 1 << 20)
     assert place.codec is first
     assert place.header == ChunkHeader(7, 0, 0, 5 * 2304, 3 * 2304)
     plain = ChunkHeader(7, 1, 0, 5, 9)
@@ -172,7 +172,7 @@ def test_encoded_chunks_that_cannot_be_are_refused(name: str) -> None:
 
 
 def test_no_items_are_refused() -> None:
-    head = pack_header(ChunkHeader(7, 0, 0, 1, 9, items=1 << 32), b"x")
+    head = pack_header(ChunkHeader(7, 0, 0, 1, 9, items=1 << 32))
     with pytest.raises(ProtocolError, match="no items"):
         unpack_header(head)
 

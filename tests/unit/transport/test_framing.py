@@ -12,9 +12,11 @@ from sglang_prfaas.transport.framing import (
     HEADER_BYTES,
     MAX_CHUNK_BYTES,
     PREFACE,
+    TRAILER_BYTES,
     ChunkHeader,
     PayloadCheck,
     Preface,
+    pack_chunk,
     pack_header,
     unpack_header,
     unpack_preface,
@@ -32,7 +34,7 @@ headers = st.builds(
 
 def chunk(header: ChunkHeader, payload: bytes) -> bytes:
     sized = ChunkHeader(header.transfer_id, header.component, header.buffer, header.offset, len(payload))
-    return pack_header(sized, payload) + payload
+    return pack_chunk(sized, payload)
 
 
 def parse(data: bytes, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> tuple[ChunkHeader, bytes]:
@@ -40,11 +42,14 @@ def parse(data: bytes, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> tuple[ChunkHea
     raw = data[:HEADER_BYTES]
     header = unpack_header(raw, max_chunk_bytes)
     payload = data[HEADER_BYTES : HEADER_BYTES + header.length]
-    check = PayloadCheck(raw, header.length)
+    trailer = data[HEADER_BYTES + header.length :]
+    if len(trailer) != TRAILER_BYTES:
+        raise ChecksumError("trailer")
+    check = PayloadCheck(raw)
     half = len(payload) // 2
     for part in (payload[:half], payload[half:]):
         check.update([part])
-    if not check.holds(header):
+    if not check.holds(trailer):
         raise ChecksumError("payload")
     return header, payload
 
@@ -100,7 +105,7 @@ def test_lengths_have_bounds() -> None:
     with pytest.raises(ProtocolError, match="101 bytes, expected 1 to 100"):
         unpack_header(raw, 100)
     with pytest.raises(ProtocolError, match="0 bytes"):
-        unpack_header(pack_header(ChunkHeader(7, 1, 2, 0, 0), b""))
+        unpack_header(pack_header(ChunkHeader(7, 1, 2, 0, 0)))
 
 
 def test_wrong_magic_and_checksum_messages_hold_both_values() -> None:
@@ -114,13 +119,22 @@ def test_wrong_magic_and_checksum_messages_hold_both_values() -> None:
 @pytest.mark.parametrize("payload", [b"pAyload", b"payloa", b"payloadd", b""])
 def test_another_payload_does_not_hold(payload: bytes) -> None:
     data = chunk(ChunkHeader(7, 1, 2, 4096, 0), b"payload")
-    check = PayloadCheck(data[:HEADER_BYTES], len(b"payload"))
+    check = PayloadCheck(data[:HEADER_BYTES])
     check.update([payload])
-    assert not check.holds(unpack_header(data[:HEADER_BYTES]))
+    assert not check.holds(data[-TRAILER_BYTES:])
+
+
+def test_a_spoilt_trailer_does_not_hold() -> None:
+    data = chunk(ChunkHeader(7, 1, 2, 4096, 0), b"payload")
+    check = PayloadCheck(data[:HEADER_BYTES])
+    check.update([b"pay", b"load"])
+    assert check.holds(check.trailer())
+    assert check.trailer() == data[-TRAILER_BYTES:]
+    assert not check.holds(check.trailer(spoilt=True))
 
 
 def test_sizes_are_those_of_the_document() -> None:
-    assert (PREFACE.size, CHUNK_HEAD.size, HEADER_BYTES) == (24, 28, 40)
+    assert (PREFACE.size, CHUNK_HEAD.size, HEADER_BYTES, TRAILER_BYTES) == (24, 28, 32, 8)
 
 
 @given(st.integers(0, 65535), st.binary(min_size=16, max_size=16))
@@ -132,7 +146,7 @@ def test_preface_of_another_protocol_or_version() -> None:
     good = Preface(1, b"t" * 16).pack()
     with pytest.raises(ProtocolError, match="begins with b'GET '"):
         unpack_preface(b"GET " + good[4:])
-    with pytest.raises(ProtocolError, match="version 1, expected 2"):
+    with pytest.raises(ProtocolError, match="version 1, expected 3"):
         unpack_preface(good[:4] + b"\x00\x01" + good[6:])
 
 
@@ -147,9 +161,10 @@ def test_chunks_split_anywhere_are_put_together(payloads: list[bytes], data: st.
         buffered += part
         while len(buffered) >= HEADER_BYTES:
             length = unpack_header(buffered[:HEADER_BYTES]).length
-            if len(buffered) < HEADER_BYTES + length:
+            size = HEADER_BYTES + length + TRAILER_BYTES
+            if len(buffered) < size:
                 break
-            got.append(parse(buffered)[1])
-            buffered = buffered[HEADER_BYTES + length :]
+            got.append(parse(buffered[:size])[1])
+            buffered = buffered[size:]
     assert got == payloads
     assert buffered == b""

@@ -22,7 +22,7 @@ from sglang_prfaas.transport.framing import (
     ChunkHeader,
     Receipt,
     ReceiptReader,
-    pack_header,
+    pack_chunk,
     unpack_preface,
 )
 from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
@@ -80,25 +80,28 @@ def some_chunk(rng: random.Random, of: IncomingTransfer) -> bytes:
     offset = rng.choice((0, length * rng.randrange(30), rng.randrange(130_000), (1 << 64) - length))
     transfer_id = rng.choice((of.transfer_id, of.transfer_id, of.transfer_id, 0, rng.getrandbits(63)))
     payload = b"\xff" * length
-    return pack_header(ChunkHeader(transfer_id, component, buffer, offset, length), payload) + payload
+    return pack_chunk(ChunkHeader(transfer_id, component, buffer, offset, length), payload)
 
 
 def feed(lane: ReceiveLane, data: bytes, rng: random.Random) -> None:
     """As a connection does: any number of bytes at a time. Raises PeerError."""
-    at = 0
-    while at < len(data) and not lane.renewed:
-        views = lane.begin()
-        room = sum(map(len, views))
-        assert room > 0, "nothing to receive into: a connection would spin"
-        count = left = min(room, len(data) - at, rng.choice((1, 39, 40, 1 << 20)))
+    rest = memoryview(data)
+
+    def receive(views: list[memoryview]) -> int | None:
+        nonlocal rest
+        assert sum(map(len, views)) > 0, "nothing to receive into: a connection would spin"
+        count = left = min(sum(map(len, views)), len(rest), rng.choice((0, 1, 39, 40, 1 << 20)))
         for view in views:
             part = min(left, len(view))
-            view[:part] = data[at : at + part]
-            at, left = at + part, left - part
+            view[:part] = rest[:part]
+            rest, left = rest[part:], left - part
             if not left:
                 break
-        lane.end(count)
-        lane.advance(count)
+        return count or None
+
+    while rest and not lane.renewed:
+        before, count = len(rest), lane.fill(receive)
+        assert (count or 0) == before - len(rest)
         lane.answers(idle=rng.random() < 0.5)
 
 

@@ -13,8 +13,8 @@ VIEWS = st.lists(st.binary(max_size=40), max_size=8).map(lambda parts: [memoryvi
 @given(VIEWS, st.integers(1, 50))
 def test_pieces_hold_the_same_bytes_and_are_no_longer_than_asked(views: list[memoryview], nbytes: int) -> None:
     pieces = cut(views, nbytes)
-    assert b"".join(b"".join(piece) for piece in pieces) == b"".join(views)
-    assert all(sum(map(len, piece)) <= nbytes for piece in pieces)
+    assert b"".join(b"".join(piece) for piece, _ in pieces) == b"".join(views)
+    assert all(0 < sum(map(len, piece)) == length <= nbytes for piece, length in pieces)
 
 
 @given(VIEWS, st.data())

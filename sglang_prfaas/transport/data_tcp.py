@@ -34,7 +34,8 @@ connection, so that it is made anew."""
 SO_MAX_PACING_RATE = 47
 """Of Linux (asm-generic/socket.h); bytes a second, an unsigned long."""
 
-_NOW = socket.MSG_DONTWAIT
+_NOW = int(socket.MSG_DONTWAIT)
+_NOW_AND_MORE = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
 _numbers = itertools.count()
 
 
@@ -126,9 +127,9 @@ class Connection:
         Raises PeerGoneError."""
         try:
             if not self.tls:
-                if not self._pour():
+                if self._pipe is not None and not self._pour():
                     return 0
-                sent = self.sock.sendmsg(views, (), _NOW | socket.MSG_MORE if more else _NOW)
+                sent = self.sock.sendmsg(views, (), _NOW_AND_MORE if more else _NOW)
             elif self._flush():
                 # A copy: OpenSSL wants the same bytes again where it could not send them, and pages may end before.
                 self._outgoing = _joined(views)

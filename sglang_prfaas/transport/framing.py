@@ -134,9 +134,9 @@ class PayloadCheck:
 def pack_chunk(header: ChunkHeader, *payload: Payload) -> bytes:
     """A whole chunk."""
     head = pack_header(header)
-    check = PayloadCheck(head)
-    check.update(payload)
-    return b"".join((head, *payload, check.trailer()))
+    whole = payload[0] if len(payload) == 1 else b"".join(payload)
+    digest: int = xxhash.xxh3_64_intdigest(whole, seed=_seed(head[: CHUNK_HEAD.size]))
+    return b"".join((head, whole, TRAILER.pack(digest)))
 
 
 class Receipt(Struct, frozen=True):

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from operator import sub
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,7 +76,7 @@ class HostBuffer:
             found[0] = found[0][start:]
         if rest := (last + 1) * size - (offset + length):
             found[-1] = found[-1][:-rest]
-        if any(row + 1 == after for row, after in pairwise(rows)):
+        if 1 in map(sub, rows[1:], rows):
             return self._joined(rows, found)
         return found
 

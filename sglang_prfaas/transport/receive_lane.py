@@ -158,10 +158,16 @@ class ReceiveLane:
                 view[: len(part)] = part
                 data = data[len(part) :]
                 count += len(part)
+                if not data:
+                    break
             return count
 
         while data:
-            self.fill(receive)
+            if self.between_chunks and len(data) >= HEADER_BYTES:
+                self._frame[TRAILER_BYTES:], data = data[:HEADER_BYTES], data[HEADER_BYTES:]
+                self._begin_chunk()
+            else:
+                self.fill(receive)
 
     @property
     def wanted_bytes(self) -> int:
@@ -281,6 +287,8 @@ class ReceiveLane:
 
     def answers(self, *, idle: bool) -> bytes:
         """Receipts to be sent now. idle: nothing more has come so far."""
+        if self._handled == self._acknowledged and not self._answers:
+            return b""
         due = self._since_ack_bytes >= ACK_BYTES or (idle and self.between_chunks) or self._answers
         if due and self._handled > self._acknowledged:
             self._answers += Receipt(self._handled).pack()

@@ -15,7 +15,7 @@ from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import RENEWAL, Receipt
-from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Task
+from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Task, at_hand
 from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.pacing import Pacer, paced_chunk_bytes
 from sglang_prfaas.transport.send_lane import SendLane
@@ -27,6 +27,8 @@ PATIENCE_S = 0.002
 """So long who waits for a receipt reads by itself; then it leaves that to the acceptor's thread."""
 SPIN_S = 50e-6
 """So long it looks again and again before it sleeps: to be woken takes about half of that."""
+SHARE_S = 0.005
+"""A connection that has waited so long for its socket lets another go on as well."""
 SMALL_BYTES = 64 << 10
 """Up to so many are sent from the thread that hands them over: waking another takes longer than sending them."""
 
@@ -218,8 +220,9 @@ class DataSender:
                 if delay_s:
                     time.sleep(delay_s)
                 while not _push(connection, link.sending):
-                    session.dispatch.share()
-                    connection.wait(write=True)
+                    if not connection.wait(write=True, timeout_s=SHARE_S):
+                        session.dispatch.share(link)
+                        connection.wait(write=True)
                 _note_sent(tasks)
                 if connection.used_up:
                     self._renew(link)
@@ -272,6 +275,8 @@ class DataSender:
             task = dispatch.take(link, wait=not tasks)
             if task is None:
                 break
+            if task.ready is not at_hand:
+                dispatch.share(link)  # it may wait for a device
             if lane.add(task):
                 tasks.append(task)
             else:

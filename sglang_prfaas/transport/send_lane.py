@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PARTS = 512
 """Separate pieces of memory in one call; the kernel takes 1024."""
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = 1 << 20
 """Summed up and handed over at a time: so much stays in a core's cache in between."""
 SLACK_BYTES = 4 << 10
 """Headers and trailers that may go with a piece."""
@@ -102,38 +102,22 @@ class SendLane:
                 return False
             try:
                 plain = ChunkHeader(expected.transfer_id, span.component, span.buffer, span.offset, span.length)
-                while True:  # what a move left may be written over while it is read
+                moves = -1
+                while moves != transfer.moves:  # what a move left may be written over while it is read
                     moves = transfer.moves
                     header, views, owner = self._encoded(task, plain) or (plain, *self._payload(task))
-                    if copy:
-                        views, owner = [memoryview(b"".join(views))], None
-                    if owner is not None or moves == transfer.moves:
-                        break
+                    runs = _runs(header, views, owner, moves, copy=copy)
             finally:
                 transfer.unpin()
         except Exception as error:
             logger.exception("prfaas: a chunk of room %d could not be read", transfer.room)
             self._failed(transfer, f"prefill could not read a chunk: {error}")
             return False
-        self._put(header, views, owner, moves)
+        self._runs.extend(runs)
+        self._parts += len(runs) + len(views)
         self.batch_bytes += header.length
         task.wire_bytes = header.length
         return True
-
-    def _put(self, header: ChunkHeader, views: list[memoryview], owner: OutgoingTransfer | None, moves: int) -> None:
-        runs = self._runs
-        if owner is None and header.length < MIN_LENT_BYTES:
-            chunk = pack_chunk(header, *views)
-            runs.append(_Run([memoryview(chunk)], len(chunk)))
-            self._parts += 1
-            return
-        head = pack_header(header)
-        total = _Sum(PayloadCheck(head), owner, moves)
-        lendable = owner is not None and header.length >= MIN_LENT_BYTES
-        runs.append(_Run([memoryview(head)], HEADER_BYTES))
-        runs.extend(_Run(piece, nbytes, total, lendable=lendable) for piece, nbytes in cut(views, PIECE_BYTES))
-        runs.append(_Run([], TRAILER_BYTES, total))
-        self._parts += 2 + len(views)
 
     def _encoded(self, task: Task, header: ChunkHeader) -> tuple[ChunkHeader, list[memoryview], None] | None:
         """A chunk's items encoded, with the header that says so, as `_payload`; None where its bytes are sent as they
@@ -281,3 +265,20 @@ class _Run:
         """Zeros from here on."""
         self.views = [memoryview(bytes(self.nbytes))]
         self.total, self.lendable = None, False
+
+
+def _runs(
+    header: ChunkHeader, views: list[memoryview], owner: OutgoingTransfer | None, moves: int, *, copy: bool
+) -> list[_Run]:
+    """A chunk, as pieces; see `_Sum`. copy: in one, with a copy of its bytes."""
+    small = header.length < MIN_LENT_BYTES
+    if copy or (small and owner is None):
+        chunk = pack_chunk(header, *views)
+        return [_Run([memoryview(chunk)], len(chunk))]
+    head = pack_header(header)
+    total, lendable = _Sum(PayloadCheck(head), owner, moves), not small and owner is not None
+    return [
+        _Run([memoryview(head)], HEADER_BYTES),
+        *(_Run(piece, nbytes, total, lendable=lendable) for piece, nbytes in cut(views, PIECE_BYTES)),
+        _Run([], TRAILER_BYTES, total),
+    ]

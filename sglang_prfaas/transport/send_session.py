@@ -20,6 +20,8 @@ from sglang_prfaas.transport.part_memory import SessionView
 from sglang_prfaas.transport.send_lane import SendLane
 
 RECEIPT_READ_BYTES = 4096
+AT_ONCE = 2
+"""Connections that begin with what is to be sent."""
 
 
 class DataLink:
@@ -63,13 +65,16 @@ class DataLink:
 
 
 class Dispatch:
-    """Hands the chunks of a session to those of its connections that can send: the one that was busy last first, and
-    another only where that one has to wait for its socket."""
+    """Hands the chunks of a session to those of its connections that can send: the ones that were busy last first,
+    `AT_ONCE` of them, and one more whenever one has to wait long for its socket. Where they never wait long, as on one
+    host, more would only take turns with Python's lock and the processor's cache."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.outbox = Outbox()
         self._idle: list[DataLink] = []
+        self._working: set[DataLink] = set()
+        """Those that are neither idle nor waiting long."""
         self._closed = False
 
     def put(self, transfer: OutgoingTransfer, tasks: list[Task], remaining_bytes: int, now_s: float) -> None:
@@ -77,7 +82,7 @@ class Dispatch:
         with self.lock:
             if not self._closed:
                 self.outbox.put(transfer, tasks, remaining_bytes, now_s)
-                self._wake(2)
+                self._wake(AT_ONCE - len(self._working))
 
     def take(self, link: DataLink, *, wait: bool) -> Task | None:
         """The next chunk for a connection; None once it is lost, or where none is there and `wait` is false."""
@@ -87,7 +92,9 @@ class Dispatch:
                     return None
                 task = self.outbox.take(link.lane)
                 if task is not None or not wait:
+                    self._working.add(link)
                     return task
+                self._working.discard(link)
                 self._idle.append(link)
             link.sleep()
 
@@ -116,17 +123,16 @@ class Dispatch:
             if not link.lane.lost:
                 self.outbox.untake(link.lane, count)
 
-    def share(self) -> None:
-        """A connection has to wait for its socket: let another go on."""
+    def share(self, link: DataLink) -> None:
+        """A connection has waited long for its socket, or may wait for a device: let another go on."""
         with self.lock:
+            self._working.discard(link)
             self._wake(1)
 
     def acknowledged(self, link: DataLink, number: int) -> list[Task]:
         """As `Outbox.acknowledged`."""
         with self.lock:
-            found = self.outbox.acknowledged(link.lane, number)
-            self._wake(1)
-            return found
+            return self.outbox.acknowledged(link.lane, number)
 
     def again(self, link: DataLink, number: int) -> Task | None:
         """As `Outbox.again`."""
@@ -139,6 +145,7 @@ class Dispatch:
         """The connection is lost: its thread ends, its chunks go again. Returns how many. Idempotent."""
         with self.lock:
             count = self.outbox.lose(link.lane)
+            self._working.discard(link)
             if link in self._idle:
                 self._idle.remove(link)
                 link.wake()
@@ -165,7 +172,9 @@ class Dispatch:
         for _ in range(count if always else min(count, self.outbox.count)):
             if not self._idle:
                 return
-            self._idle.pop().wake()
+            link = self._idle.pop()
+            self._working.add(link)
+            link.wake()
 
 
 class SendSession:

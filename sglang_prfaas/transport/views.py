@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 
 def cut(views: list[memoryview], nbytes: int) -> list[tuple[list[memoryview], int]]:
     """Pieces of `nbytes` each at most, in order, with their lengths; a view is cut only where it is longer than a
     piece."""
     pieces: list[tuple[list[memoryview], int]] = []
-    piece: list[memoryview] = []
-    length = 0
-    for view in views:
-        size = len(view)
-        if length + size > nbytes:
-            if length:
-                pieces.append((piece, length))
-            while size > nbytes:
-                pieces.append(([view[:nbytes]], nbytes))
-                view = view[nbytes:]
-                size -= nbytes
-            piece, length = [], 0
-        piece.append(view)
-        length += size
-    if length:
-        pieces.append((piece, length))
+    ends = list(accumulate(map(len, views)))
+    at = begin = 0
+    while at < len(views):
+        stop = bisect_right(ends, begin + nbytes, at)
+        if stop == at:
+            view = views[at]
+            pieces.extend(([view[low : low + nbytes]], nbytes) for low in range(0, len(view) - nbytes, nbytes))
+            tail = view[-(len(view) % nbytes or nbytes) :]
+            pieces.append(([tail], len(tail)))
+            stop = at + 1
+        elif ends[stop - 1] > begin:
+            pieces.append((views[at:stop], ends[stop - 1] - begin))
+        at, begin = stop, ends[stop - 1]
     return pieces
 
 

@@ -42,7 +42,7 @@ class TransportConfig(Config, frozen=True):
             description="Largest payload of one chunk on the wire, in bytes; less where that takes the link more "
             "than 50 ms.",
         ),
-    ] = 2 << 20
+    ] = 4 << 20
     handshake_timeout_s: Annotated[
         float, Meta(gt=0, description="Seconds to reach a prefill server and agree on the layout.")
     ] = 30.0

@@ -110,3 +110,43 @@ def test_chunks_that_are_not_sent_after_all_are_not_counted() -> None:
         dispatch.untake(of, 2)
         assert list(of.lane.flying) == tasks[:1]
         dispatch.give_back(of, [])
+
+
+def test_two_connections_begin_and_more_join_where_one_waits_long() -> None:
+    dispatch, links = Dispatch(), [link() for _ in range(5)]
+    owns = [Own(dispatch, of) for of in links]
+    try:
+        while len(dispatch._idle) < len(links):
+            threading.Event().wait(0.001)
+        tasks = [task(at) for at in range(9)]
+        dispatch.put(tasks[0].transfer, tasks, 9, 0.0)
+        assert len(dispatch._idle) == 3
+        dispatch.put(tasks[0].transfer, [task(9)], 10, 0.0)
+        assert len(dispatch._idle) == 3, "two are at it"
+        ended = [own for own, of in zip(owns, links, strict=True) if of not in dispatch._idle]
+        assert all(own.ended() for own in ended)
+        slow = next(of for of in links if of not in dispatch._idle)
+        dispatch.share(slow)
+        assert len(dispatch._idle) == 2, "one waits, another takes its place"
+        dispatch.share(slow)
+        dispatch.put(tasks[0].transfer, [task(10)], 11, 0.0)
+        assert len(dispatch._idle) == 1, "of the others two are at it"
+    finally:
+        dispatch.close()
+        assert all(own.ended() for own in owns)
+
+
+def test_a_lost_connection_does_not_count_as_one_that_works() -> None:
+    dispatch, links = Dispatch(), [link() for _ in range(3)]
+    owns = [Own(dispatch, of) for of in links]
+    try:
+        while len(dispatch._idle) < len(links):
+            threading.Event().wait(0.001)
+        tasks = [task(at) for at in range(2)]
+        dispatch.put(tasks[0].transfer, tasks, 2, 0.0)
+        for of in [of for of in links if of not in dispatch._idle]:
+            dispatch.lose(of)
+        assert len(dispatch._idle) == 0, "what they had begun waits again"
+    finally:
+        dispatch.close()
+        assert all(own.ended() for own in owns)

@@ -16,7 +16,7 @@ from sglang_prfaas.transport.layout import Layout
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_REQUEST_BYTES = 64 << 10
 """Largest message to a prefill rank or a directory, which anyone can reach."""
 MAX_MESSAGE_BYTES = 1 << 20

@@ -136,7 +136,7 @@ def test_decode_is_killed_in_the_middle(config: TransportConfig) -> None:
         assert took_s < AT_ONCE_S + BUSY_S
         for ended in (transfer, waiting):
             assert ended.reason.startswith("connection to decode pd/decode-0 lost: its process has ended")
-        wait_until(lambda: not pair.sender._sessions, "end of the session")
+        wait_until(lambda: not pair.sender._table.sessions, "end of the session")
 
 
 def test_decode_is_killed_right_after_it_asked(config: TransportConfig) -> None:

@@ -60,7 +60,7 @@ def test_nothing_at_all_is_sent_like_anything_else() -> None:
     with Pair() as pair:
         slots = some_slots(1)
         transfer, item = pair.ready(7, slots)
-        (session,) = pair.sender._sessions.values()
+        (session,) = pair.sender._table.sessions.values()
         wait_until(lambda: session.dispatch._idle, "an idle connection")
         assert len(pair.sender.send(transfer, PAGES, 0, slots[PAGES][:0])) == 0
         assert len(pair.sender.send(transfer, PAGES, 0, slots[PAGES], buffers=())) == len(slots[PAGES])

@@ -19,7 +19,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.transfer import State
-from tests.transport.addresses import HERE
+from tests.transport.addresses import HERE, free_pair
 from tests.transport.keyring import now
 from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until
 
@@ -92,7 +92,7 @@ def test_between_two_processes(config: TransportConfig) -> None:
 
 def test_prefill_is_killed_in_the_middle_and_restarted(config: TransportConfig) -> None:
     with Pair(config=config) as pair:
-        with peer("prefill", keys=config.keys_dir) as prefill:
+        with peer("prefill", free_pair(HERE), config.keys_dir) as prefill:
             port = int(prefill.line()[1])
             pair.sender.control_port = port
             slots = some_slots(7)

@@ -131,7 +131,7 @@ class Arm:
 
     def pace(self, bytes_per_s: float) -> None:
         """Let all connections together send so many bytes a second."""
-        for sender in self.sender._sessions.values():
+        for sender in self.sender._table.sessions.values():
             _until(lambda sender=sender: len(sender.links) == sender.hello.connections)
             for link in sender.links.values():
                 rate = int(bytes_per_s / sender.hello.connections)

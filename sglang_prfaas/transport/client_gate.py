@@ -29,16 +29,23 @@ class ClientGate:
         """Why the connection whose end is told of next failed in its handshake."""
         self.told: Told = lambda doomed: False
         """Called with a client that will be cut, which may be told a last word; returns whether that was logged."""
+        self.lost: Callable[[int], None] = lambda descriptor: None
+        """Called with the descriptor of a connection that has ended."""
+        self.connected: set[int] = set()
+        """The descriptors of those that stand."""
 
     def seen(self, event: int, value: int) -> None:
         """What the socket's monitor tells."""
         if event == zmq.EVENT_ACCEPTED:
             self._doom(self._clients.accepted(value, curve.peer_address(value), self._clock.now_s()))
+            self.connected.add(value)
         elif event == zmq.EVENT_DISCONNECTED:
             if self._handshakes:
                 reason, level = self._handshakes.pop()
                 self._refusals.warn(f"control connection from {self._clients.host(value)} refused: {reason}", level)
             self._clients.gone(value)
+            self.connected.discard(value)
+            self.lost(value)
         else:
             reason = curve.refused_client(event, value, keys=self._with_keys)
             level = logging.INFO if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL else logging.WARNING

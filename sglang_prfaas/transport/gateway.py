@@ -3,9 +3,6 @@
 Nobody can dial into a site behind NAT, so that site keeps a control connection to this gateway (`dial_out`). Whoever
 connects to one of the gateway's ports is joined with a connection that the site then dials for it. Bytes are relayed as
 they are: CURVE and TLS run between the ranks themselves, and the gateway cannot read or forge them.
-
-Where nothing listens on a port there, this one refuses for a moment too, so that whoever dials again learns that the
-process is gone, as it would without a gateway.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import secrets
 import selectors
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import zmq
 from msgspec import Struct
@@ -35,6 +32,7 @@ from sglang_prfaas.transport.gateway_messages import (
     decode_to_gateway,
     encode,
 )
+from sglang_prfaas.transport.gateway_ports import GatewayPorts
 from sglang_prfaas.transport.loop import ZmqLoop
 from sglang_prfaas.transport.security import load_security
 from sglang_prfaas.transport.security.refusals import RefusalLog
@@ -48,8 +46,6 @@ MAX_RELAYED = 8192
 JOIN_TIMEOUT_S = 10.0
 SILENT_S = 4 * OFFER_S
 """After which a site that says nothing cannot be reached."""
-REFUSE_S = 1.0
-"""For how long a port refuses once nothing listened there."""
 
 
 class _Waiting(Struct):
@@ -80,27 +76,23 @@ class Gateway:
         self._lock = threading.Lock()
         self._waiting: dict[bytes, _Waiting] = {}
         self._arriving: dict[socket.socket, _Arriving] = {}
-        self._closed: list[int] = []
-        """Ports at which nothing listens, as the other site has said, and that do not refuse yet."""
-        self._refusing: dict[int, float] = {}
-        """Ports that refuse, and since when."""
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
         self._stopping = threading.Event()
-        address = self._host = resolve(host)
+        address = resolve(host)
         self._security.may_listen("the gateway", address, config, "can pass itself off as the other site")
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._listeners: dict[int, socket.socket] = {}
+        self._ports = GatewayPorts(address, self._selector, clock)
         self._loop = ZmqLoop("prfaas-gateway", clock, self._security, config.control_messages_per_s)
         try:
             self._control = self._loop.socket(zmq.ROUTER, address)
             self._control.bind(endpoint(address, port))
             self.port = int(self._control.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-            self._listen(address, self.port + 1, self._accept_site)
+            self._ports.listen(self.port + 1, self._accept_site)
             for one in ports:
-                self._listen(address, one, self._accept_client)
+                self._ports.listen(one, self._accept_client)
             self._splicer = Splicer("prfaas-gateway-relay")
         except (OSError, OverflowError, zmq.ZMQError) as error:
             self._close()
@@ -133,15 +125,10 @@ class Gateway:
         self._loop.stop()
         for waiting in self._waiting.values():
             waiting.sock.close()
-        for sock in (*self._listeners.values(), *self._arriving, self._wake_read, self._wake_write):
+        self._ports.close()
+        for sock in (*self._arriving, self._wake_read, self._wake_write):
             sock.close()
         self._selector.close()
-
-    def _listen(self, host: str, port: int, accept: Callable[[socket.socket, str], None]) -> None:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        listener.setblocking(False)
-        self._listeners[port] = listener
-        self._selector.register(listener, selectors.EVENT_READ, accept)
 
     # --- in the thread that accepts -------------------------------------------------------------------------------
 
@@ -164,40 +151,8 @@ class Gateway:
                     self._stopping.wait(0.05)
                     continue
                 key.data(sock, address[0])
-            self._refuse_or_listen()
+            self._ports.refuse_or_listen()
             self._expire()
-
-    def _refuse_or_listen(self) -> None:
-        """Have ports refuse at which nothing listens there, and listen again on those that have for long enough."""
-        now_s = self._clock.now_s()
-        with self._lock:
-            closed, self._closed = set(self._closed) - set(self._refusing), []
-        for port in closed:
-            listener = self._listeners.pop(port)
-            self._selector.unregister(listener)
-            listener.close()
-            self._hold(port)
-            self._refusing[port] = now_s
-        for port in [port for port, since_s in self._refusing.items() if now_s - since_s >= REFUSE_S]:
-            self._refusing[port] = now_s
-            if port in self._listeners or self._hold(port):
-                del self._refusing[port]
-                self._listeners[port].listen()
-                self._selector.register(self._listeners[port], selectors.EVENT_READ, self._accept_client)
-
-    def _hold(self, port: int) -> bool:
-        """Keep a port that nobody listens on from others. Returns whether it could be had."""
-        sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((self._host, port))
-        except OSError as error:
-            sock.close()
-            logger.warning("prfaas: gateway: port %d was taken meanwhile, and is tried again: %s", port, error)
-            return False
-        sock.setblocking(False)
-        self._listeners[port] = sock
-        return True
 
     def _accept_client(self, sock: socket.socket, host: str) -> None:
         """Somebody of this site wants to reach a port of the other one."""
@@ -265,10 +220,9 @@ class Gateway:
     def _give_up(self, token: bytes, reason: str, *, closed: bool = False) -> None:
         with self._lock:
             waiting = self._waiting.pop(token, None)
-            if waiting is not None and closed:
-                self._closed.append(waiting.sock.getsockname()[1])
         if waiting is not None:
             if closed:
+                self._ports.refuse(waiting.sock.getsockname()[1])
                 self._wake()
             self._refusals.warn(f"gateway: {reason}")
             close_with_reset(waiting.sock)

@@ -1,4 +1,4 @@
-"""Counts of a mover's links, by the site they lead to. The mover calls every method under its lock."""
+"""Counts of a mover's links, by the site they lead to. `SendTable` calls every method under its lock."""
 
 from __future__ import annotations
 

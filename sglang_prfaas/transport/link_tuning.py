@@ -111,6 +111,37 @@ def check_links(links: Mapping[str, LinkConfig], config: TransportConfig, kernel
             logger.warning("prfaas: link to %s: %s", site, why)
 
 
+class LinkTuning:
+    """`[transport]` as it holds for each of the links of one end, whose buffers `kernel` are. `links`: by the site they
+    lead to. Raises ConfigError as `check_links` does."""
+
+    def __init__(self, config: TransportConfig, links: Mapping[str, LinkConfig], kernel: KernelBuffers) -> None:
+        check_links(links, config, kernel)
+        self._config = config
+        self._links = links
+        self._kernel = kernel
+
+    def for_site(self, site: str) -> TransportConfig:
+        """Of the link to a site."""
+        return for_link(self._config, self._links.get(site), self._kernel)
+
+    def for_agreed(self, site: str, connections: int) -> TransportConfig:
+        """The same, where both ends have agreed on so many connections."""
+        link = self._links.get(site)
+        fixed = msgspec.structs.replace(link, connections=connections) if link is not None else None
+        return msgspec.structs.replace(for_link(self._config, fixed, self._kernel), connections=connections)
+
+    def for_asked(self, site: str, connections: int) -> TransportConfig:
+        """The same, where the other end asks for so many connections. As many there are, or more if this end needs
+        them, but where the link's entry names a number."""
+        link = self._links.get(site)
+        tuned = self.for_site(site)
+        if link is not None and link.connections:
+            return tuned
+        needed = tuned.connections if tuned.connections > self._config.connections else 1
+        return msgspec.structs.replace(tuned, connections=max(connections, needed))
+
+
 def set_congestion_control(sock: socket.socket, name: str, key: str = "transport.congestion_control") -> None:
     """On a TCP socket. Raises ConfigError as above."""
     try:

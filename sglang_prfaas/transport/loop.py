@@ -58,11 +58,9 @@ class ZmqLoop:
         self._poller = zmq.Poller()
         self._handlers: dict[Any, Callable[[list[zmq.Frame]], None]] = {}
         self._monitors: dict[Any, zmq.Socket[bytes]] = {}
-        self._connected: dict[Any, set[int]] = {}
-        """Of bound sockets: the descriptors of the clients that are connected."""
-        self._client_lost: dict[Any, Callable[[int], None]] = {}
         self._messages_per_s = messages_per_s
         self._gates: dict[Any, ClientGate] = {}
+        """Of bound sockets."""
         self._watch = security.watch()
         self._list_changed: list[Callable[[Watch], None]] = []
         self._calls: deque[Callable[[], object]] = deque()
@@ -101,10 +99,9 @@ class ZmqLoop:
         if serves:
             self._security.serve(sock)
             sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-            self._gates[sock] = ClientGate(self._clock, self._security, self._refusals, self._messages_per_s)
-            self._connected[sock] = set()
+            gate = self._gates[sock] = ClientGate(self._clock, self._security, self._refusals, self._messages_per_s)
             events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | curve.HANDSHAKE_FAILED
-            self._monitor(sock, events, partial(self._client_seen, sock))
+            self._monitor(sock, events, gate.seen)
         else:
             self._security.dial(sock, server or self._security.own_server_key)
         return sock
@@ -154,22 +151,12 @@ class ZmqLoop:
     def on_client_loss(self, sock: zmq.Socket[bytes], lost: Callable[[int], None]) -> None:
         """Call `lost` when a client of a bound socket disconnects, with the descriptor its messages came from
         (`zmq.SRCFD`); some of them may not have been delivered yet. Before `start`."""
-        self._client_lost[sock] = lost
+        self._gates[sock].lost = lost
 
     def connected(self, sock: zmq.Socket[bytes], descriptor: int) -> bool:
         """Whether a client's connection to a bound socket stands. From within the loop."""
         self._drain(self._monitors[sock])
-        return descriptor in self._connected[sock]
-
-    def _client_seen(self, sock: zmq.Socket[bytes], event: int, value: int) -> None:
-        """What the monitor of a bound socket tells."""
-        self._gates[sock].seen(event, value)
-        if event == zmq.EVENT_ACCEPTED:
-            self._connected[sock].add(value)
-        elif event == zmq.EVENT_DISCONNECTED:
-            self._connected[sock].discard(value)
-            if sock in self._client_lost:
-                self._client_lost[sock](value)
+        return descriptor in self._gates[sock].connected
 
     def _look_at_clients(self) -> None:
         changed = self._watch.changed()

@@ -79,5 +79,19 @@ class PeerSession:
         self.ended = threading.Event()
         """Set once the session has failed."""
 
+    def enter(self, room: int | None) -> bool:
+        """Note that a request needs the session; takes the lock itself. Returns False where it has failed."""
+        with self.lock:
+            if self.failure:
+                return False
+            if room is not None:
+                self.rooms[room] += 1
+            return True
+
+    def leave(self, room: int) -> None:
+        """A request does not need the session any more; takes the lock itself."""
+        with self.lock:
+            self.rooms -= Counter((room,))
+
     def __str__(self) -> str:
         return f"prefill {self.host}:{self.control_port}"

@@ -21,7 +21,7 @@ _Place = tuple[int, int]
 
 
 class Rooms:
-    """A plain value; the mover calls every method under its lock.
+    """A plain value; `SendTable` calls every method under its lock.
 
     SGLang gives the samples of one prompt (`n` above 1) one room, so a room may hold several transfers at once. Their
     prompts are the same, so any of prefill's may go to any of decode's: they are paired in the order they come.

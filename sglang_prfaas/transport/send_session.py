@@ -180,7 +180,7 @@ class Dispatch:
 class SendSession:
     """One decode rank: its identity on the control socket, its data connections, its transfers by transfer id.
 
-    `links`, `transfers`, `health` and `closed` are guarded by the mover's lock; `mailbox` and `descriptor` belong to
+    `links`, `transfers`, `health` and `closed` are guarded by `SendTable`'s lock; `mailbox` and `descriptor` belong to
     the control loop."""
 
     def __init__(

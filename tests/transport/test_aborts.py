@@ -105,9 +105,9 @@ def test_prefill_aborts_in_the_middle_and_reuses_its_pages_at_once() -> None:
 def test_abort_before_prefills_own_request() -> None:
     with Pair() as pair:
         item = pair.receiver.expect(pair.session(), 7, some_slots(1), 0)
-        wait_until(lambda: pair.sender._rooms.all(), "decode asked")
+        wait_until(lambda: pair.sender._table.transfers(), "decode asked")
         pair.receiver.abort(item, "client gone")
-        wait_until(lambda: not pair.sender._rooms.all(), "decode ended the room")
+        wait_until(lambda: not pair.sender._table.transfers(), "decode ended the room")
         assert pair.sender.transfer(7).reason == "decode ended the request: client gone"
 
 

@@ -116,7 +116,7 @@ def test_certificates_that_get_nothing(
                 pass  # the server's alert, or its end
             assert got == b""
         wait_until(lambda: lines(caplog, "data connection from 127.0.0.1 refused", why), "the prefill server's line")
-        assert not pair.sender._sessions[b"Dkeyed"].links
+        assert not pair.sender._table.sessions[b"Dkeyed"].links
         works(pair, 7)
 
 

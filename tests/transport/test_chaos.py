@@ -68,7 +68,8 @@ def test_chaos() -> None:
     with Pair(config=CHAOS) as pair:
         control, data = FaultyRelay(pair.sender.control_port, SEED), FaultyRelay(pair.sender.data_port, SEED + 1)
         data.corrupt_rate = 0.05
-        real_port, pair.sender.control_port, pair.sender.data_port = pair.sender.control_port, control.port, data.port
+        real_port, pair.sender.control_port = pair.sender.control_port, control.port
+        pair.sender._handshake.data_port = data.port
         try:
             with Faults(control, data, random.Random(SEED + 2)) as faults:
                 for room in range(TRANSFERS):
@@ -85,7 +86,7 @@ def test_chaos() -> None:
             control.close()
             data.close()
             pair.sender.control_port = real_port
-        assert pair.sender._rooms.all() == []
+        assert pair.sender._table.transfers() == []
     print(
         f"outcomes {outcomes}, faults {faults.done}, {resent} chunks resent, {corrupt} corrupt, {data.corrupted} bits"
     )

@@ -164,7 +164,7 @@ def test_resets_and_corrupt_bytes(codec: str) -> None:
     with pair_of(with_codec(codec, heartbeat_timeout_s=3.0)) as pair:
         relay = FaultyRelay(pair.sender.data_port, 5)
         relay.corrupt_rate = 0.05
-        pair.sender.data_port = relay.port
+        pair.sender._handshake.data_port = relay.port
         pair.session()  # one that is being opened does not survive a reset
         stop = threading.Event()
 

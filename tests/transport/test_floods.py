@@ -61,11 +61,11 @@ class Flood(threading.Thread):
 def test_a_flood_of_control_messages_ends_its_session_only(message: bytes, caplog: pytest.LogCaptureFixture) -> None:
     with Pair(config=SLOW, decode_config=CONFIG) as pair, FakeDecode(pair.sender.control_port) as decode:
         works(pair, 1)
-        (established,) = pair.receiver._sessions.values()
+        (established,) = pair.receiver._table.sessions.values()
         decode.open(layout())
-        wait_until(lambda: len(pair.sender._sessions) == 2, "the other session")
+        wait_until(lambda: len(pair.sender._table.sessions) == 2, "the other session")
         with Flood(decode, message):
-            wait_until(lambda: len(pair.sender._sessions) == 1, "its end")
+            wait_until(lambda: len(pair.sender._table.sessions) == 1, "its end")
             for room in range(10, 15):
                 works(pair, room)
         assert established.up

@@ -20,6 +20,7 @@ from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import ConfigError, LocalError
 from sglang_prfaas.transport import gateway as gateway_module
+from sglang_prfaas.transport import gateway_ports
 from sglang_prfaas.transport.dial_out import DialOut
 from sglang_prfaas.transport.gateway import Gateway
 from sglang_prfaas.transport.gateway_messages import PREFACE, PREFACE_MAGIC
@@ -126,7 +127,7 @@ def test_ports_where_nobody_listens_or_that_are_not_offered(caplog: pytest.LogCa
 
 
 def test_a_port_refuses_while_nothing_listens_there_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_module, "REFUSE_S", 0.3)
+    monkeypatch.setattr(gateway_ports, "REFUSE_S", 0.3)
     port = free_pair(HERE)
 
     def dialled() -> bool:

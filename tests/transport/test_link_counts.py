@@ -46,7 +46,7 @@ def test_from_transfers_to_metrics() -> None:
             pair.receiver.abort(item, "enough")
             wait_ended(transfer)
             pair.sender.release(transfer)
-            (session,) = pair.receiver._sessions.values()
+            (session,) = pair.receiver._table.sessions.values()
             for connection in list(session.connections.values())[:2]:
                 connection.cut()
             wait_until(lambda: pair.sender.counts("pd").reconnects == 2, "both made anew")
@@ -100,7 +100,7 @@ def test_corrupt_chunks_and_what_was_sent_again_are_counted() -> None:
         pair = stack.enter_context(Pair())
         relay = FaultyRelay(pair.sender.data_port, seed=1)
         stack.callback(relay.close)
-        pair.sender.data_port = relay.port
+        pair.sender._handshake.data_port = relay.port
         works(pair, 0)
         assert pair.sender.counts("pd").corrupt_chunks == 0
         relay.corrupt_rate = 0.2

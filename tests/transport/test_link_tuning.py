@@ -32,7 +32,7 @@ def congestion_control(sock: socket.socket) -> str:
 
 def sending(pair: Pair) -> list[socket.socket]:
     """Sockets of the prefill rank, once all stand."""
-    session = next(iter(pair.sender._sessions.values()))
+    session = next(iter(pair.sender._table.sessions.values()))
     wait_until(lambda: len(session.links) == session.hello.connections, "all connections")
     return [link.connection.sock for link in session.links.values()]
 
@@ -56,7 +56,7 @@ def test_the_prefill_sites_link_counts(tmp_path: Path, keys: bool) -> None:
         works(pair, 1)
         socks = sending(pair)
         assert len(socks) == 5
-        (session,) = pair.receiver._sessions.values()
+        (session,) = pair.receiver._table.sessions.values()
         assert len(session.connections) == 5
         for sock in socks:
             wait_until(lambda sock=sock: congestion_control(sock) == name, "congestion control")
@@ -72,7 +72,7 @@ def test_the_decode_sites_link_sets_its_end(tmp_path: Path, keys: bool) -> None:
     config, decode_config = (keyring.prfaas, keyring.pd) if keyring else (CONFIG, CONFIG)
     with Pair(config=config, decode_config=decode_config, decode_links=links, prefill_site="prfaas") as pair:
         works(pair, 1)
-        (session,) = pair.receiver._sessions.values()
+        (session,) = pair.receiver._table.sessions.values()
         buffers = {c.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for c in session.connections.values()}
         assert buffers == {120_000}
         if keys:  # else it does not know the site before it has said how many connections it will dial

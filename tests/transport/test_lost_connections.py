@@ -36,7 +36,7 @@ def test_a_data_connection_that_breaks_costs_nothing(how: str) -> None:
         transfer, item = pair.ready(7, slots)
         pair.sender.send(transfer, PAGES, 0, slots[PAGES][:10])
         wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
-        (theirs,) = pair.sender._sessions.values()
+        (theirs,) = pair.sender._table.sessions.values()
         if how == "closed":
             theirs.links[1].connection.cut()
         elif how == "all":
@@ -54,7 +54,7 @@ def test_a_data_connection_that_breaks_costs_nothing(how: str) -> None:
         wait_until(lambda: len(theirs.links) == 3, "all connections are there again")
         for room in range(20, 26):
             works(pair, room)
-        assert len(pair.sender._sessions) == 1
+        assert len(pair.sender._table.sessions) == 1
 
 
 def test_a_control_connection_that_comes_back_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_a_control_connection_that_comes_back_costs_nothing(monkeypatch: pytest.
         pair.sender.control_port = relay.port
         slots = some_slots(1)
         transfer, item = pair.ready(7, slots)
-        (theirs,) = pair.sender._sessions.values()
+        (theirs,) = pair.sender._table.sessions.values()
         seen = []
         for name in ("control_lost", "control_found"):
             known = getattr(theirs.health, name)
@@ -73,7 +73,7 @@ def test_a_control_connection_that_comes_back_costs_nothing(monkeypatch: pytest.
         pair.send_all(transfer, slots)
         wait_ended(transfer, item.transfer)
         assert transfer.state is State.DONE
-        assert list(pair.sender._sessions.values()) == [theirs]
+        assert list(pair.sender._table.sessions.values()) == [theirs]
 
 
 def test_sessions_lost_many_times_over() -> None:
@@ -83,8 +83,8 @@ def test_sessions_lost_many_times_over() -> None:
             slots = some_slots(round_)
             transfer, item = pair.ready(round_, slots)
             pair.send_all(transfer, slots)
-            (theirs,) = pair.sender._sessions.values()
-            pair.sender._lose(theirs, "test")
+            (theirs,) = pair.sender._table.sessions.values()
+            pair.sender._control.lose(theirs, "test")
             wait_ended(transfer, item.transfer)
             wait_until(lambda item=item: item.session.failure, "decode noticed")
             pair.sender.release(transfer)
@@ -151,7 +151,7 @@ def test_a_session_whose_data_connections_never_come() -> None:
     with Pair(config=config) as pair, FakeDecode(pair.sender.control_port) as decode:
         decode.hello(pair.layout)
         decode.receive(Welcome)
-        wait_until(lambda: not pair.sender._sessions, "end of the session")
+        wait_until(lambda: not pair.sender._table.sessions, "end of the session")
 
 
 def test_a_silent_decode_rank() -> None:
@@ -179,7 +179,7 @@ def test_heartbeats_keep_an_idle_session() -> None:
     config = msgspec.structs.replace(CONFIG, heartbeat_timeout_s=1.5)
     with Pair(config=config) as pair:
         session = pair.session()
-        (theirs,) = pair.sender._sessions.values()
+        (theirs,) = pair.sender._table.sessions.values()
         opened_s = theirs.health.heard_s
         wait_until(lambda: theirs.health.heard_s > opened_s + 4.0, "heartbeats for longer than the timeout")
         assert session.up

@@ -19,7 +19,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.transfer import State
-from tests.transport.addresses import HERE
+from tests.transport.addresses import HERE, free_pair
 from tests.transport.keyring import now
 from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until
 
@@ -92,7 +92,7 @@ def test_between_two_processes(config: TransportConfig) -> None:
 
 def test_prefill_is_killed_in_the_middle_and_restarted(config: TransportConfig) -> None:
     with Pair(config=config) as pair:
-        with peer("prefill", keys=config.keys_dir) as prefill:
+        with peer("prefill", free_pair(HERE), config.keys_dir) as prefill:
             port = int(prefill.line()[1])
             pair.sender.control_port = port
             slots = some_slots(7)
@@ -136,7 +136,7 @@ def test_decode_is_killed_in_the_middle(config: TransportConfig) -> None:
         assert took_s < AT_ONCE_S + BUSY_S
         for ended in (transfer, waiting):
             assert ended.reason.startswith("connection to decode pd/decode-0 lost: its process has ended")
-        wait_until(lambda: not pair.sender._sessions, "end of the session")
+        wait_until(lambda: not pair.sender._table.sessions, "end of the session")
 
 
 def test_decode_is_killed_right_after_it_asked(config: TransportConfig) -> None:

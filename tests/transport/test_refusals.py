@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import zmq
 
-from sglang_prfaas.transport import send_mover
+from sglang_prfaas.transport import send_handler
 from sglang_prfaas.transport.mailbox import seal
 from sglang_prfaas.transport.messages import Abort, Done, Expect, Failed, Hello, Ping, Pong, Refuse, Unknown, encode
 from sglang_prfaas.transport.transfer import State
@@ -47,13 +47,13 @@ def test_components_that_do_not_match() -> None:
 
 
 def test_too_many_requests_of_one_decode_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(send_mover, "MAX_SESSION_TRANSFERS", 3)
+    monkeypatch.setattr(send_handler, "MAX_SESSION_TRANSFERS", 3)
     with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
         decode.open(pair.layout)
         for room in range(1, 6):
             decode.send(Expect(room, room, (1, 1, 1), 0))
         assert [decode.receive(Failed).room for _ in range(2)] == [4, 5]
-        assert len(pair.sender._rooms.all()) == 3
+        assert len(pair.sender._table.transfers()) == 3
         works(pair, 50)
 
 
@@ -80,7 +80,7 @@ def test_a_transfer_id_used_twice_ends_the_session() -> None:
         decode.send(Expect(1, 7, (20, 2, 1), 0))
         decode.send(Expect(1, 8, (20, 2, 1), 0))
         assert at_end(data)
-        wait_until(lambda: not pair.sender._sessions, "end of the session")
+        wait_until(lambda: not pair.sender._table.sessions, "end of the session")
         assert "used transfer id 1 twice" in pair.sender.transfer(7).reason
 
 
@@ -109,11 +109,11 @@ def test_messages_without_a_session() -> None:
 def test_a_decode_rank_hears_first_why_its_session_ended() -> None:
     with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
         decode.open(pair.layout)
-        (session,) = pair.sender._sessions.values()
+        (session,) = pair.sender._table.sessions.values()
 
         def lose_and_hear() -> None:
-            pair.sender._lose(session, "test")
-            pair.sender._receive([zmq.Frame(session.identity), zmq.Frame(seal(encode(Ping())))])
+            pair.sender._control.lose(session, "test")
+            pair.sender._handler.receive([zmq.Frame(session.identity), zmq.Frame(seal(encode(Ping())))])
 
         pair.sender._loop.call(lose_and_hear)
         assert decode.receive(Refuse | Unknown) == Refuse("connection to decode pd/fake lost: test")  # type: ignore[arg-type]

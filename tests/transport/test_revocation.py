@@ -65,7 +65,7 @@ def test_a_site_whose_key_is_taken_off_is_cut(keyring: Keyring, caplog: pytest.L
         assert time.monotonic() - began_s < SECONDS
         assert f"its key {key} is not in peers.toml any more" in transfer.reason
         assert f"its key {key} is not in peers.toml any more" in item.transfer.reason
-        wait_until(lambda: len(pair.sender._sessions) == 1, "one session left")
+        wait_until(lambda: len(pair.sender._table.sessions) == 1, "one session left")
         said = lines(caplog, f"its key {key} is not in peers.toml any more", "session with decode pd/decode-0 ended")
         assert len(said) == 1
         refused = pair.dial()
@@ -88,7 +88,7 @@ def test_a_control_connection_without_a_session_is_cut_too(keyring: Keyring, cap
             dealer.send(b"anything")
             dealer.recv()
             works(pair, 1)
-            (established,) = pair.receiver._sessions.values()
+            (established,) = pair.receiver._table.sessions.values()
             key = keyring.curve("third")[0].decode()
             without(keyring, "prfaas", key)
             assert seen.poll(int(SECONDS * 1000)), "the connection is closed"
@@ -103,7 +103,7 @@ def test_a_certificate_that_is_taken_off(keyring: Keyring, caplog: pytest.LogCap
     impatient = msgspec.structs.replace(CONFIG, reconnect_timeout_s=1.0)
     with Pair(config=keyring.prfaas, decode_config=keyring.config("pd", impatient)) as pair:
         works(pair, 1)
-        (session,) = pair.receiver._sessions.values()
+        (session,) = pair.receiver._table.sessions.values()
         old = make._fingerprint(keyring.directory / "pd" / "site.crt")
         without(keyring, "prfaas", old)
         wait_until(lambda: session.failure, "end of the session", SECONDS)
@@ -141,7 +141,7 @@ def test_a_new_certificate_takes_over_without_a_request_lost(keyring: Keyring) -
 def test_decode_takes_the_prefill_site_off_its_list(keyring: Keyring, caplog: pytest.LogCaptureFixture) -> None:
     with Pair(config=keyring.prfaas, decode_config=keyring.pd) as pair:
         works(pair, 1)
-        (session,) = pair.receiver._sessions.values()
+        (session,) = pair.receiver._table.sessions.values()
         key = keyring.curve("prfaas")[0].decode()
         without(keyring, "pd", key)
         wait_until(lambda: session.failure, "end of the session", SECONDS)

@@ -46,7 +46,7 @@ def refused(receiver: ReceiveMover, pair: Pair) -> PeerSession:
     wait_until(lambda: session.failure, "refusal")
     assert time.monotonic() - began_s < AT_ONCE_S
     assert not session.up
-    assert not pair.sender._sessions
+    assert not pair.sender._table.sessions
     return session
 
 
@@ -59,7 +59,7 @@ def test_everything_works_with_keys(keyring: Keyring, host: str) -> None:
         pair.host = {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(host, host)
         for room in (1, 2, 3):
             works(pair, room)
-        (session,) = pair.sender._sessions.values()
+        (session,) = pair.sender._table.sessions.values()
         assert session.site == "pd"
         connections = [link.connection for link in session.links.values()]
         assert all(isinstance(c.sock, ssl.SSLSocket) and c.site == "pd" for c in connections)
@@ -79,7 +79,7 @@ def test_nothing_can_be_read_on_the_wire(keyring: Keyring, keys: bool) -> None:
         Relay(pair.sender.control_port) as control,
         Relay(pair.sender.data_port) as data,
     ):
-        pair.sender.control_port, pair.sender.data_port = control.port, data.port
+        pair.sender.control_port, pair.sender._handshake.data_port = control.port, data.port
         works(pair, 7)
         pair.receiver.close()
         assert len(data.seen) > 100_000
@@ -158,7 +158,7 @@ def test_a_site_taken_out_of_the_list_and_put_back(tmp_path: Path, caplog: pytes
     text = path.read_text()
     with Pair(config=keyring.prfaas, decode_config=keyring.pd) as pair:
         works(pair, 1)
-        (established,) = pair.receiver._sessions.values()
+        (established,) = pair.receiver._table.sessions.values()
         path.write_text(text.replace(keyring.curve("pd")[0].decode(), zmq.curve_keypair()[0].decode()))
         other = ReceiveMover(layout(), Memory(layout(), None).rank, keyring.pd, MonotonicClock())
         other.start()
@@ -217,8 +217,8 @@ def test_connections_are_made_anew_before_their_keys_are_used_up(pair: Pair, mon
     for room in range(10):
         works(pair, room)
     assert len(dialled) > 20
-    assert pair.receiver._sessions["127.0.0.1", pair.sender.control_port] is session
-    wait_until(lambda: len(next(iter(pair.sender._sessions.values())).links) == 3, "all connections")
+    assert pair.receiver._table.sessions["127.0.0.1", pair.sender.control_port] is session
+    wait_until(lambda: len(next(iter(pair.sender._table.sessions.values())).links) == 3, "all connections")
     wait_until(lambda: len(session.connections) == 3, "all connections")
 
 

@@ -43,7 +43,7 @@ def test_more_data_connections_than_announced(index: int) -> None:
         decode.hello(pair.layout)
         welcome = decode.receive(Welcome)
         first = decode.connect(welcome.data_port, Preface(0, welcome.token).pack())
-        wait_until(lambda: pair.sender._sessions[b"Dfake"].links, "first connection")
+        wait_until(lambda: pair.sender._table.sessions[b"Dfake"].links, "first connection")
         assert at_end(decode.connect(welcome.data_port, Preface(index, welcome.token).pack()))
         first.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -55,7 +55,7 @@ def test_a_connection_dialled_again_takes_the_place_of_the_old_one() -> None:
         decode.hello(pair.layout)
         preface = Preface(0, (welcome := decode.receive(Welcome)).token).pack()
         first = decode.connect(welcome.data_port, preface)
-        wait_until(lambda: pair.sender._sessions[b"Dfake"].links, "first connection")
+        wait_until(lambda: pair.sender._table.sessions[b"Dfake"].links, "first connection")
         second = decode.connect(welcome.data_port, preface)
         assert at_end(first)
         second.setblocking(False)
@@ -107,7 +107,7 @@ def test_garbage_on_the_control_port(garbage: bytes) -> None:
         decode.open(pair.layout)
         decode.send(garbage)
         decode.receive(Refuse)
-        wait_until(lambda: b"Dfake" not in pair.sender._sessions, "end of the session that sent garbage")
+        wait_until(lambda: b"Dfake" not in pair.sender._table.sessions, "end of the session that sent garbage")
         works(pair, 8)
 
 

@@ -105,7 +105,7 @@ def test_either_leg_may_come_first(prefill_first: bool) -> None:
         early = pair.sender.transfer(7) if prefill_first else None
         item = pair.receiver.expect(pair.dial(), 7, slots, 0)
         if early is None:
-            wait_until(lambda: pair.sender._rooms.all(), "decode asked")
+            wait_until(lambda: pair.sender._table.transfers(), "decode asked")
         transfer = early or pair.sender.transfer(7)
         wait_until(lambda: transfer.expected, "decode asked")
         with transfer.lock:
@@ -152,7 +152,7 @@ def test_many_requests_at_once_from_two_decode_ranks() -> None:
                 assert_moved(pair.source, ours, memories[which], theirs)
                 pair.sender.release(transfer)
                 receivers[which].release(item)
-            assert pair.sender._rooms.all() == []
+            assert pair.sender._table.transfers() == []
             assert sessions[0].incoming == {}
         finally:
             second.close()
@@ -202,7 +202,7 @@ def test_requests_that_share_a_room() -> None:
         assert not pair.target.arrays[PAGES][0][theirs[1][PAGES]].any()
         for transfer in transfers:
             pair.sender.release(transfer)
-        assert pair.sender._rooms.all() == []
+        assert pair.sender._table.transfers() == []
 
 
 def test_a_slow_receiver_does_not_hold_up_another() -> None:

@@ -289,7 +289,7 @@ def test_one_decode_rank_that_gives_up_ends_the_request_for_all() -> None:
         wait_until(lambda: not items[0].transfer.live, "the other rank knows")
         assert "another decode rank" in items[0].transfer.reason
         request.release()
-        assert both.senders[0]._rooms.all() == []
+        assert both.senders[0]._table.transfers() == []
 
 
 def test_a_request_waits_for_all_decode_ranks() -> None:

@@ -42,7 +42,7 @@ class Sender:
         self.offer: Offer = {"control_port": self._mover.control_port}
 
     def connect(self, offer: Offer) -> Offer:
-        sessions = self._mover._sessions
+        sessions = self._mover._table.sessions
         until(lambda: sessions and all(len(s.links) == s.hello.connections for s in list(sessions.values())))
         links = [link.connection.sock for session in sessions.values() for link in session.links.values()]
         ciphers = {TLS_RECORD.format(*sock.cipher()) for sock in links if isinstance(sock, ssl.SSLSocket)}

@@ -11,6 +11,7 @@ from sglang_prfaas.config.schema import LinkConfig, TransportConfig
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.transport.link_tuning import (
     KernelBuffers,
+    LinkTuning,
     check_congestion_control,
     check_links,
     for_link,
@@ -70,6 +71,34 @@ def test_what_was_configured_is_not_second_guessed() -> None:
     fixed = TransportConfig(connections=4, socket_buffer_bytes=1000)
     tuned = for_link(fixed, link(connections=2, rtt_ms=100), RAISED)
     assert (tuned.connections, tuned.socket_buffer_bytes) == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("entry", "asked", "connections"),
+    [
+        (None, 2, 2),
+        (None, 9, 9),
+        # Its entry names a number: that counts.
+        (link(connections=3), 9, 3),
+        # As many as this end needs, 13 for 25 MB, or more.
+        (link(rtt_ms=100.0), 2, 13),
+        (link(rtt_ms=100.0), 20, 20),
+        (link(rtt_ms=10.0), 2, 2),
+    ],
+)
+def test_the_other_end_asks_for_connections(entry: LinkConfig | None, asked: int, connections: int) -> None:
+    tuning = LinkTuning(TRANSPORT, {"pd": entry} if entry else {}, SMALL)
+    assert tuning.for_asked("pd", asked).connections == connections
+    assert tuning.for_asked("elsewhere", asked).connections == asked
+
+
+def test_as_many_connections_as_both_ends_agreed_on() -> None:
+    tuning = LinkTuning(TRANSPORT, {"pd": link(connections=3, rtt_ms=100.0)}, RAISED)
+    assert tuning.for_site("pd").connections == 3
+    agreed = tuning.for_agreed("pd", 10)
+    assert (agreed.connections, agreed.socket_buffer_bytes) == (10, 2_500_000), "each has its share of 25 MB"
+    assert tuning.for_agreed("elsewhere", 10).connections == 10
+    assert tuning.for_site("elsewhere") is TRANSPORT
 
 
 def test_a_link_that_cannot_be_filled_is_told_of() -> None:

@@ -48,10 +48,13 @@ class Peer:
         assert line, f"the peer process ended with {self.process.wait()}"
         return line.split()
 
-    def do(self, command: str, room: int) -> list[str]:
+    def say(self, command: str, room: int) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{command} {room}\n")
         self.process.stdin.flush()
+
+    def do(self, command: str, room: int) -> list[str]:
+        self.say(command, room)
         return self.line()
 
 
@@ -143,9 +146,7 @@ def test_decode_is_killed_right_after_it_asked(config: TransportConfig) -> None:
     """Whether or not its data connections stand already."""
     with Pair(config=config) as pair, peer("decode", pair.sender.control_port, config.keys_dir) as decode:
         transfer = pair.sender.transfer(7)
-        assert decode.process.stdin is not None
-        decode.process.stdin.write("expect 7\n")
-        decode.process.stdin.flush()
+        decode.say("expect", 7)
         wait_until(lambda: transfer.expected, "decode asked")
         killed_s = time.monotonic()
         decode.process.kill()

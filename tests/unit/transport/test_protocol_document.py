@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 from typing import get_args
@@ -9,31 +11,9 @@ from typing import get_args
 import msgspec
 import pytest
 
+from sglang_prfaas import transport
 from sglang_prfaas.config.schema import TransportConfig
-from sglang_prfaas.transport import (
-    acceptor,
-    clients,
-    data_tcp,
-    dial_out,
-    framing,
-    gateway,
-    gateway_messages,
-    handshake,
-    health,
-    incoming_transfer,
-    loop,
-    mailbox,
-    messages,
-    outbox,
-    paging,
-    receive_lane,
-    registration,
-    reshape,
-    rooms,
-    send_mover,
-)
-from sglang_prfaas.transport.codec import quantised, shuffled
-from sglang_prfaas.transport.security import refusals
+from sglang_prfaas.transport import framing, gateway_messages, messages
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "protocol.md"
 TEXT = DOCUMENT.read_text()
@@ -77,6 +57,27 @@ def test_what_a_directory_tells_of_a_rank(kind: type[msgspec.Struct]) -> None:
         assert field.name in paragraph
 
 
+def constants() -> dict[str, set[float]]:
+    """Every number that a module of the mover gives a name, by that name."""
+    found: dict[str, set[float]] = {}
+    for module in pkgutil.walk_packages(transport.__path__, "sglang_prfaas.transport."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if name.isupper() and isinstance(value, (int, float)):
+                found.setdefault(name, set()).add(value)
+    return found
+
+
+CONSTANTS = constants()
+
+
+def the(name: str, of: str = "") -> float:
+    """The number of that name; `of`: of that module, where modules have different ones."""
+    if of:
+        return float(getattr(importlib.import_module(f"sglang_prfaas.transport.{of}"), name))
+    (value,) = CONSTANTS[name]
+    return float(value)
+
+
 def numbers(text: str) -> list[float]:
     """Those in a text, `64 KiB` and `2^31 - 1` as what they are."""
     found: list[float] = []
@@ -89,57 +90,57 @@ def numbers(text: str) -> list[float]:
 
 
 CONFIG = TransportConfig()
-SENTENCES = {
-    "| message to a prefill rank or a directory |": [messages.MAX_REQUEST_BYTES],
-    "| message to a decode rank |": [messages.MAX_MESSAGE_BYTES],
-    "| reason |": [messages.MAX_REASON_CHARACTERS],
-    "| sessions of a prefill rank |": [handshake.MAX_SESSIONS],
-    "| data connections of all sessions |": [handshake.MAX_CONNECTIONS],
-    "| sessions of one site, with keys |": [handshake.MAX_PEER_SESSIONS],
-    "| connections without a preface,": [acceptor.MAX_PENDING_CONNECTIONS, acceptor.MAX_SOURCE_PENDING],
+SENTENCES: dict[str, list[float]] = {
+    "| message to a prefill rank or a directory |": [the("MAX_REQUEST_BYTES")],
+    "| message to a decode rank |": [the("MAX_MESSAGE_BYTES")],
+    "| reason |": [the("MAX_REASON_CHARACTERS")],
+    "| sessions of a prefill rank |": [the("MAX_SESSIONS")],
+    "| data connections of all sessions |": [the("MAX_CONNECTIONS", "handshake")],
+    "| sessions of one site, with keys |": [the("MAX_PEER_SESSIONS")],
+    "| connections without a preface,": [the("MAX_PENDING_CONNECTIONS"), the("MAX_SOURCE_PENDING")],
     "| connections to a ZeroMQ port that have said nothing": [
-        clients.MAX_SILENT,
-        clients.MAX_SOURCE_SILENT,
-        clients.SILENT_S,
-        loop.HANDSHAKE_MS / 1000,
+        the("MAX_SILENT"),
+        the("MAX_SOURCE_SILENT"),
+        the("SILENT_S", "clients"),
+        the("HANDSHAKE_MS") / 1000,
     ],
-    "| connections to a ZeroMQ port |": [clients.MAX_CLIENTS, clients.MAX_SOURCE_CLIENTS],
+    "| connections to a ZeroMQ port |": [the("MAX_CLIENTS"), the("MAX_SOURCE_CLIENTS")],
     "| messages of one connection to a ZeroMQ port": [
         CONFIG.control_messages_per_s,
-        clients.BURST_S,
-        clients.LAST_WORDS_S,
-        clients.BAN_S,
+        the("BURST_S"),
+        the("LAST_WORDS_S"),
+        the("BAN_S"),
     ],
-    "| requests open in one session |": [send_mover.MAX_SESSION_TRANSFERS],
-    "| requests of one room |": [rooms.MAX_ROOM_TRANSFERS],
-    "| ends remembered that came before": [rooms.MAX_ABORTED],
-    "| messages of one peer waiting": [loop.MAX_REQUESTS_HELD],
-    "| messages waiting in ZeroMQ for one peer": [loop.MAX_MESSAGES_QUEUED],
-    "| numbered messages that a peer has not acknowledged |": [mailbox.MAX_UNACKNOWLEDGED],
-    "| separate byte ranges remembered": [incoming_transfer.MAX_FRAGMENTS],
-    "| attention TP widths |": [reshape.MAX_WIDTH_RATIO],
-    "| tokens of a page, where page sizes differ |": [paging.MAX_PAGE_TOKENS],
-    "| log lines about refused peers |": [refusals.LINES],
-    "after 1 s without progress": [mailbox.RESEND_S],
-    "It comes after 8 MiB": [receive_lane.ACK_BYTES],
-    "after 16 attempts the transfer fails": [outbox.MAX_ATTEMPTS],
-    "doubling up to 2 s": [health.BACKOFF_MAX_S],
-    "then after 0.05 s": [health.BACKOFF_FIRST_S],
-    "every 10 s, and every 0.25 s until": [registration.RENEW_S, registration.RETRY_S],
-    "last messages get 1 s": [send_mover.FAREWELL_MS / 1000],
-    "protect at most 2^24 records of at most 16 KiB": [data_tcp.MAX_TLS_RECORDS, data_tcp.TLS_RECORD_BYTES],
+    "| requests open in one session |": [the("MAX_SESSION_TRANSFERS")],
+    "| requests of one room |": [the("MAX_ROOM_TRANSFERS")],
+    "| ends remembered that came before": [the("MAX_ABORTED")],
+    "| messages of one peer waiting": [the("MAX_REQUESTS_HELD")],
+    "| messages waiting in ZeroMQ for one peer": [the("MAX_MESSAGES_QUEUED")],
+    "| numbered messages that a peer has not acknowledged |": [the("MAX_UNACKNOWLEDGED")],
+    "| separate byte ranges remembered": [the("MAX_FRAGMENTS")],
+    "| attention TP widths |": [the("MAX_WIDTH_RATIO")],
+    "| tokens of a page, where page sizes differ |": [the("MAX_PAGE_TOKENS")],
+    "| log lines about refused peers |": [the("LINES")],
+    "after 1 s without progress": [the("RESEND_S")],
+    "It comes after 8 MiB": [the("ACK_BYTES")],
+    "after 16 attempts the transfer fails": [the("MAX_ATTEMPTS")],
+    "doubling up to 2 s": [the("BACKOFF_MAX_S")],
+    "then after 0.05 s": [the("BACKOFF_FIRST_S")],
+    "every 10 s, and every 0.25 s until": [the("RENEW_S", "registration"), the("RETRY_S", "registration")],
+    "last messages get 1 s": [the("FAREWELL_MS") / 1000],
+    "protect at most 2^24 records of at most 16 KiB": [the("MAX_TLS_RECORDS"), the("TLS_RECORD_BYTES")],
     "holds at most 1024 connections that wait, 1024 without a preface, and 8192 relayed": [
-        gateway.MAX_WAITING,
-        gateway.MAX_WAITING,
-        gateway.MAX_RELAYED,
+        the("MAX_WAITING"),
+        the("MAX_WAITING"),
+        the("MAX_RELAYED"),
     ],
-    "at most 256 at a time": [dial_out.MAX_DIALLING],
-    "has not\noffered itself for 4 s": [gateway.SILENT_S],
-    "does not listen on that port for 1 s": [gateway.REFUSE_S],
-    "good for one connection and for 10 s": [gateway.JOIN_TIMEOUT_S],
-    "at least 9 bytes": [shuffled.LEAST_FRAME_BYTES],
-    "largest power of two up to 128": [quantised.LARGEST_WIDTH],
-    "is below 16, `fp8`": [quantised.SMALLEST_WIDTH],
+    "at most 256 at a time": [the("MAX_DIALLING")],
+    "has not\noffered itself for 4 s": [the("SILENT_S", "gateway")],
+    "does not listen on that port for 1 s": [the("REFUSE_S")],
+    "good for one connection and for 10 s": [the("JOIN_TIMEOUT_S")],
+    "at least 9 bytes": [the("LEAST_FRAME_BYTES")],
+    "largest power of two up to 128": [the("LARGEST_WIDTH")],
+    "is below 16, `fp8`": [the("SMALLEST_WIDTH")],
 }
 """What the document says, and the numbers of the code that it has to say; of a line of a table all that stand there."""
 

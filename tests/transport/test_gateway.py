@@ -23,7 +23,6 @@ from sglang_prfaas.transport import gateway as gateway_module
 from sglang_prfaas.transport.dial_out import DialOut
 from sglang_prfaas.transport.gateway import Gateway
 from sglang_prfaas.transport.gateway_messages import PREFACE, PREFACE_MAGIC
-from sglang_prfaas.transport.health import Contact
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.splice import Splicer
 from tests.transport.addresses import HERE, THERE, free_pair

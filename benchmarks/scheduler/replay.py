@@ -98,7 +98,8 @@ def compare(case: Case, fleets: int = FLEETS, thresholds: Sequence[int] = THRESH
 
 def ratio(entries: list[dict[str, Any]], part: str, figure: str) -> float:
     """The median over the positions of ours to the best static one."""
-    return statistics.median(entry[part]["live"][figure] / entry[part]["best_static"][figure] for entry in entries)
+    ratios: list[float] = [entry[part]["live"][figure] / entry[part]["best_static"][figure] for entry in entries]
+    return statistics.median(ratios)
 
 
 def event(name: str, arrivals: list[Arrival], position: float, fleets: int = FLEETS) -> Case:

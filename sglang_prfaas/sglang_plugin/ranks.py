@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.transport.messages import Directory, RankInfo
-from sglang_prfaas.transport.reshape import peers
+from sglang_prfaas.transport.reshape import peers, width_problem
 
 
 def find_ranks(directory: Directory, room: int, dp_rank: int, tp_rank: int, tp_size: int) -> list[RankInfo] | str:
@@ -12,10 +12,11 @@ def find_ranks(directory: Directory, room: int, dp_rank: int, tp_rank: int, tp_s
 
     dp_rank: as asked for; the room itself where nobody asked for one, which prefill then derives the rank from.
     """
-    widths = f"attention TP width: prefill has {directory.tp_size}, decode has {tp_size}"
-    low, high = sorted((directory.tp_size, tp_size))
-    if low < 1 or high % low:
-        return f"{widths}; one must be a multiple of the other"
+    problem = width_problem(directory.tp_size, tp_size)
+    if problem:
+        return problem
+    if directory.dp_size < 1:
+        return f"the bootstrap directory says that prefill has {directory.dp_size} DP ranks, expected 1 or more"
     if dp_rank == room:
         if directory.dp_size > 1 and not directory.follow_bootstrap_room:
             return (

@@ -26,6 +26,8 @@ PAGED = ("kv", *WINDOWS)
 """Components whose items are such pages."""
 NOT_PAGED = ("mamba", "aux")
 """Components whose items have nothing to do with pages."""
+MAX_PAGE_TOKENS = 1 << 16
+"""Of pages that are cut into units. A peer says what its size is, and prefill fills up decode's last page."""
 
 
 def unit_of(one: int, other: int) -> int:
@@ -39,6 +41,8 @@ def obstacle(layout: Layout, unit_tokens: int) -> str:
         return ""
     if layout.page_tokens < 1 or unit_tokens < 1 or layout.page_tokens % unit_tokens:
         return f"pages of {layout.page_tokens} tokens are no multiple of {unit_tokens}"
+    if layout.page_tokens > MAX_PAGE_TOKENS:
+        return f"pages have more than {MAX_PAGE_TOKENS} tokens"
     if layout.kv_format not in TOKEN_ROWS:
         return f"pages of byte layout {layout.kv_format} are not one row for each token"
     for component in layout.components:

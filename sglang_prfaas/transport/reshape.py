@@ -26,6 +26,9 @@ from sends all of it, so that no transfer is without a byte."""
 MAX_PARTS = 1 << 16
 """Separate byte ranges of one item; more of them are refused."""
 
+MAX_WIDTH_RATIO = 64
+"""How many times as wide as the other a server may be: so many transfers, or sessions, a request takes at one rank."""
+
 
 class ItemPart(NamedTuple):
     """Some bytes of an item: the ranges `parts` (start, stop) of each of its `rows` rows of `row_bytes`."""
@@ -52,8 +55,19 @@ class Move(NamedTuple):
     target: ItemPart
 
 
+def width_problem(prefill_width: int, decode_width: int) -> str:
+    """Why servers of these widths cannot work together, whatever they hold; an empty string where they can."""
+    widths = f"attention TP width: prefill has {prefill_width}, decode has {decode_width}"
+    low, high = sorted((prefill_width, decode_width))
+    if low < 1 or high % low:
+        return f"{widths}; one must be a multiple of the other"
+    if high // low > MAX_WIDTH_RATIO:
+        return f"{widths}; one may be at most {MAX_WIDTH_RATIO} times the other"
+    return ""
+
+
 def peers(prefill_width: int, decode_width: int, decode_rank: int) -> range:
-    """The prefill ranks that a decode rank takes from. One width must divide the other."""
+    """The prefill ranks that a decode rank takes from. Only without `width_problem`."""
     if prefill_width <= decode_width:
         rank = decode_rank * prefill_width // decode_width
         return range(rank, rank + 1)
@@ -154,9 +168,9 @@ def problems(prefill: Layout, decode: Layout) -> list[str]:
     if prefill.tp_size == decode.tp_size:
         return differences(prefill, decode)
     widths = f"attention TP width: prefill has {prefill.tp_size}, decode has {decode.tp_size}"
-    low, high = sorted((prefill.tp_size, decode.tp_size))
-    if low < 1 or high % low:
-        return [f"{widths}; one must be a multiple of the other"]
+    problem = width_problem(prefill.tp_size, decode.tp_size)
+    if problem:
+        return [problem]
     if not 0 <= decode.tp_rank < decode.tp_size:
         return [f"{widths}; decode says that it is rank {decode.tp_rank}"]
     if prefill.tp_rank not in peers(prefill.tp_size, decode.tp_size, decode.tp_rank):
@@ -174,8 +188,8 @@ def problems(prefill: Layout, decode: Layout) -> list[str]:
 
 def can_be_divided(layout: Layout, other_width: int) -> bool:
     """Whether a rank of `layout` can work with a server of another width, as far as it can tell alone."""
-    low, high = sorted((layout.tp_size, other_width))
-    return low >= 1 and not high % low and not any(_unknown(c, (low, high)) for c in layout.components)
+    widths = layout.tp_size, other_width
+    return not width_problem(*widths) and not any(_unknown(component, widths) for component in layout.components)
 
 
 def _without_widths(layout: Layout) -> Layout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import socket
 import subprocess
 import sys
@@ -60,6 +62,49 @@ def test_a_run_of_one_mover_asks_for_no_other(tmp_path: Path) -> None:
     result = msgspec.json.decode(json.read_bytes())
     assert [row["mover"] for row in result["rows"]] == ["plain"]
     assert result["absent"] == []
+
+
+CLONE_NEWUSER = 0x10000000
+
+
+def _as_nobody() -> None:
+    """Give up every privilege: a user that is mapped to nobody."""
+    if ctypes.CDLL(None).unshare(CLONE_NEWUSER):
+        os._exit(NOT_PERMITTED)
+
+
+NOT_PERMITTED = 77
+
+
+def test_without_rights_and_without_others_what_is_missing_is_named(tmp_path: Path) -> None:
+    for name in ("mooncake", "nixl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
+    json = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.transport", "--quick", "--rounds", "1", "--workloads", "block"]
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [*command, "--json", str(json)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "PATH": "/nowhere"},
+        preexec_fn=_as_nobody,
+    )
+    if done.returncode == NOT_PERMITTED:
+        pytest.skip("user namespaces are not permitted here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = msgspec.json.decode(json.read_bytes())
+    assert {row["mover"] for row in result["rows"]} == {"prfaas", "plain"}
+    assert {row["link"] for row in result["rows"]} == {"loopback"}
+    absent = {item["what"]: item["reason"] for item in result["absent"]}
+    assert set(absent) == {"mooncake", "nixl", "iperf3", "veth-1gbit"}
+    assert absent["iperf3"] == "no iperf3 on PATH"
+    assert absent["veth-1gbit"] == "network namespaces are for root only here (unshare: Operation not permitted)"
+    for what, reason in absent.items():
+        assert f"{what} is not measured: {reason}" in done.stdout
 
 
 def test_a_mover_that_cannot_be_imported_is_absent_with_the_reason() -> None:

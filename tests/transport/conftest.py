@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from sglang_prfaas.transport import page_pipe, send_lane
 from sglang_prfaas.transport.data_tcp import Connection
+from sglang_prfaas.transport.page_pipe import PagePipe
+from sglang_prfaas.transport.send_data import DataSender
 from tests.transport.keyring import Keyring
 from tests.transport.rig import Pair, wait_until
 
@@ -19,11 +22,24 @@ def descriptors() -> int:
 
 
 @pytest.fixture(params=["copied", "lent"])
-def sending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How pages get to the socket: as on one host, or as between two."""
+def sending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How pages get to the socket: as on one host, or as between two, and then every chunk, however short."""
+    lent = 0
     if request.param == "lent":
         monkeypatch.setattr(Connection, "same_host", False)
-    return str(request.param)
+        monkeypatch.setattr(send_lane, "MIN_LENT_BYTES", 1)
+        monkeypatch.setattr(DataSender, "send_at_once", lambda *_, **__: False)  # what is short is copied there
+        put = PagePipe.put
+
+        def counted(pipe: PagePipe, views: list[memoryview]) -> int:
+            nonlocal lent
+            count = put(pipe, views)
+            lent += count
+            return count
+
+        monkeypatch.setattr(PagePipe, "put", counted)
+    yield str(request.param)
+    assert lent or request.param != "lent" or not page_pipe.available()
 
 
 @pytest.fixture(autouse=True)

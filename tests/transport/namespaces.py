@@ -118,6 +118,8 @@ def obstacle() -> str:
     """Why there can be no `wire` here, or an empty string."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
+    if why := _not_permitted():
+        return f"network namespaces are for root only here ({why})"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"{' and '.join(missing)} missing; install iproute2"
@@ -126,3 +128,19 @@ def obstacle() -> str:
             return ""
     except OSError as error:
         return f"network namespaces with tc tbf are not permitted: {error}"
+
+
+def _not_permitted() -> str:
+    """Why this process may have no network namespace, or an empty string."""
+    found: list[str] = []
+
+    def attempt() -> None:
+        try:
+            _unshare()
+        except OSError as error:
+            found.append(error.strerror)
+
+    thread = threading.Thread(target=attempt)  # the namespace ends with it
+    thread.start()
+    thread.join()
+    return "".join(found)

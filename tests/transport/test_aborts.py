@@ -72,6 +72,32 @@ def test_late_chunks_of_an_ended_request_are_dropped(released: bool) -> None:
         assert prefill.receive(Abort).room == 1
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_the_rest_of_a_chunk_that_was_on_its_way_is_drained(released: bool) -> None:
+    memory = Memory(layout(), None)
+    with FakePrefill() as prefill, Pair(config=ONE_CONNECTION, receive_memory=memory) as pair:
+        session = pair.receiver.session("127.0.0.1:1", "127.0.0.1", prefill.control_port)
+        (data,) = prefill.welcome()
+        wait_until(lambda: session.up, "session up")
+        one = pair.receiver.expect(session, 1, some_slots(1, (1, 0, 0)), 0)
+        two = pair.receiver.expect(session, 2, some_slots(2, (1, 0, 0)), 0)
+        late = chunk(one.transfer.transfer_id, PAGES, 1, 0, b"a" * 4096)
+        data.sendall(late[:1000])
+        page = memory.arrays[PAGES][1][some_slots(1, (1, 0, 0))[PAGES][0]]
+        wait_until(lambda: page[0] == ord("a"), "the beginning of the chunk")
+        if released:
+            pair.receiver.release(one)
+        else:
+            pair.receiver.abort(one, "client gone")
+        before = memory.copy()
+        data.sendall(late[1000:])
+        data.sendall(chunk(two.transfer.transfer_id, PAGES, 0, 0, b"c" * 1000))
+        wait_until(lambda: two.transfer.bytes == 1000, "the chunk after it")
+        before[PAGES][0][some_slots(2, (1, 0, 0))[PAGES]] = ord("c")
+        for ours, theirs in zip(flat(memory.arrays), flat(before), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_prefill_aborts_in_the_middle_and_reuses_its_pages_at_once() -> None:
     with Pair() as pair:
         original = pair.source.copy()

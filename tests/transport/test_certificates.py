@@ -73,7 +73,9 @@ def _token(pair: Pair, keyring: Keyring, decode: FakeDecode, site: str = "pd") -
     return answer.token
 
 
-@pytest.mark.parametrize("case", ["no certificate", "another authority", "expired", "not listed", "another site"])
+@pytest.mark.parametrize(
+    "case", ["no certificate", "another authority", "expired", "not listed", "another site", "TLS 1.2"]
+)
 def test_certificates_that_get_nothing(
     keyring: Keyring, strangers: Keyring, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
@@ -91,6 +93,9 @@ def test_certificates_that_get_nothing(
         context = client_context(home / "ca.crt", *keyring.expired("pd"))
     elif case == "another site":
         context = keyring.client_context("third")
+    elif case == "TLS 1.2":
+        context = keyring.client_context("pd")
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
     else:
         context = keyring.client_context("third")
         peers = keyring.directory / "prfaas" / "peers.toml"
@@ -101,23 +106,25 @@ def test_certificates_that_get_nothing(
         "expired": "certificate refused: certificate has expired",
         "not listed": "its certificate sha256:",
         "another site": "it is of site third, the session with its token of pd",
+        "TLS 1.2": "it does not speak TLS (unsupported protocol)",
     }[case]
     with Pair(config=keyring.prfaas, decode_config=keyring.pd) as pair, FakeDecode(pair.sender.control_port) as decode:
         token = _token(pair, keyring, decode)
-        with (
-            socket.create_connection(("127.0.0.1", pair.sender.data_port), timeout=DEADLINE_S) as raw,
-            context.wrap_socket(raw) as sock,
-        ):
-            got = b""
-            try:
+        got = b""
+        try:
+            with (
+                socket.create_connection(("127.0.0.1", pair.sender.data_port), timeout=DEADLINE_S) as raw,
+                context.wrap_socket(raw) as sock,
+            ):
                 sock.sendall(Preface(0, token).pack())
                 got = sock.recv(1)
-            except OSError:
-                pass  # the server's alert, or its end
-            assert got == b""
+        except OSError:
+            pass  # the server's alert, or its end
+        assert got == b""
         wait_until(lambda: lines(caplog, "data connection from 127.0.0.1 refused", why), "the prefill server's line")
         assert not pair.sender._table.sessions[b"Dkeyed"].links
         works(pair, 7)
+        assert len(lines(caplog, "data connection from 127.0.0.1 refused")) == 1
 
 
 def test_decode_tells_what_became_of_its_expired_certificate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

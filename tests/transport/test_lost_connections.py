@@ -30,6 +30,7 @@ from tests.transport.rig import (
 
 
 @pytest.mark.parametrize("how", ["reset by prefill", "reset by decode", "closed", "all"])
+@pytest.mark.usefixtures("sending")
 def test_a_data_connection_that_breaks_costs_nothing(how: str) -> None:
     with Pair() as pair:
         slots = some_slots(1)

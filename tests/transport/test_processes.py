@@ -21,7 +21,18 @@ from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.transfer import State
 from tests.transport.addresses import HERE, free_pair
 from tests.transport.keyring import now
-from tests.transport.rig import CONFIG, PAGES, Memory, Pair, assert_moved, layout, some_slots, wait_ended, wait_until
+from tests.transport.rig import (
+    CONFIG,
+    PAGES,
+    Memory,
+    Pair,
+    assert_moved,
+    layout,
+    lines,
+    some_slots,
+    wait_ended,
+    wait_until,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE_S = 1.0
@@ -48,10 +59,13 @@ class Peer:
         assert line, f"the peer process ended with {self.process.wait()}"
         return line.split()
 
-    def do(self, command: str, room: int) -> list[str]:
+    def say(self, command: str, room: int) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{command} {room}\n")
         self.process.stdin.flush()
+
+    def do(self, command: str, room: int) -> list[str]:
+        self.say(command, room)
         return self.line()
 
 
@@ -143,9 +157,7 @@ def test_decode_is_killed_right_after_it_asked(config: TransportConfig) -> None:
     """Whether or not its data connections stand already."""
     with Pair(config=config) as pair, peer("decode", pair.sender.control_port, config.keys_dir) as decode:
         transfer = pair.sender.transfer(7)
-        assert decode.process.stdin is not None
-        decode.process.stdin.write("expect 7\n")
-        decode.process.stdin.flush()
+        decode.say("expect", 7)
         wait_until(lambda: transfer.expected, "decode asked")
         killed_s = time.monotonic()
         decode.process.kill()
@@ -154,7 +166,15 @@ def test_decode_is_killed_right_after_it_asked(config: TransportConfig) -> None:
         assert transfer.reason.startswith("connection to decode pd/decode-0 lost: its process has ended")
 
 
-def test_prefill_is_stopped_in_the_middle(config: TransportConfig) -> None:
+def noticed_after_s(caplog: pytest.LogCaptureFixture, *line: str) -> float:
+    """Seconds from now until the log says that the peer is silent, or has given it up. What becomes of its connections
+    meanwhile does not: its system takes those that are dialled again."""
+    stopped_s = time.monotonic()
+    wait_until(lambda: lines(caplog, *line) or lines(caplog, "session with"), "silence noticed")
+    return time.monotonic() - stopped_s
+
+
+def test_prefill_is_stopped_in_the_middle(config: TransportConfig, caplog: pytest.LogCaptureFixture) -> None:
     config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
     with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config) as pair:
         pair.sender.control_port = int(prefill.line()[1])
@@ -162,14 +182,14 @@ def test_prefill_is_stopped_in_the_middle(config: TransportConfig) -> None:
         prefill.do("half", 7)
         wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
         prefill.process.send_signal(signal.SIGSTOP)
-        stopped_s = time.monotonic()
-        wait_until(lambda: item.session.health.contact is not Contact.UP, "silence noticed")
-        assert time.monotonic() - stopped_s < 1.5 + AT_ONCE_S + BUSY_S
+        assert noticed_after_s(caplog, "is silent; its 3 data connections are made anew") < 1.5 + AT_ONCE_S + BUSY_S
         wait_ended(item.transfer)
         assert re.search("silent for|came back within|come back within", item.transfer.reason)
 
 
-def test_a_silence_longer_than_its_timeout_costs_no_request(config: TransportConfig) -> None:
+def test_a_silence_longer_than_its_timeout_costs_no_request(
+    config: TransportConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     config = msgspec.structs.replace(config, heartbeat_timeout_s=1.0, reconnect_timeout_s=30.0)
     with peer("prefill", keys=config.keys_dir) as prefill, Pair(config=config) as pair:
         pair.sender.control_port = int(prefill.line()[1])
@@ -178,7 +198,7 @@ def test_a_silence_longer_than_its_timeout_costs_no_request(config: TransportCon
         prefill.do("half", 7)
         wait_until(lambda: item.transfer.bytes == 10 * 6000, "half of the pages")
         prefill.process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: item.session.health.contact is not Contact.UP, "silence noticed")
+        assert noticed_after_s(caplog, "is silent; its 3 data connections are made anew") < 1.0 + AT_ONCE_S + BUSY_S
         prefill.process.send_signal(signal.SIGCONT)
         prefill.do("rest", 7)
         wait_ended(item.transfer)
@@ -186,7 +206,7 @@ def test_a_silence_longer_than_its_timeout_costs_no_request(config: TransportCon
         assert_moved(pair.source, slots, pair.target, slots)
 
 
-def test_decode_is_stopped_in_the_middle(config: TransportConfig) -> None:
+def test_decode_is_stopped_in_the_middle(config: TransportConfig, caplog: pytest.LogCaptureFixture) -> None:
     config = msgspec.structs.replace(config, heartbeat_timeout_s=1.5, reconnect_timeout_s=1.0)
     memory = Memory(layout(), 1)
     with (
@@ -196,6 +216,9 @@ def test_decode_is_stopped_in_the_middle(config: TransportConfig) -> None:
         transfer = pair.sender.transfer(7)
         decode.do("expect", 7)
         wait_until(lambda: transfer.expected, "decode asked")
+        (theirs,) = pair.sender._table.sessions.values()
+        wait_until(lambda: theirs.health.contact is Contact.UP, "all connections")
         decode.process.send_signal(signal.SIGSTOP)
+        assert noticed_after_s(caplog, "data connection", "lost: silent for 1.5 s") < 1.5 + AT_ONCE_S + BUSY_S
         wait_ended(transfer)
         assert re.search("silent for|came back within", transfer.reason)

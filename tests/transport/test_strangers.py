@@ -31,10 +31,15 @@ def test_data_connections_that_do_not_belong(first_bytes: bytes) -> None:
     config = msgspec.structs.replace(CONFIG, handshake_timeout_s=2.0)
     with Pair(config=config) as pair:
         pair.session()
+        (theirs,) = pair.sender._table.sessions.values()
+        wait_until(lambda: len(theirs.links) == config.connections, "all connections")
+        before = dict(theirs.links)
         with socket.create_connection(("127.0.0.1", pair.sender.data_port), timeout=DEADLINE_S) as sock:
             sock.sendall(first_bytes)
             assert at_end(sock)
         works(pair, 7)
+        assert theirs.links == before, "a stranger took the place of a connection"
+        assert theirs.health.reconnects == 0
 
 
 @pytest.mark.parametrize("index", [1, 65535])

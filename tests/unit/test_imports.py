@@ -101,6 +101,20 @@ def test_the_lower_half_is_pure(path: Path) -> None:
     assert not found, f"imports {sorted(found)}"
 
 
+RUNS_WHAT_IT_READS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "jsonpickle"}
+"""Reading the bytes of a peer with one of these is running its code (sglang#21435)."""
+READERS_THAT_PICKLE = {"recv_pyobj", "send_pyobj"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=identify)
+def test_no_pickle(path: Path) -> None:
+    found = {module.split(".")[0] for module in imported_modules(path)} & RUNS_WHAT_IT_READS
+    assert not found, f"imports {sorted(found)}; msgspec reads data and nothing else"
+    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert not names & READERS_THAT_PICKLE
+    assert "multiprocessing.connection" not in "".join(imported_modules(path)), "its connections pickle"
+
+
 def test_every_part_has_a_layer() -> None:
     parts = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in SOURCES} - {"__init__"}
     assert parts <= {part for layer in LAYERS for part in layer}

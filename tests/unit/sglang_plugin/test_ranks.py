@@ -46,6 +46,13 @@ def test_why_there_is_none() -> None:
     assert find_ranks(_directory(1, 2), ROOM, ROOM, 0, 3) == (
         "attention TP width: prefill has 2, decode has 3; one must be a multiple of the other"
     )
+    assert find_ranks(_directory(1, 128), ROOM, ROOM, 0, 1) == (
+        "attention TP width: prefill has 128, decode has 1; one may be at most 64 times the other"
+    )
+    nobody = msgspec.structs.replace(_directory(1, 2), dp_size=0)
+    assert find_ranks(nobody, ROOM, ROOM, 0, 2) == (
+        "the bootstrap directory says that prefill has 0 DP ranks, expected 1 or more"
+    )
     incomplete = msgspec.structs.replace(_directory(1, 2), ranks=_directory(1, 2).ranks[:1])
     assert find_ranks(incomplete, ROOM, ROOM, 1, 2) == "prefill has no rank for DP rank 0, TP rank 1: it has 1 x 2"
 

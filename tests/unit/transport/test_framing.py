@@ -16,6 +16,8 @@ from sglang_prfaas.transport.framing import (
     ChunkHeader,
     PayloadCheck,
     Preface,
+    Receipt,
+    ReceiptReader,
     pack_chunk,
     pack_header,
     unpack_header,
@@ -148,6 +150,17 @@ def test_preface_of_another_protocol_or_version() -> None:
         unpack_preface(b"GET " + good[4:])
     with pytest.raises(ProtocolError, match="version 1, expected 3"):
         unpack_preface(good[:4] + b"\x00\x01" + good[6:])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_every_single_bit_of_a_receipt(again: bool) -> None:
+    good = Receipt(0x0123456789ABCDEF, again).pack()
+    assert ReceiptReader().feed(good) == [Receipt(0x0123456789ABCDEF, again)]
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ChecksumError, match="receipt is corrupt"):
+            ReceiptReader().feed(bytes(bad))
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=5), st.data())

@@ -1,6 +1,6 @@
 """Chunks, receipts and control messages that are wrong in every way: refused as such, and nothing written outside.
 
-PRFAAS_FUZZ: how many of each (default 10,000); PRFAAS_FUZZ_SEED: which.
+PRFAAS_FUZZ: how many in all (default 1,000,000); PRFAAS_FUZZ_SEED: which.
 """
 
 from __future__ import annotations
@@ -8,12 +8,18 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.errors import ChecksumError, PeerError, ProtocolError
+from sglang_prfaas.sglang_plugin.ranks import find_ranks
+from sglang_prfaas.transport.codec.base import Codec
+from sglang_prfaas.transport.codec.session import SessionCodec, obstacle
+from sglang_prfaas.transport.directory import RankTable
 from sglang_prfaas.transport.framing import (
     DATA_VERSION,
     PREFACE,
@@ -25,20 +31,29 @@ from sglang_prfaas.transport.framing import (
     pack_chunk,
     unpack_preface,
 )
+from sglang_prfaas.transport.handshake import refusal
 from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
+from sglang_prfaas.transport.layout import Component, Sharding
 from sglang_prfaas.transport.mailbox import Mailbox, seal, unseal
 from sglang_prfaas.transport.messages import (
     PROTOCOL_VERSION,
     Abort,
     Bye,
+    Deregister,
+    Directory,
     Done,
     Expect,
     Failed,
     Hello,
+    InnerRail,
+    Lookup,
     Message,
     Ping,
+    RankInfo,
     Redial,
     Refuse,
+    Register,
+    Registered,
     Unknown,
     Welcome,
     decode_from_directory,
@@ -47,12 +62,27 @@ from sglang_prfaas.transport.messages import (
     decode_to_prefill,
     encode,
 )
+from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
+from sglang_prfaas.transport.paging import MAX_PAGE_TOKENS
+from sglang_prfaas.transport.part_memory import PrefillRank, decode_view, prefill_view
 from sglang_prfaas.transport.receive_lane import Placement, ReceiveLane
-from tests.transport.rig import Memory, flat, layout, some_slots
+from sglang_prfaas.transport.reshape import MAX_WIDTH_RATIO
+from tests.transport.rig import PAGES, Memory, flat, layout, some_slots
 
-COUNT = int(os.environ.get("PRFAAS_FUZZ", "10000"))
+COUNT = int(os.environ.get("PRFAAS_FUZZ", "1000000"))
+CHUNKS, ENCODED_CHUNKS, MESSAGES, RECEIPTS, PREFACES = (COUNT * share // 20 for share in (8, 2, 2, 1, 1))
+"""Messages are for four readers."""
 SEED = int(os.environ.get("PRFAAS_FUZZ_SEED", "3"))
-CHUNK_BYTES = 8192
+CHUNK_BYTES = 32 << 10
+RANK = layout(
+    components=(
+        Component("kv", (1024, 4096), (Sharding(2),)),
+        Component("mamba", (9000,), (Sharding(1),)),
+        Component("aux", (64, 8), (Sharding(2),)),
+    )
+)
+"""One that works with others of other widths and page sizes."""
+MEMORY = Memory(RANK, None)
 CHUNKS_OF_A_TRANSFER = 200
 
 
@@ -71,16 +101,34 @@ def mangled(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def some_chunk(rng: random.Random, of: IncomingTransfer) -> bytes:
-    """A well-formed chunk of any place, in bounds or not, or a renewal."""
+def some_chunk(rng: random.Random, of: IncomingTransfer, codec: SessionCodec) -> bytes:
+    """A well-formed chunk of any place, in bounds or not, encoded where there is a codec, or a renewal."""
     if rng.random() < 0.002:
         return RENEWAL
+    encoder = codec.of(PAGES, 1)
+    if encoder is not None and rng.random() < 0.8:
+        return some_encoded_chunk(rng, of, encoder)
     component, buffer = rng.randrange(4), rng.randrange(4)
     length = rng.choice((1, 64, 300, 1000, 5000, rng.randrange(1, CHUNK_BYTES + 100)))
     offset = rng.choice((0, length * rng.randrange(30), rng.randrange(130_000), (1 << 64) - length))
     transfer_id = rng.choice((of.transfer_id, of.transfer_id, of.transfer_id, 0, rng.getrandbits(63)))
     payload = b"\xff" * length
     return pack_chunk(ChunkHeader(transfer_id, component, buffer, offset, length), payload)
+
+
+def some_encoded_chunk(rng: random.Random, of: IncomingTransfer, codec: Codec) -> bytes:
+    """Items that were encoded, at any place and as any number; some are cut, or noise."""
+    items = rng.choice((1, 1, 2, 6))
+    payload = codec.encode(np.full((items, codec.item_bytes), rng.randrange(256), np.uint8))
+    assert payload is not None
+    data = payload.tobytes()
+    if rng.random() < 0.3:
+        data = rng.choice((data[: rng.randrange(1, len(data) + 1)], rng.randbytes(rng.randrange(1, CHUNK_BYTES))))
+    items = rng.choice((items, items, items, 0, 1, 7, (1 << 32) - 1))
+    first = rng.choice((0, rng.randrange(30), (1 << 32) - 1))
+    transfer_id = rng.choice((of.transfer_id, of.transfer_id, rng.getrandbits(63)))
+    buffer = rng.choice((1, 1, 1, 0, 3))
+    return pack_chunk(ChunkHeader(transfer_id, PAGES, buffer, first, len(data), items), data)
 
 
 def feed(lane: ReceiveLane, data: bytes, rng: random.Random) -> None:
@@ -105,12 +153,14 @@ def feed(lane: ReceiveLane, data: bytes, rng: random.Random) -> None:
         lane.answers(idle=rng.random() < 0.5)
 
 
-def test_chunks() -> None:
+@pytest.mark.parametrize(("codec_name", "count"), [("raw", CHUNKS), ("shuffle", ENCODED_CHUNKS)])
+def test_chunks(codec_name: str, count: int) -> None:
     rng = random.Random(SEED)
     of = layout()
+    codec = SessionCodec(codec_name, of)
     clock = MonotonicClock()
     done = refused = 0
-    while done < COUNT:
+    while done < count:
         memory = Memory(of, None)
         slots = some_slots(rng.randrange(1 << 30))
         transfer = IncomingTransfer(1, rng.randrange(1, 1 << 40), of, tuple(map(len, slots)), clock)
@@ -120,9 +170,9 @@ def test_chunks() -> None:
         for _ in range(CHUNKS_OF_A_TRANSFER):
             done += 1
             if lane is None:
-                lane = ReceiveLane(memory.rank, CHUNK_BYTES, found.get, lambda _: None)
+                lane = ReceiveLane(memory.rank, CHUNK_BYTES, found.get, lambda _: None, codec)
             try:
-                feed(lane, mangled(some_chunk(rng, transfer), rng), rng)
+                feed(lane, mangled(some_chunk(rng, transfer, codec), rng), rng)
                 ended = lane.renewed
             except (ProtocolError, ChecksumError):
                 refused += 1
@@ -144,7 +194,7 @@ def test_chunks() -> None:
 def test_receipts() -> None:
     rng = random.Random(SEED)
     reader, refused = ReceiptReader(), 0
-    for _ in range(COUNT):
+    for _ in range(RECEIPTS):
         try:
             reader.feed(mangled(Receipt(rng.getrandbits(64), rng.random() < 0.3).pack(), rng))
         except ChecksumError:
@@ -153,11 +203,26 @@ def test_receipts() -> None:
     assert refused
 
 
+def distorted(value: Any, rng: random.Random) -> Any:
+    """A message's fields with another value somewhere among them: well-formed, but for what it says."""
+    if isinstance(value, (list, tuple, dict)) and value and rng.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        chosen = rng.choice(keys)
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        changed = {key: distorted(item, rng) if key == chosen else item for key, item in items}
+        return changed if isinstance(value, dict) else list(changed.values())
+    if isinstance(value, int) and not isinstance(value, bool) and rng.random() < 0.7:
+        power = 1 << rng.randrange(1, 63)
+        return rng.choice((0, -1, 1, value + 1, value * 2, power, -power, min(value * power, (1 << 64) - 1)))
+    return rng.choice((None, True, 0, 1 << 62, "", "x" * 5000, "\x00", b"", bytes(16), [], [[]], {}, 1.5))
+
+
 def some_messages(rng: random.Random) -> Iterator[bytes]:
     """Messages of every kind, without end."""
     instance = bytes(16)
+    rank = RankInfo(0, 0, 0, "10.0.0.1", 4711, InnerRail("mooncake", "pd", "10.0.0.1", 4713))
     known: list[Message] = [
-        Hello(PROTOCOL_VERSION, "pd", "decode-0", layout(), 4, 1 << 20, instance, 0),
+        Hello(PROTOCOL_VERSION, "pd", "decode-0", RANK, 4, 1 << 20, instance, 0, ("fp8",), 16),
         Expect(1, 7, (20, 2, 1), 0),
         Done(1, 7),
         Abort(7, "gone", 1),
@@ -168,10 +233,39 @@ def some_messages(rng: random.Random) -> Iterator[bytes]:
         Failed(1, 7, "no"),
         Unknown(instance),
         Redial(3),
+        Register(rank, "boot", 1, 1, 1, False, 16),
+        Deregister(rank, "boot"),
+        Lookup(),
+        Registered(),
+        Directory(True, 1, 1, 1, True, (rank,), 16),
     ]
+    known += [message for message in known if isinstance(message, (Hello, Directory))] * 8  # they have most to say
     bodies = [encode(message) for message in known]
+    fields = [msgspec.msgpack.decode(body) for body in bodies]
     while True:
-        yield rng.choice(bodies)
+        chosen = rng.randrange(len(bodies))
+        yield bodies[chosen] if rng.random() < 0.5 else msgspec.msgpack.encode(distorted(fields[chosen], rng))
+
+
+def believe(message: Any) -> None:
+    """What the other end does with what it was told, before it knows better."""
+    if isinstance(message, Hello):
+        if not refusal(RANK, message, sessions=0, connections=0):
+            view = prefill_view(RANK, MEMORY.rank, message.layout)
+            assert view.shares <= MAX_WIDTH_RATIO, "transfers of a request"
+            assert view.peer_page_tokens <= MAX_PAGE_TOKENS, "units that a page is filled up with"
+            obstacle("fp8", view.layout, message.codecs, message.chunk_bytes)
+    elif isinstance(message, Expect):
+        OutgoingTransfer(message.room, MonotonicClock()).expect(message)
+    elif isinstance(message, Register):
+        table = RankTable()
+        table.register(message)
+        table.directory()
+    elif isinstance(message, Directory) and message.complete:
+        for dp_rank in (0, 7):
+            found = find_ranks(message, 7, dp_rank, 0, 1)
+            for rank in () if isinstance(found, str) else found:
+                decode_view(RANK, MEMORY.rank, PrefillRank(message.tp_size, rank.tp_rank, message.page_tokens))
 
 
 @pytest.mark.parametrize(
@@ -184,22 +278,22 @@ def test_messages(decode: Callable[[bytes], object]) -> None:
     mailbox = Mailbox(0.0)
     bodies = some_messages(rng)
     refused = 0
-    for _ in range(COUNT):
+    for _ in range(MESSAGES):
         number = rng.choice((0, 0, 1, 2, rng.getrandbits(64)))
         data = mangled(seal(mangled(next(bodies), rng), number, rng.choice((0, 0, 0, 1, rng.getrandbits(64)))), rng)
         try:
             got, acknowledged, body = unseal(data)
             mailbox.accept(got, acknowledged, 0.0)
-            decode(body)
+            believe(decode(body))
         except PeerError:
             refused += 1
-    assert 0 < refused <= COUNT
+    assert 0 < refused < MESSAGES
 
 
 def test_prefaces() -> None:
     rng = random.Random(SEED)
     starts = (PREFACE_MAGIC + DATA_VERSION.to_bytes(2, "big"), PREFACE_MAGIC + bytes(2), bytes(6))
-    for _ in range(COUNT):
+    for _ in range(PREFACES):
         start = rng.choice(starts)
         data = start + rng.randbytes(PREFACE.size - len(start))
         try:

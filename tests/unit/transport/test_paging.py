@@ -109,6 +109,10 @@ def test_a_layout_in_units() -> None:
         ({"components": (PAGES_16, Component("dsa", (128,)))}, "how dsa is divided among pages is not known"),
         ({"components": (Component("kv", (1000,)),)}, "pages of kv are not one row for each token"),
         ({"page_tokens": 0}, "pages of 0 tokens are no multiple"),
+        (
+            {"page_tokens": 16 << 20, "components": (Component("kv", ((16 << 20) * 64, (16 << 20) * 32)),)},
+            "pages have more than 65536 tokens",
+        ),
     ],
 )
 def test_pages_that_cannot_be_cut(changes: dict[str, object], why: str) -> None:

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_prfaas.transport.layout import Component, Layout, Sharding
-from sglang_prfaas.transport.reshape import ItemPart, between, held, move, moves, peers, problems, share_of
+from sglang_prfaas.transport.reshape import (
+    MAX_WIDTH_RATIO,
+    ItemPart,
+    between,
+    held,
+    move,
+    moves,
+    peers,
+    problems,
+    share_of,
+)
 
 Whole = npt.NDArray[np.uint8]
 
@@ -141,6 +151,18 @@ def test_what_does_not_fit_is_said_with_both_widths() -> None:
     assert "in another way" in problems(layout(2), unknown)[0]
     wrong = layout(4, components=(Component("kv", (512, 999), (KV,)), *layout(4).components[1:]))
     assert problems(layout(2), wrong) == [widths + "4; kv buffer 1 has items of 999 bytes at width 4, expected 512"]
+
+
+@pytest.mark.parametrize("ratio", [128, 1 << 40])
+def test_a_peer_cannot_ask_for_any_number_of_transfers(ratio: int) -> None:
+    """As many decode ranks as it likes would be as many transfers of a request."""
+    most = layout(1, components=(Component("aux", (64,), (Sharding(1),)),))
+    assert problems(most, msgspec.structs.replace(most, tp_size=64)) == []
+    widths = (
+        f"attention TP width: prefill has {{}}, decode has {{}}; one may be at most {MAX_WIDTH_RATIO} times the other"
+    )
+    assert problems(most, msgspec.structs.replace(most, tp_size=ratio)) == [widths.format(1, ratio)]
+    assert problems(msgspec.structs.replace(most, tp_size=ratio), most) == [widths.format(ratio, 1)]
 
 
 def test_equal_widths_compare_ranks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,7 @@ from sglang_prfaas.transport.receive_lane import Placement, ReceiveLane
 from sglang_prfaas.transport.send_lane import SendLane
 from sglang_prfaas.transport.streams import cut
 from sglang_prfaas.transport.transfer import State
-from tests.transport.rig import Memory, Slots, layout, some_slots
+from tests.transport.rig import DEADLINE_S, Memory, Slots, layout, some_slots
 
 CHUNK_BYTES = 8192
 PIECE_BYTES = 2100
@@ -193,3 +194,38 @@ def test_memory_that_cannot_be_read_ends_its_transfer(monkeypatch: pytest.Monkey
     assert not case.sending.add(task)
     assert case.sending.empty
     assert case.failures == ["prefill could not read a chunk: the device is gone"]
+
+
+def test_a_request_does_not_end_while_its_pages_are_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch)
+    task = next(task for task in case.tasks if task.span.length > 6000)
+    case.batch([task])
+
+    def end() -> None:
+        with case.outgoing.lock:
+            case.outgoing.fail("the client has gone")
+
+    ending = threading.Thread(target=end)
+
+    class Slow(Sink):
+        def send(self, views: list[memoryview], *, more: bool = False) -> int:
+            if not self.data:
+                ending.start()
+                ending.join(0.05)
+                assert ending.is_alive()
+            return super().send(views, more=more)
+
+    sink = Slow()
+    assert case.sending.push(sink)
+    ending.join(DEADLINE_S)
+    assert not ending.is_alive()
+    assert case.again(bytes(sink.data)) == [], "all of it was read before the end"
+
+
+def test_nothing_is_read_for_a_request_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch)
+    with case.outgoing.lock:
+        case.outgoing.fail("the client has gone")
+    assert not case.sending.add(case.tasks[0])
+    assert case.sending.empty
+    assert case.failures == []

@@ -26,7 +26,7 @@ def test_a_layout_mismatch_holds_both_values_and_ends_the_request_on_both_sides(
 def test_another_protocol_version() -> None:
     with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
         decode.send(Hello(99, "pd", "fake", pair.layout, 1, 4096, INSTANCE, 0))
-        assert decode.receive(Refuse).reason == "protocol version mismatch: prefill has 2, decode has 99"
+        assert decode.receive(Refuse).reason == "protocol version mismatch: prefill has 3, decode has 99"
 
 
 def test_too_many_sessions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,8 @@ def test_a_prefill_server_without_keys(keyring: Keyring, caplog: pytest.LogCaptu
     with Pair(config=CONFIG, decode_config=keyring.pd) as pair:
         session = refused(pair.receiver, pair)
         assert re.search("it works without keys|it does not hold the key of site prfaas", session.failure)
-        assert len(lines(caplog, "session with prefill")) == 1
+        wait_until(lambda: lines(caplog, "session with prefill"), "a line")
+    assert len(lines(caplog, "session with prefill")) == 1
 
 
 def test_a_site_taken_out_of_the_list_and_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

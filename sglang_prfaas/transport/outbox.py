@@ -1,6 +1,6 @@
 """The chunks of a session that are to be sent, and those that were sent and not yet acknowledged. No sockets, no lock.
 
-All data connections take from one queue, so that none is idle while another has a backlog (work stealing). A chunk
+All data connections take from one queue, so that none has a backlog of its own (work stealing). A chunk
 belongs to its connection (a `Lane`) until it is acknowledged there; a lost connection gives its chunks back.
 """
 

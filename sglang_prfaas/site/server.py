@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import SiteLimits
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.site import free_ports, health
 from sglang_prfaas.site.commands import ServerCommand, listening_host
@@ -83,8 +84,7 @@ class Server:
     @property
     def url(self) -> str:
         """Base URL on this machine."""
-        host = listening_host(self.command.host)
-        return f"http://[{host}]:{self.command.port}" if ":" in host else f"http://{host}:{self.command.port}"
+        return base_url("http", listening_host(self.command.host), self.command.port)
 
     @property
     def age_s(self) -> float:

@@ -11,6 +11,7 @@ from typing import Self
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config import ports, sglang_args
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.monitor.kv_subscriber import KvEventSource
 from sglang_prfaas.monitor.link_channel import new_endpoint
 from sglang_prfaas.site import kv_event_endpoints
@@ -69,9 +70,7 @@ class Site:
         agent = self.config.agent
         if not agent.port:
             return ""
-        host = listening_host(agent.host)
-        scheme = "https" if agent.tls else "http"
-        return f"{scheme}://[{host}]:{agent.port}" if ":" in host else f"{scheme}://{host}:{agent.port}"
+        return base_url("https" if agent.tls else "http", listening_host(agent.host), agent.port)
 
     async def start(self) -> None:
         """Check that every port is free, start agent and servers, wait until all are ready.

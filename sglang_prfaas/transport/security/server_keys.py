@@ -20,7 +20,8 @@ class ServerKey(Struct, frozen=True):
 
 
 class ServerKeys:
-    """The key that the server behind a bootstrap address has (`host:port`, `[host]:port`), found by trying what it may be.
+    """The key that the server behind a bootstrap address has (`host:port`, `[host]:port`), found by trying those there
+    are for it.
 
     There is more than one while a site exchanges its keys, and for hosts that peers.toml gives to no site alone. Not
     thread-safe."""

@@ -118,3 +118,31 @@ def test_stop_while_starting(launch: Launch, make_site: MakeSite, tmp_path: Path
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
+
+
+def test_what_a_killed_launcher_left_is_removed_by_the_next(
+    launch: Launch, make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    config = make_site(agent=True)
+    killed = launch(config, "--json-status")
+    pids = [server["pid"] for server in json.loads(ready(killed))["servers"]]
+    left = set(temporary.glob("prfaas-*"))
+    assert len(left) == 3, "the movers' socket, and metrics of two servers"
+    killed.kill()
+    killed.wait()
+    wait_until(lambda: all(is_gone(pid) for pid in pids), "the servers to end")
+    assert set(temporary.glob("prfaas-*")) == left
+
+    following = launch(config, "--json-status")
+    ready(following)
+    present = set(temporary.glob("prfaas-*"))
+    assert len(present) == 3
+    assert not present & left
+    following.terminate()
+    _, err = following.communicate(timeout=PATIENCE_S)
+    assert err.count("whose launcher was killed") == 3
+    assert not list(temporary.glob("prfaas-*"))

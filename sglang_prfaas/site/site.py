@@ -78,7 +78,7 @@ class Site:
         return base_url("https" if agent.tls else "http", listening_host(agent.host), agent.port)
 
     async def start(self) -> None:
-        """Check that ports are free, remove what killed launchers left, start agent and servers, wait until all are ready.
+        """Check that every port is free, remove what a killed launcher left, start agent and servers, wait for all.
 
         The agent answers from the beginning, and reports servers as starting. Raises LaunchError, and LocalError when
         the agent cannot listen; nothing is left running then.

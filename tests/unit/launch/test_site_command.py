@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +53,13 @@ def launch(fake_python: str) -> Iterator[Launch]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def short_temporary() -> Iterator[Path]:
+    """A temporary directory whose path leaves room for those of Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as directory:
+        yield Path(directory)
 
 
 def ready(process: subprocess.Popen[str]) -> str:
@@ -121,10 +129,9 @@ def test_stop_while_starting(launch: Launch, make_site: MakeSite, tmp_path: Path
 
 
 def test_what_a_killed_launcher_left_is_removed_by_the_next(
-    launch: Launch, make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launch: Launch, make_site: MakeSite, short_temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    temporary = tmp_path / "t"
-    temporary.mkdir()
+    temporary = short_temporary
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     config = make_site(agent=True)

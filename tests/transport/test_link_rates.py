@@ -16,7 +16,7 @@ import pytest
 
 from sglang_prfaas.transport.layout import Component
 from sglang_prfaas.transport.link_estimator import LinkFigures
-from tests.transport.lateness import lateness
+from tests.lateness import lateness
 from tests.transport.namespaces import Wire, obstacle, wire
 from tests.transport.rig import CONFIG, Memory, Pair, layout, some_slots, wait_until
 

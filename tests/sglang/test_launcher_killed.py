@@ -3,6 +3,7 @@ and after it is started again everything is as before, for a router that was the
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -19,12 +20,13 @@ from sglang_prfaas.launch.demo_client import complete
 from sglang_prfaas.launch.local_deployment import MODEL_NAME
 from sglang_prfaas.site.free_ports import free_ports
 
-from .driving import DEADLINE_S, LOCAL, REMOTE, ROLES, Driver, RouterProcess, wait_for, words
+from .driving import DEADLINE_S, DECODE, LOCAL, PD, PRFAAS, REMOTE, ROLES, Driver, RouterProcess, get, wait_for, words
 from .test_cache_routing import generate, ids
 from .test_restarts import Asker
 
 pytestmark = pytest.mark.sglang
 
+STREAM_TOKENS = 300
 AT_ONCE_S = 15.0
 """Less than an orphan takes that goes on loading, and then finds its parent gone."""
 
@@ -32,15 +34,24 @@ AT_ONCE_S = 15.0
 class Launcher:
     """`launch site` with a site's file, on ports of its own; killed and started again."""
 
-    def __init__(self, file: Path, server: str, directory: Path, temporary: Path) -> None:
-        port, bootstrap, self.agent_port, self.reports_port = free_ports(4)
+    def __init__(self, site: str, file: Path, servers: tuple[str, ...], directory: Path, temporary: Path) -> None:
+        self.agent_port, self.reports_port, *ports = free_ports(2 + 2 * len(servers))
         self.temporary = temporary
+        self._site = site
         self._log = directory / "launcher.log"
         argv = [sys.executable, "-m", "sglang_prfaas.launch", "site", str(file), "--json-status"]
-        argv += [f"--servers.{server}.port={port}", f"--servers.{server}.bootstrap_port={bootstrap}"]
-        argv += [f"--servers.{server}.mover_port=0", f"--agent.port={self.agent_port}"]
-        self._argv = [*argv, f"--agent.reports_port={self.reports_port}", f"--site.log_dir={directory}"]
+        for server in servers:
+            argv += [f"--servers.{server}.port={ports.pop()}", f"--servers.{server}.bootstrap_port={ports.pop()}"]
+            argv += [f"--servers.{server}.mover_port=0"]
+        argv += [f"--agent.port={self.agent_port}", f"--agent.reports_port={self.reports_port}"]
+        self._argv = [*argv, f"--site.log_dir={directory}"]
         self._process: subprocess.Popen[str] | None = None
+
+    def router(self, file: Path, log: Path) -> RouterProcess:
+        """A router that has this site in the place of the one of its name. Not started yet."""
+        scheme = "https" if self._site == PRFAAS else "http"
+        url = f"--sites.{self._site}.agent_url={scheme}://127.0.0.1:{self.agent_port}"
+        return RouterProcess(file, log, url, f"--sites.{self._site}.reports_port={self.reports_port}")
 
     @property
     def process(self) -> subprocess.Popen[str]:
@@ -107,17 +118,23 @@ def wait_gone(processes: list[psutil.Process], deadline_s: float) -> None:
 
 
 @pytest.fixture
-def launcher(cluster: Driver, tmp_path: Path) -> Iterator[Launcher]:
-    """Another PrfaaS site beside the cluster's, in the place of its own for the router of the test."""
+def launcher(request: pytest.FixtureRequest, cluster: Driver, tmp_path: Path) -> Iterator[Launcher]:
+    """Another site beside the cluster's, in the place of its own for the router of the test."""
+    deployment = cluster.cluster.deployment
+    file, servers = {
+        PRFAAS: (deployment.prfaas_file, (REMOTE,)),
+        PD: (deployment.pd_file, (LOCAL, DECODE)),
+    }[request.param]
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as temporary:
-        made = Launcher(cluster.cluster.deployment.prfaas_file, REMOTE, tmp_path, Path(temporary))
+        made = Launcher(request.param, file, servers, tmp_path, Path(temporary))
         try:
             yield made
         finally:
             made.close()
 
 
-def test_a_killed_launcher(cluster: Driver, launcher: Launcher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [PRFAAS], indirect=True)
+def test_of_a_prfaas_site_nobody_notices_it(cluster: Driver, launcher: Launcher, tmp_path: Path) -> None:
     # Killed while its server starts: SGLang's processes do not look after their parent yet.
     launcher.start()
     starting = launcher.wait_children(len(("server", "guard", "resource tracker", "scheduler")))
@@ -126,11 +143,7 @@ def test_a_killed_launcher(cluster: Driver, launcher: Launcher, tmp_path: Path) 
 
     launcher.start()
     launcher.wait_ready()
-    flags = (
-        f"--sites.prfaas.agent_url=https://127.0.0.1:{launcher.agent_port}",
-        f"--sites.prfaas.reports_port={launcher.reports_port}",
-    )
-    router = RouterProcess(cluster.cluster.deployment.router_file, tmp_path / "router.log", *flags)
+    router = launcher.router(cluster.cluster.deployment.router_file, tmp_path / "router.log")
     far = [ids(seed, 900) for seed in (71, 72)]
     near = [ids(73, 300)]
     expected = {tuple(one): generate(cluster.reference_url, one)[1]["output_ids"] for one in (*far, *near)}
@@ -170,5 +183,42 @@ def test_a_killed_launcher(cluster: Driver, launcher: Launcher, tmp_path: Path) 
         assert not launcher.directories()
         headers, _ = generate(router.url, ids(75, 900))
         assert headers["x-prfaas-prefill"].endswith(LOCAL)
+    finally:
+        router.stop()
+
+
+@pytest.mark.parametrize("launcher", [PD], indirect=True)
+def test_of_a_pd_site_streams_end_with_an_error(cluster: Driver, launcher: Launcher, tmp_path: Path) -> None:
+    launcher.start()
+    prompts = [words("streams at home", 20), words("streams over the link", 200)]
+    expected = [cluster.expected(prompt, STREAM_TOKENS).token_ids for prompt in prompts]
+    launcher.wait_ready()
+    router = launcher.router(cluster.cluster.deployment.router_file, tmp_path / "router.log")
+    loads = f"http://127.0.0.1:{launcher.agent_port}/servers/{DECODE}/v1/loads"
+    try:
+        router.start()
+        router.wait_sees(ROLES)
+        processes = launcher.wait_children(8)
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+            streams = [pool.submit(complete, router.url, MODEL_NAME, one, STREAM_TOKENS) for one in prompts]
+            wait_for("streams", lambda: get(loads)["loads"][0]["num_running_reqs"] == len(prompts))
+            launcher.kill()
+            answers = [stream.result() for stream in streams]
+        wait_gone(processes, AT_ONCE_S)
+        for answer, tokens in zip(answers, expected, strict=True):
+            assert answer.error, "a stream that broke off must not look like a whole one"
+            assert answer.token_ids == tokens[: len(answer.token_ids)]
+            assert len(answer.token_ids) < STREAM_TOKENS
+        router.wait_sees({REMOTE: ROLES[REMOTE]})
+        refused = complete(router.url, MODEL_NAME, prompts[0], 16)
+        assert (refused.status, refused.token_ids) == (503, [])
+
+        launcher.start()
+        launcher.wait_ready()
+        router.wait_sees(ROLES)
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            answer = complete(router.url, MODEL_NAME, prompt, 16)
+            assert (answer.error, answer.token_ids) == ("", tokens[:16])
+        assert launcher.stop() == 0
     finally:
         router.stop()

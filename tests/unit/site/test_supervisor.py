@@ -217,19 +217,21 @@ def test_no_server_outlives_a_launcher_that_is_killed(make_site: MakeSite, fake_
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert launcher.stdout is not None
-    with launcher.stdout:
-        pids = [int(pid) for pid in launcher.stdout.readline().split()]
-    assert len(pids) == 2
-    child = int(theirs.read_text())
-    group = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _group_of(int(pid)) == pids[0]]
-    (guard,) = set(group) - {pids[0], child}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        os.kill(guard, number)
-    assert not is_gone(child)
-    pids += [child, guard]
-    launcher.kill()
-    launcher.wait()
+    try:
+        assert launcher.stdout is not None
+        with launcher.stdout:
+            pids = [int(pid) for pid in launcher.stdout.readline().split()]
+        assert len(pids) == 2
+        child = int(theirs.read_text())
+        group = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _group_of(int(pid)) == pids[0]]
+        (guard,) = set(group) - {pids[0], child}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(guard, number)
+        assert not is_gone(child)
+        pids += [child, guard]
+    finally:
+        launcher.kill()
+        launcher.wait()
     wait_until(lambda: all(is_gone(pid) for pid in pids), "the servers to end, and what they started")
 
 

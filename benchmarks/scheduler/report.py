@@ -304,6 +304,8 @@ _SPEEDS = (
         "-",
     ),
     ("dispatch_us", "the next of 50 waiting requests", "{:.0f} us", 1.0, "-"),
+    ("ahead_of_10_us", "what goes before a new request, 10 waiting", "{:.1f} us", 1.0, "-"),
+    ("ahead_of_10000_us", "the same, 10,000 waiting", "{:.1f} us", 1.0, "-"),
     ("threshold_us", "an update of the live threshold", "{:.0f} us", 1.0, "-"),
     ("solver_10000_gpus_s", "solver, 10,000 GPUs", "{:.1f} ms", 1e3, "1 s"),
     ("solver_shared_10000_gpus_s", "solver with shared roles, 10,000 GPUs", "{:.1f} ms", 1e3, "1 s"),

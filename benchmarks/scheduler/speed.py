@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from sglang_prfaas.config.schema import PolicyConfig
-from sglang_prfaas.core.request import RequestView
+from sglang_prfaas.core.request import RequestView, Route
 from sglang_prfaas.scheduler import Decision, Observation, ServerView, SiteView, decide, paper
 from sglang_prfaas.scheduler.dispatch import DispatchQueue
 from sglang_prfaas.scheduler.lengths import nodes
@@ -87,6 +87,15 @@ def _decision_s(seen: Observation, decide_on: Callable[[RequestView], Decision],
     return statistics.median(seconds)
 
 
+def _ahead_us(waiting: int, rounds: int = 500) -> float:
+    """Median of what goes before a new request on both paths, which every look at the servers asks for."""
+    queue: DispatchQueue[int] = DispatchQueue(ttft_slo_s=60.0)
+    for index in range(waiting):
+        route: Route = "prfaas" if index % 2 else "local"
+        queue.add(index, route, arrived_s=0.0, local_s=4.0, prfaas_s=0.5 + index % 7 * 0.5, link_bytes=1e8)
+    return 1e6 * _median_s(lambda: (queue.ahead("local", 1.0), queue.ahead("prfaas", 1.0)), rounds)
+
+
 def measure() -> dict[str, float]:
     """Medians: decisions with a given t (16 sites, 1,000 servers) and live ones, a threshold, the solver."""
     random = np.random.default_rng(1)
@@ -120,6 +129,7 @@ def measure() -> dict[str, float]:
     return {
         "decision_us": 1e6 * _decision_s(observation, lambda request: decide(observation, request, least=least)),
         "dispatch_us": 1e6 * _median_s(take, 500),
+        **{f"ahead_of_{waiting}_us": _ahead_us(waiting) for waiting in (10, 1_000, 10_000)},
         "live_decision_100_servers_us": live_us,
         "live_look_100_servers_us": look_us,
         "live_decision_16_sites_1000_servers_us": live_sites_us,

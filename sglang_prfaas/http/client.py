@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError, PeerError
 from sglang_prfaas.http.client_connection import ClientConnection
 from sglang_prfaas.http.errors import UpstreamConnectError, UpstreamError, UpstreamProtocolError, UpstreamStaleError
@@ -103,8 +104,8 @@ class Upstream:
         self.tls = parts.scheme == "https"
         self.port = parts.port or (443 if self.tls else 80)
         self.base_path = parts.path.rstrip("/").encode("ascii")
-        bracketed = f"[{self.host}]" if ":" in self.host else self.host
-        self.authority = f"{bracketed}:{self.port}".encode("idna" if not bracketed.isascii() else "ascii")
+        named = authority(self.host, self.port)
+        self.authority = named.encode("idna" if not named.isascii() else "ascii")
         self._idle: deque[ClientConnection] = deque()
         self._open: set[ClientConnection] = set()
 

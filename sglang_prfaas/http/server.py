@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import LocalError, PeerError
 from sglang_prfaas.http.errors import HttpError
 from sglang_prfaas.http.peers import TlsPeers
@@ -65,7 +66,7 @@ class HttpServer:
                 ssl_handshake_timeout=_HANDSHAKE_S if ssl_context is not None else None,
             )
         except OSError as exc:
-            raise LocalError(f"cannot listen on {host}:{port}: {exc.strerror or exc}") from exc
+            raise LocalError(f"cannot listen on {authority(host, port)}: {exc.strerror or exc}") from exc
         self._sweep = self.loop.call_later(_SWEEP_S, self._sweep_deadlines)
         return self.port
 

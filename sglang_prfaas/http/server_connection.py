@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.http.errors import HttpError
 from sglang_prfaas.http.messages import Headers, Request, strip_authority
@@ -89,7 +90,7 @@ class ServerConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
         peer = transport.get_extra_info("peername")
-        self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) >= 2 else ""
+        self.peer = authority(*peer[:2]) if isinstance(peer, tuple) and len(peer) >= 2 else ""
         session = transport.get_extra_info("ssl_object")
         if session is not None:
             self.certificate = session.getpeercert(binary_form=True) or b""

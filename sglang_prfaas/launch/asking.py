@@ -11,6 +11,7 @@ from msgspec import Struct
 from sglang_prfaas.config import load
 from sglang_prfaas.config.addresses import url_problem
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.errors import ConfigError, LaunchError
 
 TIMEOUT_S = 10.0
@@ -75,5 +76,4 @@ async def _get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
 def _url(scheme: str, host: str, port: int) -> str:
     from sglang_prfaas.site.commands import listening_host
 
-    host = listening_host(host)
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return base_url(scheme, listening_host(host), port)

@@ -11,6 +11,7 @@ from sglang_prfaas.config.checks import deployment_findings
 from sglang_prfaas.config.ports import claims_for_others
 from sglang_prfaas.config.prefix_cache import serve_host
 from sglang_prfaas.config.schema import RouterConfig, SiteConfig
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.launch.key_check import key_findings, router_key_findings
 from sglang_prfaas.launch.overrides import describe_keys, print_warnings
@@ -81,7 +82,7 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
     site = config.site
     lines = [f"{file}: site {site.name} ({site.role}), model {site.model}"]
     for command in site_commands(config):
-        where = _address(command.host, command.port)
+        where = authority(command.host, command.port)
         if command.bootstrap_port:
             where += f", bootstrap {command.bootstrap_port}"
         lines.append(f"  server {command.name} ({command.role}) on {where}")
@@ -92,7 +93,7 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
             lines.append("    # and --nccl-port with a free port, chosen at the start")
     if config.agent.port:
         lines.append(
-            f"  agent on {_address(config.agent.host, config.agent.port)}, relays to {len(config.servers)} servers"
+            f"  agent on {authority(config.agent.host, config.agent.port)}, relays to {len(config.servers)} servers"
         )
     claims = claims_for_others(config)
     if ports := _ranges(sorted({port for claim in claims for port in range(claim.first, claim.last + 1)})):
@@ -100,9 +101,9 @@ def describe_site(file: str, config: SiteConfig) -> list[str]:
     cache = config.prefix_cache
     if cache.serve_port:
         to = ", ".join(cache.serve_to) or "no other site with keys"
-        lines.append(f"  prefix cache served on {_address(serve_host(config), cache.serve_port)} to {to}")
+        lines.append(f"  prefix cache served on {authority(serve_host(config), cache.serve_port)} to {to}")
     for peer in cache.peers:
-        lines.append(f"  prefixes of site {peer.name} from {_address(peer.host, peer.port)}")
+        lines.append(f"  prefixes of site {peer.name} from {authority(peer.host, peer.port)}")
     for link in config.links:
         lines.append(f"  link to {link.to_site}: {link.capacity_gbps:g} Gbit/s, {link.rtt_ms:g} ms")
     return lines
@@ -112,20 +113,20 @@ def describe_router(file: str, config: RouterConfig) -> list[str]:
     """What `launch router` would serve."""
     router = config.router
     lines = [
-        f"{file}: router on {_address(router.host, router.port)}, model {router.served_model_name or router.model}, "
+        f"{file}: router on {authority(router.host, router.port)}, model {router.served_model_name or router.model}, "
         f"{'live threshold from' if config.policy.is_live else 'threshold'} {config.policy.threshold_tokens} tokens"
     ]
     for site in config.sites:
         how = f"servers listed by its agent {site.agent_url}" if site.agent_url else f"{len(site.servers)} servers"
         lines.append(f"  site {site.name} ({site.role}): {how}")
         for server in site.servers:
-            bootstrap = f", bootstrap {server.bootstrap_host}:{server.bootstrap_port}" if server.bootstrap_port else ""
+            bootstrap = (
+                f", bootstrap {authority(server.bootstrap_host, server.bootstrap_port)}"
+                if server.bootstrap_port
+                else ""
+            )
             lines.append(f"    {server.name} ({server.role}) {server.url}{bootstrap}")
     return lines
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _ranges(ports: list[int]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sglang_prfaas.config import load
 from sglang_prfaas.config.schema import ReportsConfig, RouterSite, SiteConfig
+from sglang_prfaas.core.addresses import authority, base_url
 from sglang_prfaas.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
@@ -73,11 +74,10 @@ async def _send(config: SiteConfig, action: Action, deadline_s: float, host: str
     from sglang_prfaas.site.commands import listening_host
 
     host = host or listening_host(config.agent.host)
-    bracketed = f"[{host}]" if ":" in host else host
     site = RouterSite(
         name=config.site.name,
         role=config.site.role,
-        agent_url=f"http://{bracketed}:{config.agent.port}",
+        agent_url=base_url("http", host, config.agent.port),
         reports_port=config.agent.reports_port,
     )
     keys = ReportsConfig(security=config.transport.security, keys_dir=config.transport.keys_dir)
@@ -90,7 +90,7 @@ async def _send(config: SiteConfig, action: Action, deadline_s: float, host: str
         answer = await links.command(site.name, action, deadline_s)
     except TimeoutError:
         why = links.problem(site.name) or "nobody answers there"
-        raise LaunchError(f"the agent of {site.name} at {host}:{site.reports_port}: {why}") from None
+        raise LaunchError(f"the agent of {site.name} at {authority(host, site.reports_port)}: {why}") from None
     finally:
         await links.stop()
     return answer.done, answer.message

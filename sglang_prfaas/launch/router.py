@@ -10,6 +10,7 @@ import msgspec
 from sglang_prfaas.config import checks, load
 from sglang_prfaas.config.ports import router_claims
 from sglang_prfaas.config.schema import RouterConfig
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.launch.overrides import describe_keys, log_to_stderr, print_warnings, say
 
 
@@ -42,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _announce(config: RouterConfig, json_status: bool, port: int) -> None:
     """The ready line on stdout."""
-    host = config.router.host
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = base_url("http", config.router.host, port)
     if json_status:
         print(msgspec.json.encode({"event": "ready", "url": url}).decode(), flush=True)
     else:

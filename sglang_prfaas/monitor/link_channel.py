@@ -6,9 +6,6 @@ The agent binds a ZeroMQ PULL socket on a Unix socket in a directory of mode 070
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,13 +16,12 @@ from msgspec import Struct
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.core.link_capacity import WINDOW_S, LinkCapacity
 from sglang_prfaas.core.link_counts import LinkCounts
+from sglang_prfaas.monitor.owned_directory import OwnedDirectory, new_path
 from sglang_prfaas.monitor.reports import LinkLoad
 
 MAX_MESSAGE_BYTES = 64 << 10
 _MESSAGES_A_TURN = 1024
 _HIGH_WATER_MARK = 64
-_MAX_DIRECTORY_BYTES = 90
-"""The path of a Unix socket has at most 107."""
 
 
 class LinkView(Struct, frozen=True, tag="link"):
@@ -134,14 +130,8 @@ class LinkViews:
 
 
 def new_endpoint() -> str:
-    """An endpoint of its own for one agent: a Unix socket in a directory that is yet to be made.
-
-    Its path is short enough for one, wherever temporary files are kept."""
-    name = f"prfaas-{secrets.token_hex(6)}"
-    directory = Path(tempfile.gettempdir(), name)
-    if len(str(directory)) > _MAX_DIRECTORY_BYTES:
-        directory = Path("/tmp", name)
-    return f"ipc://{directory}/links"
+    """An endpoint of its own for one agent: a Unix socket in a directory that is yet to be made."""
+    return f"ipc://{new_path()}/links"
 
 
 class LinkSender:
@@ -173,8 +163,7 @@ class LinkReceiver:
 
     def __init__(self, endpoint: str) -> None:
         """endpoint: of `new_endpoint`; its directory is made. Raises OSError where that exists."""
-        self._directory = Path(endpoint.removeprefix("ipc://")).parent
-        self._directory.mkdir(mode=0o700)
+        self._directory = OwnedDirectory(Path(endpoint.removeprefix("ipc://")).parent)
         self.refused = 0
         """Messages that were none."""
         self._context = zmq.Context()
@@ -200,4 +189,4 @@ class LinkReceiver:
         """Close the socket and delete its directory."""
         self._socket.close()
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.remove()

@@ -13,6 +13,7 @@ from msgspec import Struct
 from sglang_prfaas import env
 from sglang_prfaas.config import load
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.errors import ConfigError, PeerError
 from sglang_prfaas.http import Client, UpstreamError
 from sglang_prfaas.profiler.sglang_api import ServerApi, ServerInfo
@@ -125,12 +126,12 @@ def _site_places(config: SiteConfig) -> list[Place]:
     site, agent = config.site.name, config.agent
     if agent.port:
         scheme = "https" if agent.tls else "http"
-        return [Place(site=site, hardware=site, url=f"{scheme}://{_reachable(agent.host)}:{agent.port}")]
+        return [Place(site=site, hardware=site, url=base_url(scheme, _reachable(agent.host), agent.port))]
     return [
         Place(
             site=site,
             hardware=site,
-            url=f"http://{_reachable(server.host)}:{server.port}",
+            url=base_url("http", _reachable(server.host), server.port),
             role=server.role,
             server=server.name,
             bootstrap_host=config.transport.advertise_host,
@@ -141,8 +142,7 @@ def _site_places(config: SiteConfig) -> list[Place]:
 
 
 def _reachable(host: str) -> str:
-    found = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host.strip("[]"))
-    return f"[{found}]" if ":" in found else found
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _transfer_log(config: SiteConfig) -> str:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import PeerError
 from sglang_prfaas.profiler.budget import SLACK_S, Budget
 from sglang_prfaas.profiler.decode import Legs
@@ -136,7 +137,7 @@ async def round_trip_s(url: str) -> float:
             async with asyncio.timeout(SLACK_S):
                 _, writer = await asyncio.open_connection(parts.hostname, port)
         except (OSError, TimeoutError) as error:
-            raise PeerError(f"no connection to {parts.hostname}:{port}: {error}") from error
+            raise PeerError(f"no connection to {authority(parts.hostname or '', port)}: {error}") from error
         best = min(best, time.perf_counter() - started_s)
         writer.close()
         await writer.wait_closed()

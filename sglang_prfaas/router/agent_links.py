@@ -19,6 +19,7 @@ from msgspec import Struct
 from sglang_prfaas.clock import Clock, Deadline, MonotonicClock
 from sglang_prfaas.config.schema import ReportsConfig, RouterSite
 from sglang_prfaas.config.security import beyond_this_machine
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError, DeadlineError, LocalError, ProtocolError
 from sglang_prfaas.monitor.cache_reports import CacheUpdate, ReadCache
 from sglang_prfaas.monitor.reports import VERSION, Action, Answer, Command, Request, SiteLoads, SiteState, Subscribe
@@ -170,7 +171,7 @@ class AgentLinks:
 
     def _say(self, link: _Link, text: str) -> None:
         if link.said != text:
-            logger.warning("reports of site %s at %s:%d: %s", link.site, link.host, link.port, text)
+            logger.warning("reports of site %s at %s: %s", link.site, authority(link.host, link.port), text)
         link.said = text
 
     def _subscribe(self) -> None:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 
 from sglang_prfaas.config.schema import RouterConfig
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.router.app import Router
 from sglang_prfaas.router.tokens import TokenCounter
 
@@ -38,7 +39,7 @@ async def run_router(
         gc.freeze()  # the tokenizer's libraries hold many objects: full collections over them would stall requests
         gc.set_threshold(_GC_OBJECTS, 20, 20)
         policy = "live t from" if config.policy.is_live else "t ="
-        where = f"http://{config.router.host}:{port}"
+        where = base_url("http", config.router.host, port)
         log.info("router listens on %s, %s %d tokens", where, policy, config.policy.threshold_tokens)
         if ready is not None:
             ready(port)

@@ -23,40 +23,18 @@ one if that is done sooner there. Pure: times are passed in.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Sequence
-from typing import Generic, NamedTuple, TypeVar
-
-from msgspec import Struct
+from collections.abc import Sequence
+from typing import Generic, NamedTuple
 
 from sglang_prfaas.core.request import Route
 from sglang_prfaas.errors import ConfigError
-from sglang_prfaas.scheduler.overload import Lateness, Overload
+from sglang_prfaas.scheduler.overload import Overload
+from sglang_prfaas.scheduler.waiting import Group, Key, Ordered, Waiting
 
-Key = TypeVar("Key", bound=Hashable)
 ROUTES: tuple[Route, ...] = ("local", "prfaas")
 LINK_LEAD_S = 2.0
 _SHARE_OF_OLD = 0.2
 """Of the prefill time, for requests that have waited for `max_wait_s`."""
-
-
-class Waiting(Struct, Generic[Key], eq=False, gc=False):
-    """One request that waits. `local_s`, `prfaas_s`: what either path needs once a server has it, transfer included."""
-
-    key: Key
-    arrived_s: float
-    local_s: float
-    prfaas_s: float
-    fixed: bool
-    """The other path must not take it."""
-    link_bytes: float
-    """What PrfaaS would send of it."""
-    lateness: Lateness
-    is_long: bool
-    """Among the longest of the recent ones."""
-
-    def work_s(self, route: Route) -> float:
-        """Seconds on one path."""
-        return self.local_s if route == "local" else self.prfaas_s
 
 
 class Ahead(NamedTuple):
@@ -64,31 +42,6 @@ class Ahead(NamedTuple):
 
     work_s: float
     link_bytes: float
-
-
-class Arrivals(Generic[Key]):
-    """Waiting requests in order of arrival. Those that have left are forgotten when they come to the front."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Waiting[Key]]] = []
-        self._there: set[int] = set()
-        self._count = 0
-
-    def add(self, entry: Waiting[Key]) -> None:
-        """One more."""
-        self._count += 1
-        self._there.add(id(entry))
-        heapq.heappush(self._heap, (entry.arrived_s, self._count, entry))
-
-    def remove(self, entry: Waiting[Key]) -> None:
-        """One that is there leaves."""
-        self._there.remove(id(entry))
-        while self._heap and id(self._heap[0][2]) not in self._there:
-            heapq.heappop(self._heap)
-
-    def first(self) -> Waiting[Key] | None:
-        """Who came first."""
-        return self._heap[0][2] if self._heap else None
 
 
 class DispatchQueue(Generic[Key]):
@@ -104,12 +57,16 @@ class DispatchQueue(Generic[Key]):
         self.ttft_slo_s = ttft_slo_s
         """May change; who has missed it stays behind the others."""
         self._max_wait_s, self._slack = max_wait_s, slack
-        self._timely: dict[Route, dict[Key, Waiting[Key]]] = {"local": {}, "prfaas": {}}
-        self._late: dict[Route, dict[Key, Waiting[Key]]] = {"local": {}, "prfaas": {}}
-        self._usual: dict[Route, Arrivals[Key]] = {"local": Arrivals(), "prfaas": Arrivals()}
-        self._long: dict[Route, Arrivals[Key]] = {"local": Arrivals(), "prfaas": Arrivals()}
-        self._lent_s: dict[Route, float] = {"local": 0.0, "prfaas": 0.0}
+        self._timely: dict[Route, Group[Key]] = {route: Group(route) for route in ROUTES}
+        self._late: dict[Route, Group[Key]] = {route: Group(route) for route in ROUTES}
+        self._starts: dict[Route, Ordered[Key]] = {route: Ordered() for route in ROUTES}
+        """The timely ones, by when they would have had to start with a TTFT objective of 0."""
+        self._usual: dict[Route, Ordered[Key]] = {route: Ordered() for route in ROUTES}
+        self._long: dict[Route, Ordered[Key]] = {route: Ordered() for route in ROUTES}
+        """All but the longest, and the longest, in order of arrival."""
+        self._lent_s: dict[Route, float] = dict.fromkeys(ROUTES, 0.0)
         self._overload = Overload()
+        self._added = 0
 
     @property
     def overloaded(self) -> bool:
@@ -129,15 +86,18 @@ class DispatchQueue(Generic[Key]):
     ) -> None:
         """A request waits for a path. `link_bytes`: what PrfaaS would send of it."""
         lateness, is_long = self._overload.add(local_s if local_s < float("inf") else prfaas_s)
-        entry = Waiting(key, arrived_s, local_s, prfaas_s, fixed, link_bytes, lateness, is_long)
-        self._timely[route][key] = entry
-        (self._long if is_long else self._usual)[route].add(entry)
+        self._added += 1
+        entry = Waiting(key, self._added, arrived_s, local_s, prfaas_s, fixed, link_bytes, lateness, is_long)
+        self._timely[route].add(entry)
+        self._starts[route].add(arrived_s - entry.work_s(route), entry)
+        (self._long if is_long else self._usual)[route].add(arrived_s, entry)
 
     def remove(self, key: Key) -> bool:
         """Forget a request that was given up. False where it does not wait."""
         for route in ROUTES:
-            for queue in (self._timely[route], self._late[route]):
-                if (entry := queue.pop(key, None)) is not None:
+            for group in (self._timely[route], self._late[route]):
+                if (entry := group.pop(key)) is not None:
+                    self._starts[route].remove(entry)
                     (self._long if entry.is_long else self._usual)[route].remove(entry)
                     return True
         return False
@@ -148,20 +108,18 @@ class DispatchQueue(Generic[Key]):
 
     def keys(self, route: Route) -> list[Key]:
         """Who waits for a path."""
-        return [*self._timely[route], *self._late[route]]
+        return [*self._timely[route].entries, *self._late[route].entries]
 
     def work_s(self, route: Route) -> float:
         """Seconds of prefill that wait for a path, on one server."""
-        return sum(entry.work_s(route) for queue in (self._timely, self._late) for entry in queue[route].values())
+        return self._timely[route].work_s + self._late[route].work_s
 
     def ahead(self, route: Route, now_s: float) -> Ahead:
         """What goes before a new request: those that can still make it, and under an overload everybody."""
         self._expire(route, now_s)
-        entries = list(self._timely[route].values())
-        if self.overloaded:
-            entries += self._late[route].values()
-        link_bytes = sum(entry.link_bytes for entry in entries) if route == "prfaas" else 0.0
-        return Ahead(sum(entry.work_s(route) for entry in entries), link_bytes)
+        groups = [self._timely[route], self._late[route]] if self.overloaded else [self._timely[route]]
+        link_bytes = sum(group.link_bytes for group in groups) if route == "prfaas" else 0.0
+        return Ahead(sum(group.work_s for group in groups), link_bytes)
 
     def take(
         self,
@@ -187,13 +145,9 @@ class DispatchQueue(Generic[Key]):
 
     def _expire(self, route: Route, now_s: float) -> None:
         """Requests that cannot make it any more go behind the others."""
-        timely = self._timely[route]
-        gone = [
-            entry for entry in timely.values() if now_s + entry.work_s(route) > entry.arrived_s + self.ttft_slo_s + 1e-9
-        ]
-        for entry in gone:
-            del timely[entry.key]
-            self._late[route][entry.key] = entry
+        for entry in self._starts[route].pop_below(now_s - self.ttft_slo_s - 1e-9):
+            self._timely[route].pop(entry.key)
+            self._late[route].add(entry)
             self._overload.missed(entry.lateness)
 
     def _next(self, route: Route, now_s: float, left_s: Sequence[float]) -> Waiting[Key] | None:
@@ -202,7 +156,7 @@ class DispatchQueue(Generic[Key]):
             oldest = self._long[route].first()
             chosen = self._usual[route].first() or oldest
         else:
-            oldest = min(self._late[route].values(), key=_arrived, default=None)
+            oldest = min(self._late[route].entries.values(), key=_arrived, default=None)
             chosen = self._in_time(route, now_s, left_s)
         if chosen is None or oldest is None or now_s - oldest.arrived_s < self._max_wait_s:
             return chosen
@@ -214,11 +168,11 @@ class DispatchQueue(Generic[Key]):
 
     def _in_time(self, route: Route, now_s: float, left_s: Sequence[float]) -> Waiting[Key] | None:
         """Those that can make it, then the others, short ones first."""
-        timely = sorted(self._timely[route].values(), key=_arrived)
+        timely = sorted(self._timely[route].entries.values(), key=_arrived)
         if timely:
             left_out = self._left_out(route, timely, now_s, left_s)
             return next((entry for number, entry in enumerate(timely) if number not in left_out), timely[0])
-        late = self._late[route].values()
+        late = self._late[route].entries.values()
         return min(late, key=lambda entry: entry.arrived_s + self._slack * entry.work_s(route), default=None)
 
     def _left_out(self, route: Route, timely: list[Waiting[Key]], now_s: float, left_s: Sequence[float]) -> set[int]:
@@ -244,7 +198,9 @@ class DispatchQueue(Generic[Key]):
     def _help(self, route: Route, other_left_s: Sequence[float], link_s: float) -> Waiting[Key] | None:
         """A request of the other path, where a free server of this one is likely to have it done sooner."""
         other: Route = "prfaas" if route == "local" else "local"
-        free = [entry for queue in (self._timely, self._late) for entry in queue[other].values() if not entry.fixed]
+        free = [
+            entry for group in (self._timely, self._late) for entry in group[other].entries.values() if not entry.fixed
+        ]
         if not free:
             return None
         if route == "prfaas":

@@ -10,6 +10,7 @@ from sglang.srt.disaggregation.base.conn import BaseKVBootstrapServer
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_prfaas import env
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.sglang_plugin import inner_rail
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
 from sglang_prfaas.sglang_plugin.receiver import PrfaasKVReceiver
@@ -28,7 +29,7 @@ class PrfaasKVBootstrapServer(BaseKVBootstrapServer):
         self._server = DirectoryServer(
             resolve(host), port, remote_ranks=get_parallel().nnodes > 1, config=env.transport_from_env(os.environ)
         )
-        logger.info("prfaas: bootstrap directory at %s:%d", host, port)
+        logger.info("prfaas: bootstrap directory at %s", authority(host, port))
 
     def close(self) -> None:
         self._server.close()

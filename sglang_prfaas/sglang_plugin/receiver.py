@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.base.conn import BaseKVReceiver, KVPoll, KVTransferDestination
 
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError, LocalError, PeerGoneError
 from sglang_prfaas.sglang_plugin.kv_pages import KV, component_indices
 from sglang_prfaas.sglang_plugin.manager import PrfaasKVManager
@@ -92,7 +93,7 @@ class PrfaasKVReceiver(BaseKVReceiver):
         self._directory, self._ranks = directory, ranks
         self._sessions = [
             self._mover.session(
-                f"{host}:{port}",
+                authority(host, port),
                 rank.host or host,
                 rank.control_port,
                 room=self.bootstrap_room,

@@ -23,6 +23,7 @@ import msgspec
 from sglang_prfaas.clock import Clock, MonotonicClock
 from sglang_prfaas.config.schema import SiteConfig
 from sglang_prfaas.config.security import beyond_this_machine
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import PrfaasError
 from sglang_prfaas.http import (
     Client,
@@ -112,10 +113,9 @@ class Agent:
             return SiteTls(load_security(self._config.transport), listens=True)
         if beyond_this_machine(agent.host):
             logger.warning(
-                "the agent's port %s:%d speaks plain HTTP: who can read the traffic reads prompts and answers; set "
+                "the agent's port %s speaks plain HTTP: who can read the traffic reads prompts and answers; set "
                 "agent.tls = true, unless the network or a proxy protects it",
-                agent.host,
-                agent.port,
+                authority(agent.host, agent.port),
             )
         return None
 

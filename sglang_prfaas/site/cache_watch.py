@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sglang_prfaas.clock import Clock
 from sglang_prfaas.errors import PoolFullError
 from sglang_prfaas.monitor.cache_reports import CacheUpdate, ReadCache, pack
 from sglang_prfaas.monitor.kv_subscriber import KvEventSource, KvEventSubscriber
+from sglang_prfaas.monitor.owned_directory import OwnedDirectory
 from sglang_prfaas.prefix_cache.change_log import ChangeLog
 from sglang_prfaas.prefix_cache.changes import Change, Cleared
 from sglang_prfaas.prefix_cache.matching import Holder
@@ -43,6 +43,7 @@ class CacheWatch:
         self._sources = sources
         self._clock = clock
         self._directory = directory
+        self._owned: OwnedDirectory | None = None
         self._epoch = secrets.randbits(53)
         self.log = ChangeLog(max_blocks, max(1, 2 * sum(map(len, sources.values()))))
         self._subscriber: KvEventSubscriber | None = None
@@ -51,7 +52,7 @@ class CacheWatch:
     def start(self) -> None:
         """Subscribe; the servers may start later. Raises OSError where the directory cannot be made."""
         if self._directory:
-            Path(self._directory).mkdir(mode=0o700)
+            self._owned = OwnedDirectory(Path(self._directory))
         loop = asyncio.get_running_loop()
 
         def deliver(holder: Holder, changes: tuple[Change, ...]) -> None:
@@ -70,8 +71,9 @@ class CacheWatch:
         if self._subscriber is not None:
             await asyncio.to_thread(self._subscriber.close)
             self._subscriber = None
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self._owned is not None:
+            self._owned.remove()
+            self._owned = None
 
     def server_gone(self, server: str) -> None:
         """A server has ended, or its cache was made anew: nothing that it held is there any more."""

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from sglang_prfaas.config import sglang_args
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.errors import LaunchError
 from sglang_prfaas.monitor.kv_subscriber import KvEventSource
 from sglang_prfaas.prefix_cache.matching import Holder
@@ -84,10 +85,8 @@ def _dialled(endpoint: str, rank: int, host: str) -> str:
     """An endpoint as a subscriber reaches it: rank r is r ports further on, and every address is `host`."""
     if not endpoint.startswith("tcp://"):
         return endpoint
-    where, _, port = endpoint.rpartition(":")
-    if where in ("tcp://*", "tcp://0.0.0.0", "tcp://[::]"):
-        where = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
-    return f"{where}:{int(port) + rank}"
+    where, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return base_url("tcp", host if where in ("*", "0.0.0.0", "[::]") else where, int(port) + rank)
 
 
 def _free_range(count: int) -> int:

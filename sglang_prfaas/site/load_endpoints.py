@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from sglang_prfaas.config import sglang_args
+from sglang_prfaas.core.addresses import base_url
 
 
 class _KvEvents(Struct):
@@ -38,8 +39,7 @@ def load_endpoints(args: Sequence[str], host: str) -> list[str]:
         first = kv + ranks if kv else 0
         if replay and first < replay + ranks and replay < first + ranks:
             first = replay + ranks
-    bracketed = f"[{host}]" if ":" in host else host
-    return [f"tcp://{bracketed}:{first + rank}" for rank in range(ranks)] if first else []
+    return [base_url("tcp", host, first + rank) for rank in range(ranks)] if first else []
 
 
 def _port(endpoint: str) -> int:

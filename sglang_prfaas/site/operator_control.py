@@ -65,9 +65,9 @@ def command_of(request: Request, site_role: str) -> Command:
 
 
 def _from_here(peer: str) -> bool:
-    """Whether a peer (`address:port`) is on this machine."""
+    """Whether a peer (`address:port`, `[address]:port`) is on this machine."""
     try:
-        address = ipaddress.ip_address(peer.rpartition(":")[0].partition("%")[0])
+        address = ipaddress.ip_address(peer.rpartition(":")[0].strip("[]").partition("%")[0])
     except ValueError:
         return False
     mapped = getattr(address, "ipv4_mapped", None)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import SiteLimits
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.errors import LaunchError
+from sglang_prfaas.monitor.owned_directory import OwnedDirectory, new_path
 from sglang_prfaas.site import free_ports, health
 from sglang_prfaas.site.commands import ServerCommand, listening_host
 from sglang_prfaas.site.lifecycle import Action, Event, Lifecycle, State
@@ -83,8 +83,7 @@ class Server:
     @property
     def url(self) -> str:
         """Base URL on this machine."""
-        host = listening_host(self.command.host)
-        return f"http://[{host}]:{self.command.port}" if ":" in host else f"http://{host}:{self.command.port}"
+        return base_url("http", listening_host(self.command.host), self.command.port)
 
     @property
     def age_s(self) -> float:
@@ -204,7 +203,7 @@ class Server:
         self.started_at_s = self._clock.now_s()
         self.exit_code = None
         held: free_ports.HeldPort | None = None
-        metrics_dir = ""
+        metrics: OwnedDirectory | None = None
         try:
             argv = list(self.command.argv)
             if self.command.needs_nccl_port:
@@ -212,7 +211,8 @@ class Server:
                 argv += ["--nccl-port", str(held.port)]
             environ = {**(os.environ if self._environ is None else self._environ), **self.command.env}
             if _METRICS_DIR not in environ:
-                metrics_dir = environ[_METRICS_DIR] = tempfile.mkdtemp(prefix="prfaas-metrics-")
+                metrics = OwnedDirectory(new_path("metrics"))
+                environ[_METRICS_DIR] = str(metrics.path)
             self._process = await ChildProcess.spawn(argv, environ, self.log)
         except (OSError, LaunchError) as error:
             self._write_log(f"cannot be started: {error}")
@@ -221,8 +221,8 @@ class Server:
         finally:
             if held is not None:
                 held.release()
-            if metrics_dir:
-                shutil.rmtree(metrics_dir, ignore_errors=True)
+            if metrics is not None:
+                metrics.remove()
         self._process = None
         self._dispatch(Event.EXITED)
         self._notify()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Self
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config import ports, sglang_args
 from sglang_prfaas.config.schema import SiteConfig
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.monitor.kv_subscriber import KvEventSource
 from sglang_prfaas.monitor.link_channel import new_endpoint
+from sglang_prfaas.monitor.owned_directory import new_path, remove_abandoned
 from sglang_prfaas.site import kv_event_endpoints
 from sglang_prfaas.site.agent import Agent
 from sglang_prfaas.site.cache_watch import CacheWatch
@@ -21,6 +25,8 @@ from sglang_prfaas.site.free_ports import require_free
 from sglang_prfaas.site.progress import Progress
 from sglang_prfaas.site.server import Server
 from sglang_prfaas.site.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
 
 
 class Site:
@@ -69,17 +75,17 @@ class Site:
         agent = self.config.agent
         if not agent.port:
             return ""
-        host = listening_host(agent.host)
-        scheme = "https" if agent.tls else "http"
-        return f"{scheme}://[{host}]:{agent.port}" if ":" in host else f"{scheme}://{host}:{agent.port}"
+        return base_url("https" if agent.tls else "http", listening_host(agent.host), agent.port)
 
     async def start(self) -> None:
-        """Check that every port is free, start agent and servers, wait until all are ready.
+        """Check that every port is free, remove what a killed launcher left, start agent and servers, wait for all.
 
         The agent answers from the beginning, and reports servers as starting. Raises LaunchError, and LocalError when
         the agent cannot listen; nothing is left running then.
         """
         require_free(self._claims)
+        for path in await asyncio.to_thread(remove_abandoned):
+            logger.info("site %s: removed %s, whose launcher was killed", self.name, path)
         if self.config.agent.port:
             await self.agent.start()
         try:
@@ -115,7 +121,7 @@ def _caches(config: SiteConfig) -> tuple[CacheWatch, dict[str, str]]:
     stats = stats if cache.backend != "off" else ""
     if not (config.agent.kv_events and config.agent.reports_port):
         return CacheWatch(config.site.name, {}, 1, MonotonicClock(), store_stats=stats), {}
-    directory = new_endpoint().removeprefix("ipc://").removesuffix("/links")
+    directory = str(new_path())
     options: dict[str, str] = {}
     sources: dict[str, list[KvEventSource]] = {}
     for number, server in enumerate(config.servers):

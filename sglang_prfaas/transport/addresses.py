@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
+from sglang_prfaas.core.addresses import base_url
 from sglang_prfaas.errors import LocalError
 
 
@@ -33,7 +34,7 @@ def resolve(host: str) -> str:
 
 def endpoint(host: str, port: int) -> str:
     """A ZeroMQ TCP endpoint; IPv6 addresses get their brackets."""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return base_url("tcp", host, port)
 
 
 def dialable(host: str) -> str:

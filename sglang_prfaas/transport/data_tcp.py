@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError, LocalError, PeerClosedError, PeerError, PeerGoneError, PortRefusedError
 from sglang_prfaas.transport import page_pipe, tcp_info
 from sglang_prfaas.transport.link_tuning import set_congestion_control
@@ -328,7 +329,7 @@ def connect(
     """Dial a data port, and with keys make sure that it belongs to `site`. Raises PeerGoneError when it cannot be
     reached within the timeout, or was cut, PortRefusedError where nothing listens, PeerError for one that cannot prove
     its site."""
-    where = f"data port {host}:{port}"
+    where = f"data port {authority(host, port)}"
     try:
         connection.sock.settimeout(timeout_s)
         connection.sock.connect((host, port))

@@ -11,6 +11,7 @@ import zmq
 
 from sglang_prfaas.clock import Clock
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ProtocolError
 from sglang_prfaas.transport.addresses import endpoint, resolve
 from sglang_prfaas.transport.gateway_messages import (
@@ -112,7 +113,8 @@ class DialOut:
 
     def _say(self, text: str) -> None:
         if text != self._said:
-            logger.warning("prfaas: gateway of site %s at %s:%d: %s", self._to_site, self._host, self._port, text)
+            where = authority(self._host, self._port)
+            logger.warning("prfaas: gateway of site %s at %s: %s", self._to_site, where, text)
         self._said = text
 
     def _send(self, data: bytes) -> None:

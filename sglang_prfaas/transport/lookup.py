@@ -8,6 +8,7 @@ import threading
 import zmq
 
 from sglang_prfaas.clock import Clock, Deadline
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import LocalError, ProtocolError
 from sglang_prfaas.transport.addresses import endpoint
 from sglang_prfaas.transport.loop import ZmqLoop
@@ -40,7 +41,7 @@ class DirectoryClient:
 
     def get(self, host: str, port: int) -> Directory | None:
         """The ranks behind a bootstrap address, or None while they are asked for. From any thread; never waits."""
-        address = f"{host}:{port}"
+        address = authority(host, port)
         with self._lock:
             found = self._found.get(address)
             if found is not None or address in self._asked:
@@ -56,7 +57,7 @@ class DirectoryClient:
     def problem(self, host: str, port: int) -> str:
         """Why there will be no answer for now, or an empty string. From any thread."""
         with self._lock:
-            return self._problems.get(f"{host}:{port}", "")
+            return self._problems.get(authority(host, port), "")
 
     def forget(self, address: str) -> None:
         """Ask again the next time."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from sglang_prfaas.clock import Clock, Deadline
 from sglang_prfaas.config.schema import LinkConfig, TransportConfig
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import LocalError, PeerGoneError
 from sglang_prfaas.transport.codec.session import offered
 from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
@@ -123,7 +124,7 @@ class ReceiveMover:
 
     def forget(self, host: str, port: int) -> None:
         """Ask the directory again before the next session."""
-        self._directories.forget(f"{host}:{port}")
+        self._directories.forget(authority(host, port))
 
     # --- sessions -------------------------------------------------------------------------------------------------
 

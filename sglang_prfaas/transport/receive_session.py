@@ -10,6 +10,7 @@ import zmq
 
 from sglang_prfaas.clock import Deadline
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.health import Health
@@ -94,4 +95,4 @@ class PeerSession:
             self.rooms -= Counter((room,))
 
     def __str__(self) -> str:
-        return f"prefill {self.host}:{self.control_port}"
+        return f"prefill {authority(self.host, self.control_port)}"

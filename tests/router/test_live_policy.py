@@ -20,6 +20,7 @@ from sglang_prfaas.router.prefixes import NoPrefixes
 from sglang_prfaas.scheduler.curves import Curve
 from sglang_prfaas.scheduler.profiles import PrefillProfile, ProfileFile, save_profile
 from sglang_prfaas.scheduler.types import SitePrefix
+from tests.lateness import lateness
 from tests.router.pd_fakes import Cluster, cluster, header, run, until
 
 REACTION_S = 1.0
@@ -92,12 +93,13 @@ async def long_route(c: Cluster) -> str:
 
 
 async def becomes(c: Cluster, route: str) -> float:
-    """Seconds until long requests take this route."""
+    """Seconds until long requests take this route, without those in which this process did not run."""
     start_s = time.monotonic()
-    async with asyncio.timeout(30):
-        while await long_route(c) != route:
-            pass
-    return time.monotonic() - start_s
+    with lateness() as late_s:
+        async with asyncio.timeout(30):
+            while await long_route(c) != route:
+                pass
+        return time.monotonic() - start_s - late_s()
 
 
 async def get(c: Cluster, target: str) -> Any:

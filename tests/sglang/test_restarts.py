@@ -37,14 +37,14 @@ async def replace_agent(site: Site) -> None:
     The agent of a site shares its process with the supervisor, whose servers end with it; here it alone ends."""
     crashed = site.agent
     watch = crashed._caches
-    directory, watch._directory = watch._directory, ""  # the servers' sockets are in it
+    owned, watch._owned = watch._owned, None  # the servers' sockets are in it
     crashed._reporter = None
     await crashed.stop(0)
     caches = CacheWatch(site.name, watch._sources, site.config.agent.kv_events_max_blocks, MonotonicClock())
     site.agent = Agent(site.config, site.servers, link_reports=crashed._link_reports, caches=caches)
     site.supervisor.on_change = site.agent.changed
     await site.agent.start()
-    caches._directory = directory
+    caches._owned = owned
 
 
 class Asker:

@@ -1,4 +1,6 @@
-"""What the mover makes of a real link: a veth pair between two network namespaces, limited by tc tbf."""
+"""What the mover makes of a real link: a veth pair between two network namespaces, limited by tc tbf.
+
+Its rates are so low that a hundredth of a core fills it: what is compared is the link, not the machine."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import pytest
 
 from sglang_prfaas.transport.layout import Component
 from sglang_prfaas.transport.link_estimator import LinkFigures
+from tests.lateness import lateness
 from tests.transport.namespaces import Wire, obstacle, wire
 from tests.transport.rig import CONFIG, Memory, Pair, layout, some_slots, wait_until
 
@@ -27,9 +30,10 @@ TRANSFERS = 3
 """Open at a time, so that there is always something to send."""
 SETTLE_S = 2.0
 NOTICE_S = 1.5
-"""A second, and what a loaded machine adds."""
+"""A second and a half, beside what a loaded machine adds."""
 DATAGRAM_BYTES = 1472
 DATAGRAM_WIRE_BYTES = 1514
+WIRE_MBPS = 40.0
 HEADERS = 1448 / 1514
 """Payload of a full segment on Ethernet, as tbf counts."""
 
@@ -106,24 +110,29 @@ def full(seen: LinkFigures, mbps: float) -> bool:
     return seen.filled and near(seen.capacity_bytes_per_s, mbps) and near(seen.used_bytes_per_s, mbps)
 
 
-@pytest.mark.parametrize(("mbps", "later"), [(1000.0, 200.0), (200.0, 1000.0)])
+@pytest.mark.parametrize(("mbps", "later"), [(100.0, 20.0), (20.0, 100.0)])
 def test_the_capacity_is_that_of_the_wire_and_follows_it(mbps: float, later: float) -> None:
     with wire(mbps) as link, movers(link) as pair, Load(pair):
         threading.Event().wait(SETTLE_S)
         seconds_until(lambda: full(figures(pair), mbps), "the first capacity")
         seen = figures(pair)
         assert seen.connections == 4
-        link.rate(later)
-        took_s = seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, later), "the new capacity")
-        print(f"{mbps:g} to {later:g} Mbit/s: {seen.capacity_bytes_per_s * 8e-6:.1f} Mbit/s, noticed in {took_s:.2f} s")
+        with lateness() as late_s:
+            link.rate(later)
+            took_s = seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, later), "the new capacity")
+            added_s = late_s()
+        print(
+            f"{mbps:g} to {later:g} Mbit/s: {seen.capacity_bytes_per_s * 8e-6:.1f} Mbit/s, noticed in {took_s:.2f} s, "
+            f"{added_s:.2f} s of which this process did not run"
+        )
         if later < mbps:
-            assert took_s < NOTICE_S
+            assert took_s < NOTICE_S + added_s
 
 
 def test_a_competing_flow_leaves_less() -> None:
-    with wire(400.0) as link, movers(link) as pair, Load(pair):
-        seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, 400.0), "the capacity")
-        with flow(link, 200.0) as carried_mbit:
+    with wire(WIRE_MBPS) as link, movers(link) as pair, Load(pair):
+        seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, WIRE_MBPS), "the capacity")
+        with flow(link, WIRE_MBPS / 2) as carried_mbit:
             threading.Event().wait(SETTLE_S)
             before, start_s = carried_mbit(), time.monotonic()
             ours = []
@@ -132,10 +141,10 @@ def test_a_competing_flow_leaves_less() -> None:
                 ours.append(figures(pair).capacity_bytes_per_s)
             other = (carried_mbit() - before) / (time.monotonic() - start_s)
         mean = sum(ours) / len(ours)
-        print(f"400 Mbit/s: {mean * 8e-6 / HEADERS:.0f} left by {other:.0f} of another flow")
-        assert other > 50
-        assert near(mean, 400.0 - other, 0.25), "the largest of the last moments, so rather more than the mean"
-        seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, 400.0), "all of it again")
+        print(f"{WIRE_MBPS:g} Mbit/s: {mean * 8e-6 / HEADERS:.0f} left by {other:.0f} of another flow")
+        assert other > WIRE_MBPS / 8
+        assert near(mean, WIRE_MBPS - other, 0.25), "the largest of the last moments, so rather more than the mean"
+        seconds_until(lambda: near(figures(pair).capacity_bytes_per_s, WIRE_MBPS), "all of it again")
 
 
 @contextmanager

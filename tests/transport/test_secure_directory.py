@@ -10,6 +10,7 @@ import zmq
 
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError
 from sglang_prfaas.transport.directory import DirectoryServer
 from sglang_prfaas.transport.messages import (
@@ -68,7 +69,7 @@ def test_the_whole_way_with_keys(keyring: Keyring, bound: str, asked: str) -> No
             wait_until(ask, "the directory's answer")
             assert found[0].ranks[0].control_port == pair.sender.control_port
             pair.dial = lambda receiver=None: (receiver or pair.receiver).session(  # type: ignore[method-assign,misc]
-                f"{asked}:{directory.port}", asked, pair.sender.control_port
+                authority(asked, directory.port), asked, pair.sender.control_port
             )
             works(pair, 1)
         finally:

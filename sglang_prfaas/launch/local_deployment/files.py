@@ -42,7 +42,8 @@ class Choices(Struct, frozen=True, kw_only=True):
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
     adapters: Sequence[str] = ()
-    """Names of LoRA adapters that every server has, the one to compare with too. They are made, for `qwen3` only."""
+    """Names of LoRA adapters that every server has, the one to compare with too. They are made, for the families of
+    `make_tiny_adapter`."""
     capacity_gbps: float = 10.0
     env: Mapping[str, str] = {}
     """Environment variables of all servers of both sites."""

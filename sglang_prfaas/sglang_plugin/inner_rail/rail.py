@@ -16,6 +16,7 @@ from typing import Any
 from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 
 from sglang_prfaas import env
+from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError, LaunchError, LocalError
 from sglang_prfaas.sglang_plugin.hooks import problems_with
 from sglang_prfaas.sglang_plugin.inner_rail.overrides import OVERRIDES
@@ -94,7 +95,7 @@ class Rail:
         """Make the manager know a prefill server by its directory. Returns its name, for `receiver`: another one after
         the server has restarted, when what was known of it is dropped. Raises LocalError where shapes do not fit."""
         ranks = {(rank.dp_rank, rank.tp_rank): rank.rail for rank in directory.ranks if rank.rail is not None}
-        places = ",".join(f"{rail.host}:{rail.port}" for _, rail in sorted(ranks.items()))
+        places = ",".join(authority(rail.host, rail.port) for _, rail in sorted(ranks.items()))
         name = f"{address}/{places}/"
         if self._known.get(address) == name:
             return name

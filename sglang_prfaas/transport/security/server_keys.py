@@ -20,7 +20,8 @@ class ServerKey(Struct, frozen=True):
 
 
 class ServerKeys:
-    """The key that the server behind a bootstrap address (`host:port`) has, found by trying those it may have.
+    """The key that the server behind a bootstrap address has (`host:port`, `[host]:port`), found by trying those there
+    are for it.
 
     There is more than one while a site exchanges its keys, and for hosts that peers.toml gives to no site alone. Not
     thread-safe."""
@@ -32,7 +33,7 @@ class ServerKeys:
 
     def get(self, address: str) -> ServerKey:
         """The last key that was right, or the next to try. Raises LocalError where no site is known at the host."""
-        host = address.rpartition(":")[0]
+        host = address.rpartition(":")[0].strip("[]")
         candidates = self._candidates(host)
         if not candidates:
             raise LocalError(f"peers.toml has no site at {host}; add it to the addresses of its site")
@@ -45,7 +46,7 @@ class ServerKeys:
     def refused(self, address: str, key: ServerKey) -> bool:
         """The server does not hold `key`, or refuses ours: the next attempt takes the next one. Returns whether all
         were refused since the last one that was right, `ROUNDS` times."""
-        host = address.rpartition(":")[0]
+        host = address.rpartition(":")[0].strip("[]")
         candidates = self._candidates(host)
         if candidates and self.get(address) != key:
             return False  # another attempt has gone on already, or peers.toml has changed

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +53,13 @@ def launch(fake_python: str) -> Iterator[Launch]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def short_temporary() -> Iterator[Path]:
+    """A temporary directory whose path leaves room for those of Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as directory:
+        yield Path(directory)
 
 
 def ready(process: subprocess.Popen[str]) -> str:
@@ -118,3 +126,30 @@ def test_stop_while_starting(launch: Launch, make_site: MakeSite, tmp_path: Path
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
+
+
+def test_what_a_killed_launcher_left_is_removed_by_the_next(
+    launch: Launch, make_site: MakeSite, short_temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = short_temporary
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    config = make_site(agent=True)
+    killed = launch(config, "--json-status")
+    pids = [server["pid"] for server in json.loads(ready(killed))["servers"]]
+    left = set(temporary.glob("prfaas-*"))
+    assert len(left) == 3, "the movers' socket, and metrics of two servers"
+    killed.kill()
+    killed.wait()
+    wait_until(lambda: all(is_gone(pid) for pid in pids), "the servers to end")
+    assert set(temporary.glob("prfaas-*")) == left
+
+    following = launch(config, "--json-status")
+    ready(following)
+    present = set(temporary.glob("prfaas-*"))
+    assert len(present) == 3
+    assert not present & left
+    following.terminate()
+    _, err = following.communicate(timeout=PATIENCE_S)
+    assert err.count("whose launcher was killed") == 3
+    assert not list(temporary.glob("prfaas-*"))

@@ -10,7 +10,7 @@ import pytest
 from sglang_prfaas.launch.asking import Endpoint, ask
 from sglang_prfaas.site import Site, running
 from sglang_prfaas.site.progress import Progress, silent
-from tests.unit.site.conftest import MakeSite
+from tests.unit.site.conftest import MakeSite, ask_agent
 
 
 def has_ipv6() -> bool:
@@ -36,3 +36,4 @@ def test_servers_are_watched_listed_and_relayed_to(make_site: MakeSite, fake_pyt
         assert (prefill["state"], decode["state"]) == ("ready", "ready")
         assert prefill["bootstrap_host"] == "::1"
         assert ask(Endpoint(url), "/servers/prefill_0/v1/loads")["loads"]
+        assert ask_agent(url, "POST", "/control/prefill_0/none")[0] == 404, "whoever asks from ::1 is on this machine"

@@ -200,8 +200,8 @@ def test_ready_waits_for_the_bootstrap(make_site: MakeSite, fake_python: str) ->
 
 
 def test_no_server_outlives_a_launcher_that_is_killed(make_site: MakeSite, fake_python: str, tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_bytes(msgspec.json.encode(make_site()))
+    config, theirs = tmp_path / "config.json", tmp_path / "child"
+    config.write_bytes(msgspec.json.encode(make_site(prefill_0={"FAKE_CHILD": str(theirs)})))
     script = """
         import sys, time, msgspec
         from sglang_prfaas.config.schema import SiteConfig
@@ -217,10 +217,26 @@ def test_no_server_outlives_a_launcher_that_is_killed(make_site: MakeSite, fake_
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert launcher.stdout is not None
-    with launcher.stdout:
-        pids = [int(pid) for pid in launcher.stdout.readline().split()]
-    assert len(pids) == 2
-    launcher.kill()
-    launcher.wait()
-    wait_until(lambda: all(is_gone(pid) for pid in pids), "the servers to end")
+    try:
+        assert launcher.stdout is not None
+        with launcher.stdout:
+            pids = [int(pid) for pid in launcher.stdout.readline().split()]
+        assert len(pids) == 2
+        child = int(theirs.read_text())
+        group = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _group_of(int(pid)) == pids[0]]
+        (guard,) = set(group) - {pids[0], child}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(guard, number)
+        assert not is_gone(child)
+        pids += [child, guard]
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: all(is_gone(pid) for pid in pids), "the servers to end, and what they started")
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0

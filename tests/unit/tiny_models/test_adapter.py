@@ -25,6 +25,26 @@ def test_an_adapter_fits_the_model(tmp_path: Path) -> None:
     assert weights[f"{at}o_proj.lora_A.weight"].shape == (config["r"], 4 * 64)
 
 
+@pytest.mark.parametrize(
+    ("family", "layers", "rows"), [("kimi-linear", [0, 1, 2, 3], 4 * 32), ("qwen3-next", [3], 4 * 64)]
+)
+def test_hybrid_models_have_adapters_on_what_sglang_adapts(
+    tmp_path: Path, family: str, layers: list[int], rows: int
+) -> None:
+    adapter = make_tiny_adapter(tmp_path / "red", make_tiny_model(family, tmp_path / "model"), seed=1)
+    weights = safetensors.load_file(adapter / "adapter_model.safetensors")
+    at = "base_model.model.model.layers."
+    names = [f"{at}{layer}.self_attn.o_proj.lora_{part}.weight" for layer in layers for part in "AB"]
+    assert sorted(weights) == names
+    assert weights[f"{at}3.self_attn.o_proj.lora_A.weight"].shape == (4, rows)
+    assert weights[f"{at}3.self_attn.o_proj.lora_B.weight"].shape == (128, 4)
+
+
+def test_other_families_have_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no adapters for tiny models of type"):
+        make_tiny_adapter(tmp_path / "red", make_tiny_model("swa", tmp_path / "model"), seed=1)
+
+
 def test_seeds_make_adapters_and_the_same_seed_the_same_one(tmp_path: Path) -> None:
     model = make_tiny_model("qwen3", tmp_path / "model")
     made = [make_tiny_adapter(tmp_path / name, model, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]

@@ -7,12 +7,12 @@ import pytest
 import zmq
 
 from sglang_prfaas.transport import send_handler
-from sglang_prfaas.transport.framing import HEADER_BYTES, Receipt
+from sglang_prfaas.transport.framing import Receipt
 from sglang_prfaas.transport.mailbox import seal
 from sglang_prfaas.transport.messages import Abort, Done, Expect, Failed, Hello, Ping, Pong, Refuse, Unknown, encode
 from sglang_prfaas.transport.outbox import MAX_ATTEMPTS
 from sglang_prfaas.transport.transfer import State
-from tests.transport.fakes import INSTANCE, FakeDecode, FakePrefill, at_end, read_exactly
+from tests.transport.fakes import INSTANCE, FakeDecode, FakePrefill, at_end, chunk, read_exactly
 from tests.transport.rig import ONE_CONNECTION, PAGES, Pair, layout, some_slots, wait_ended, wait_until, works
 
 
@@ -96,10 +96,10 @@ def test_a_chunk_that_always_arrives_corrupt_ends_its_request() -> None:
         with transfer.lock:
             transfer.start(1)
         pair.sender.send(transfer, PAGES, 0, np.array([3]), buffers=[0])
-        page = bytes(pair.source.arrays[PAGES][0][3])
+        wire = chunk(1, PAGES, 0, 0, bytes(pair.source.arrays[PAGES][0][3]))
         for attempt in range(MAX_ATTEMPTS):
             assert transfer.state is State.SENDING
-            assert read_exactly(data, HEADER_BYTES + len(page))[HEADER_BYTES:] == page
+            assert read_exactly(data, len(wire)) == wire
             data.sendall(Receipt(attempt, again=True).pack() + Receipt(attempt + 1).pack())
         assert decode.receive(Failed).reason == "a chunk arrived corrupt 16 times"
         assert (transfer.corrupt_chunks, transfer.resent_chunks) == (16, 15)

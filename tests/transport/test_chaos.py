@@ -149,7 +149,7 @@ def rage(config: TransportConfig, decode_config: TransportConfig) -> None:
         assert pair.sender._table.transfers() == []
     print(f"{dict(outcomes)}, faults {faults.done}, {data.corrupted} bits flipped")
     assert sum(outcomes[name] for name in ("done", "failed", "no session")) == TRANSFERS
-    assert outcomes["done"] > TRANSFERS * 0.8, outcomes
+    assert outcomes["done"] > TRANSFERS * 0.5, outcomes
 
 
 def at_once(pair: Pair, rooms: range, rng: random.Random) -> Counter[str]:

@@ -9,7 +9,19 @@ import zmq
 from sglang_prfaas.transport import send_handler
 from sglang_prfaas.transport.framing import Receipt
 from sglang_prfaas.transport.mailbox import seal
-from sglang_prfaas.transport.messages import Abort, Done, Expect, Failed, Hello, Ping, Pong, Refuse, Unknown, encode
+from sglang_prfaas.transport.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Done,
+    Expect,
+    Failed,
+    Hello,
+    Ping,
+    Pong,
+    Refuse,
+    Unknown,
+    encode,
+)
 from sglang_prfaas.transport.outbox import MAX_ATTEMPTS
 from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import INSTANCE, FakeDecode, FakePrefill, at_end, chunk, read_exactly
@@ -29,7 +41,8 @@ def test_a_layout_mismatch_holds_both_values_and_ends_the_request_on_both_sides(
 def test_another_protocol_version() -> None:
     with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
         decode.send(Hello(99, "pd", "fake", pair.layout, 1, 4096, INSTANCE, 0))
-        assert decode.receive(Refuse).reason == "protocol version mismatch: prefill has 3, decode has 99"
+        reason = f"protocol version mismatch: prefill has {PROTOCOL_VERSION}, decode has 99"
+        assert decode.receive(Refuse).reason == reason
 
 
 def test_too_many_sessions(monkeypatch: pytest.MonkeyPatch) -> None:

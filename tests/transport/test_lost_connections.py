@@ -173,7 +173,7 @@ def test_a_silent_prefill_rank() -> None:
         prefill.welcome()
         item = pair.receiver.expect(session, 1, some_slots(1), 0)
         wait_ended(item.transfer)
-        assert "silent for 1." in item.transfer.reason
+        assert re.search(r"silent for \d+\.\d s$", item.transfer.reason)
 
 
 def test_heartbeats_keep_an_idle_session() -> None:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import zmq
 
 from sglang_prfaas.transport import send_handler
+from sglang_prfaas.transport.framing import Receipt
 from sglang_prfaas.transport.mailbox import seal
-from sglang_prfaas.transport.messages import Abort, Done, Expect, Failed, Hello, Ping, Pong, Refuse, Unknown, encode
+from sglang_prfaas.transport.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Done,
+    Expect,
+    Failed,
+    Hello,
+    Ping,
+    Pong,
+    Refuse,
+    Unknown,
+    encode,
+)
+from sglang_prfaas.transport.outbox import MAX_ATTEMPTS
 from sglang_prfaas.transport.transfer import State
-from tests.transport.fakes import INSTANCE, FakeDecode, FakePrefill, at_end
-from tests.transport.rig import ONE_CONNECTION, Pair, layout, some_slots, wait_ended, wait_until, works
+from tests.transport.fakes import INSTANCE, FakeDecode, FakePrefill, at_end, chunk, read_exactly
+from tests.transport.rig import ONE_CONNECTION, PAGES, Pair, layout, some_slots, wait_ended, wait_until, works
 
 
 def test_a_layout_mismatch_holds_both_values_and_ends_the_request_on_both_sides() -> None:
@@ -26,7 +41,8 @@ def test_a_layout_mismatch_holds_both_values_and_ends_the_request_on_both_sides(
 def test_another_protocol_version() -> None:
     with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
         decode.send(Hello(99, "pd", "fake", pair.layout, 1, 4096, INSTANCE, 0))
-        assert decode.receive(Refuse).reason == "protocol version mismatch: prefill has 3, decode has 99"
+        reason = f"protocol version mismatch: prefill has {PROTOCOL_VERSION}, decode has 99"
+        assert decode.receive(Refuse).reason == reason
 
 
 def test_too_many_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +98,25 @@ def test_a_transfer_id_used_twice_ends_the_session() -> None:
         assert at_end(data)
         wait_until(lambda: not pair.sender._table.sessions, "end of the session")
         assert "used transfer id 1 twice" in pair.sender.transfer(7).reason
+
+
+def test_a_chunk_that_always_arrives_corrupt_ends_its_request() -> None:
+    with Pair() as pair, FakeDecode(pair.sender.control_port) as decode:
+        (data,) = decode.open(pair.layout)
+        decode.send(Expect(1, 7, (1, 0, 0), 0))
+        transfer = pair.sender.transfer(7)
+        wait_until(lambda: transfer.expected, "decode asked")
+        with transfer.lock:
+            transfer.start(1)
+        pair.sender.send(transfer, PAGES, 0, np.array([3]), buffers=[0])
+        wire = chunk(1, PAGES, 0, 0, bytes(pair.source.arrays[PAGES][0][3]))
+        for attempt in range(MAX_ATTEMPTS):
+            assert transfer.state is State.SENDING
+            assert read_exactly(data, len(wire)) == wire
+            data.sendall(Receipt(attempt, again=True).pack() + Receipt(attempt + 1).pack())
+        assert decode.receive(Failed).reason == "a chunk arrived corrupt 16 times"
+        assert (transfer.corrupt_chunks, transfer.resent_chunks) == (16, 15)
+        works(pair, 8)
 
 
 def test_done_before_everything_was_sent() -> None:

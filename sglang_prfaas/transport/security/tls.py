@@ -58,8 +58,11 @@ def explain(error: OSError) -> str:
     reason = error.reason or ""
     if reason in _NOT_TLS:
         return f"it does not speak TLS ({_words(reason)})"
-    if "_ALERT_" in reason:
-        return f"the other side refused this site's certificate or key ({_words(reason.partition('_ALERT_')[2])})"
+    alert = reason.partition("_ALERT_")[2]
+    if alert in _KEY_ALERTS or "CERTIFICATE" in alert:
+        return f"the other side refused this site's certificate or key ({_words(alert)})"
+    if alert:
+        return f"the other side ended it ({_words(alert)})"
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return "it has no certificate"
     return _words(reason) or str(error)
@@ -73,6 +76,10 @@ def certificate_refused(error: OSError) -> bool:
 
 _CERTIFICATE_ALERTS = ("CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN", "UNKNOWN_CA")
 """RFC 8446, section 6.2."""
+
+
+_KEY_ALERTS = ("HANDSHAKE_FAILURE", "DECRYPT_ERROR", "ACCESS_DENIED", "UNKNOWN_CA")
+"""Besides those that have `CERTIFICATE` in their names."""
 
 
 def _words(constant: str) -> str:

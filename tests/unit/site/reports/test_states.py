@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+import msgspec
+import pytest
 import zmq
 
-from sglang_prfaas.monitor.reports import SiteState, Undrain
+from sglang_prfaas.monitor.reports import LinkLoad, SiteState, Undrain
 from sglang_prfaas.router.agent_links import AgentLinks
 from tests.unit.site.conftest import PATIENCE_S
 from tests.unit.site.reports.conftest import ChangingSite, ask, role, run, until
@@ -49,6 +51,27 @@ def note(heard: list[tuple[int, str]], index: int, state: SiteState) -> None:
 def runs(links: AgentLinks, requests: int) -> bool:
     load = links.reports.server("pd", "prefill_0")
     return load is not None and load.running == requests
+
+
+def test_a_link_that_gets_congested_is_told_of_at_once_and_its_end_too(
+    plan: ChangingSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = msgspec.structs.replace(plan.config.agent, report_interval_s=3600.0)
+    plan.config = msgspec.structs.replace(plan.config, agent=agent)
+
+    async def main() -> None:
+        async with plan.connected() as (site, links):
+            for congested in (True, False, True):
+                seen = LinkLoad(from_site="pd", to_site="far", congested=congested)
+                monkeypatch.setattr(site.agent._links, "links", lambda seen=seen: [seen])
+
+                def told(congested: bool = congested) -> bool:
+                    link = links.reports.link("pd", "far")
+                    return link is not None and link.congested is congested
+
+                await until(told, f"the router hears: congested is {congested}")
+
+    run(main())
 
 
 def test_routers_and_agents_come_and_go(plan: ChangingSite) -> None:

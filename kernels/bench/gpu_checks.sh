@@ -3,8 +3,8 @@
 #
 #   kernels/bench/gpu_checks.sh [--plan] [--tune AXIS]
 #
-# Kernel tests where pytest is installed (all files at once: compiling takes most of their time), then the benchmark, part
-# by part, each with its own checks. A step that fails or runs out of time does not end the others; the exit status is that
+# Tests of the kernels and of the mover's device memory (it wants a wheel of msgspec) where pytest is installed, all files
+# at once: compiling takes most of their time; then the benchmark, part by part, each with its own checks. A step that fails or runs out of time does not end the others; the exit status is that
 # of the first that failed. Reports go to $OUT, else to kernels/bench/results: tests.txt, report.json, report.md,
 # bench.txt, and summary.txt with one line for each step. --plan says what would run, and needs no GPU.
 #   PYTHON    the interpreter (python3)
@@ -17,7 +17,7 @@ python=${PYTHON:-python3}
 total_s=${TOTAL_S:-460}
 tests_s=${TESTS_S:-150}
 part_s=${PART_S:-150}
-cases=(kda scalar_gates segments full_attention kv_pack)
+cases=(unit/kernels/triton_cases/{kda,scalar_gates,segments,full_attention,kv_pack} unit/transport/test_device_memory)
 parts=(kda gdn kv_pack lightning attention)
 plan=0
 tune=()
@@ -49,13 +49,13 @@ if "$python" -c 'import pytest' 2>/dev/null; then has_pytest=1; fi
 
 if [ "$plan" -eq 1 ]; then
     for name in "${cases[@]}"; do
-        if [ ! -f "tests/unit/kernels/triton_cases/$name.py" ]; then
-            echo "tests/unit/kernels/triton_cases/$name.py is missing" >&2
+        if [ ! -f "tests/$name.py" ]; then
+            echo "tests/$name.py is missing" >&2
             exit 1
         fi
     done
     if [ "$has_pytest" -eq 1 ]; then
-        echo "tests: ${cases[*]}, at most $tests_s s"
+        echo "tests: ${cases[*]##*/}, at most $tests_s s"
     else
         echo "tests: none, pytest is not installed"
     fi
@@ -89,7 +89,7 @@ run_tests() {
     local jobs=() name job worst=0
     for name in "${cases[@]}"; do
         timeout -k 5 "$tests_s" "$python" -m pytest -q -p no:cacheprovider -c /dev/null --rootdir . \
-            "tests/unit/kernels/triton_cases/$name.py" >"$extra/tests-$name.txt" 2>&1 &
+            "tests/$name.py" >"$extra/tests-${name##*/}.txt" 2>&1 &
         jobs+=($!)
     done
     for job in "${jobs[@]}"; do
@@ -97,11 +97,11 @@ run_tests() {
     done
     for name in "${cases[@]}"; do
         echo "== $name"
-        cat "$extra/tests-$name.txt"
+        cat "$extra/tests-${name##*/}.txt"
     done >"$OUT/tests.txt"
     for name in "${cases[@]}"; do
-        echo "$name: $(tail -n 1 "$extra/tests-$name.txt")"
-        grep -E '^(FAILED|ERROR)' "$extra/tests-$name.txt" | head -n 12
+        echo "${name##*/}: $(tail -n 1 "$extra/tests-${name##*/}.txt")"
+        grep -E '^(FAILED|ERROR)' "$extra/tests-${name##*/}.txt" | head -n 12
     done
     return "$worst"
 }

@@ -14,8 +14,9 @@ import numpy as np
 
 from sglang_prfaas.errors import LocalError
 from sglang_prfaas.sglang_plugin.shardings import page_shardings, state_shardings
+from sglang_prfaas.transport.device_memory import TorchBuffer
 from sglang_prfaas.transport.layout import Component, Layout, Sharding
-from sglang_prfaas.transport.memory import Buffer, HostBuffer, Indices, RankMemory, TorchBuffer
+from sglang_prfaas.transport.memory import Buffer, HostBuffer, Indices, RankMemory
 from sglang_prfaas.transport.paging import WINDOWS
 from sglang_prfaas.transport.reshape import AUX
 

@@ -17,6 +17,8 @@ import random
 
 from sglang_prfaas.config.schema import TransportConfig
 
+NOTICED_AT = 0.9
+"""Of the heartbeat timeout: silence that long is acted upon, so that it is by then, however late somebody looks."""
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 REFUSALS = 2
@@ -163,7 +165,7 @@ class Health:
         standing = self.contact in (Contact.UP, Contact.PARTIAL)
         if not standing or self._noticed_s == self._heard_s:
             return False
-        if now_s - self._heard_s <= self._config.heartbeat_timeout_s:
+        if now_s - self._heard_s <= NOTICED_AT * self._config.heartbeat_timeout_s:
             return False
         self._noticed_s = self._heard_s
         return True

@@ -1,4 +1,4 @@
-"""A rank's cache memory as buffers of equal items, on the host or on a CUDA device: gather from it, scatter into it.
+"""A rank's cache memory as buffers of equal items: gather from it, scatter into it.
 
 Addresses come from the local SGLang process only, never from a peer. Every slot index is checked against its buffer
 when a request is set up, so that a copy can neither read nor write outside of it.
@@ -6,12 +6,10 @@ when a request is set up, so that a copy can neither read nor write outside of i
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import sub
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +33,8 @@ class Buffer(Protocol):
 
     item_bytes: int
     slots: int
+    on_device: bool
+    """Whether the items lie in a device's memory, which copies to and from page-locked memory best."""
 
     def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
         """Copy bytes `offset` to `offset + len(out)` of a request's stream to `out`; item i lies at slot
@@ -50,6 +50,8 @@ class Buffer(Protocol):
 
 class HostBuffer:
     """Items in this process's memory, given by address and length in bytes."""
+
+    on_device = False
 
     def __init__(self, address: int, nbytes: int, item_bytes: int) -> None:
         self.item_bytes = item_bytes
@@ -132,129 +134,6 @@ class HostBuffer:
             at += size
 
 
-class _DeviceMemory:
-    """A raw device allocation in the form of the CUDA array interface, version 3, so that torch can view it."""
-
-    def __init__(self, address: int, shape: tuple[int, int]) -> None:
-        self.__cuda_array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "strides": None,
-            "typestr": "|u1",
-            "version": 3,
-        }
-
-
-class _DeviceStaging:
-    """What a thread copies with on one CUDA device: a stream, so that it never waits behind the model's kernels, and
-    page-locked memory, which the device copies to without the help of the driver's own."""
-
-    def __init__(self, device: Any) -> None:
-        import torch
-
-        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pinned = torch.empty(0, dtype=torch.uint8)
-
-    def pinned(self, nbytes: int) -> Any:
-        """Page-locked memory of this length; the same one every time."""
-        import torch
-
-        if self._pinned.numel() < nbytes:
-            self._pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        return self._pinned[:nbytes]
-
-
-_of_thread = threading.local()
-
-
-@contextlib.contextmanager
-def copying(device: Any) -> Iterator[_DeviceStaging | None]:
-    """Run what is inside on the calling thread's copy stream of a CUDA device; None for another device."""
-    if device.type != "cuda":
-        yield None
-        return
-    import torch
-
-    held = _of_thread.__dict__.setdefault("staging", {})
-    if device not in held:
-        held[device] = _DeviceStaging(device)
-    with torch.cuda.stream(held[device].stream):
-        yield held[device]
-
-
-class TorchBuffer:
-    """Items seen through a torch tensor [slots, item_bytes] of uint8, on any device; copies are complete on return."""
-
-    def __init__(self, items: Any) -> None:
-        self._items = items
-        self.slots, self.item_bytes = (int(n) for n in items.shape)
-
-    @property
-    def items(self) -> Any:
-        """The tensor itself."""
-        return self._items
-
-    def cut(self, parts: int) -> TorchBuffer:
-        """The same memory with `parts` times as many items."""
-        return TorchBuffer(self._items.view(self.slots * parts, self.item_bytes // parts))
-
-    @classmethod
-    def on_cuda(cls, address: int, nbytes: int, item_bytes: int, device: int) -> TorchBuffer:
-        """View `nbytes` of memory at `address` on CUDA device `device`."""
-        import torch
-
-        shape = (nbytes // item_bytes, item_bytes)
-        return cls(torch.as_tensor(_DeviceMemory(address, shape), device=torch.device("cuda", device)))
-
-    def views(self, indices: Indices, first_item: int, offset: int, length: int) -> list[memoryview]:
-        return []
-
-    def rows(self, indices: Indices, first_item: int, offset: int, length: int) -> Any:
-        """Whole items as a tensor `[items, item_bytes]` on the device, a copy."""
-        import torch
-
-        low, high = offset // self.item_bytes, (offset + length) // self.item_bytes
-        return self._items.index_select(
-            0, torch.from_numpy(indices[low - first_item : high - first_item]).to(self._items.device)
-        )
-
-    def gather(self, indices: Indices, first_item: int, offset: int, out: Bytes) -> None:
-        import torch
-
-        low, high = offset // self.item_bytes, -(-(offset + len(out)) // self.item_bytes)
-        start = offset - low * self.item_bytes
-        with copying(self._items.device) as staging:
-            rows = torch.from_numpy(indices[low - first_item : high - first_item]).to(self._items.device)
-            flat = self._items.index_select(0, rows).reshape(-1)[start : start + len(out)]
-            if staging is None:
-                torch.from_numpy(out).copy_(flat)
-                return
-            pinned = staging.pinned(len(out))
-            pinned.copy_(flat, non_blocking=True)
-            staging.stream.synchronize()
-            out[:] = pinned.numpy()
-
-    def scatter(self, indices: Indices, first_item: int, offset: int, data: Bytes) -> None:
-        import torch
-
-        with copying(self._items.device) as staging:
-            source = torch.from_numpy(data).to(self._items.device)
-            item, start = divmod(offset, self.item_bytes)
-            count, rest = divmod(len(data), self.item_bytes)
-            if start == 0 and rest == 0:
-                rows = torch.from_numpy(indices[item - first_item : item - first_item + count]).to(self._items.device)
-                self._items.index_copy_(0, rows, source.reshape(count, self.item_bytes))
-            else:
-                at = 0
-                for piece in pieces(offset, len(data), self.item_bytes):
-                    size = piece.stop - piece.start
-                    row = int(indices[piece.item - first_item])
-                    self._items[row, piece.start : piece.stop].copy_(source[at : at + size])
-                    at += size
-            if staging is not None:
-                staging.stream.synchronize()
-
-
 class RankMemory:
     """All buffers of a rank: `components[c][b]`."""
 
@@ -264,6 +143,16 @@ class RankMemory:
             min((buffer.slots for buffer in buffers if buffer.item_bytes), default=None) for buffers in self.components
         ]
         """Of each component; None where its items have no bytes."""
+        self._on_device = any(buffer.on_device for buffers in self.components for buffer in buffers)
+
+    def staging(self, nbytes: int) -> Bytes:
+        """Memory to copy chunks through: page-locked where the buffers lie on a device."""
+        if not self._on_device:
+            return np.empty(nbytes, np.uint8)
+        import torch
+
+        pinned: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
 
     @property
     def nbytes(self) -> int:

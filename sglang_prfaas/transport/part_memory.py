@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sglang_prfaas.transport.device_memory import TorchBuffer, copying
 from sglang_prfaas.transport.layout import Layout
-from sglang_prfaas.transport.memory import Buffer, Bytes, HostBuffer, Indices, RankMemory, TorchBuffer, copying
+from sglang_prfaas.transport.memory import Buffer, Bytes, HostBuffer, Indices, RankMemory
 from sglang_prfaas.transport.paging import cut, obstacle, repaged, unit_of, units_of_items
 from sglang_prfaas.transport.reshape import ItemPart, between, can_be_divided, moves, share_of
 
@@ -21,6 +22,7 @@ class PartBuffer:
     def __init__(self, base: HostBuffer | TorchBuffer, part: ItemPart) -> None:
         self.item_bytes = part.bytes
         self.slots = base.slots
+        self.on_device = base.on_device
         self._part = part
         self._rows: Any = base.items.reshape(base.slots, part.rows, part.row_bytes)
 

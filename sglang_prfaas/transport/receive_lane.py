@@ -220,7 +220,7 @@ class ReceiveLane:
 
     def _scratch_memory(self) -> Bytes:
         if self._scratch is None:
-            self._scratch = np.empty(self._chunk_bytes, np.uint8)
+            self._scratch = self._memory.staging(self._chunk_bytes)
         return self._scratch
 
     def _finish(self) -> None:

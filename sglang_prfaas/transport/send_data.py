@@ -15,6 +15,7 @@ from sglang_prfaas.transport import data_tcp
 from sglang_prfaas.transport.acceptor import Acceptor
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.framing import RENEWAL, Receipt
+from sglang_prfaas.transport.health import NOTICED_AT
 from sglang_prfaas.transport.outbox import MAX_ATTEMPTS, Task, at_hand
 from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.pacing import Pacer, paced_chunk_bytes
@@ -123,7 +124,7 @@ class DataSender:
             moved = (link.lane.first, connection.sent_bytes, connection.unsent_bytes())
             if moved != link.moved:
                 link.moved, link.moved_s = moved, now_s
-            elif now_s - link.moved_s > self._config.heartbeat_timeout_s:
+            elif now_s - link.moved_s > NOTICED_AT * self._config.heartbeat_timeout_s:
                 self.give_up(session, link, f"no progress for {now_s - link.moved_s:.1f} s")
                 found.append(link.index)
         return found

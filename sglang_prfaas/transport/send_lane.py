@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from sglang_prfaas.transport.codec.session import SessionCodec
+from sglang_prfaas.transport.device_memory import TorchBuffer
 from sglang_prfaas.transport.framing import (
     HEADER_BYTES,
     TRAILER_BYTES,
@@ -19,7 +20,7 @@ from sglang_prfaas.transport.framing import (
     pack_chunk,
     pack_header,
 )
-from sglang_prfaas.transport.memory import Bytes, RankMemory, TorchBuffer
+from sglang_prfaas.transport.memory import Bytes, RankMemory
 from sglang_prfaas.transport.outbox import Task
 from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
 from sglang_prfaas.transport.views import cut, split
@@ -150,7 +151,7 @@ class SendLane:
         if views:
             return views, task.transfer
         if self._staging is None or self._staged + span.length > len(self._staging):
-            self._staging, self._staged = np.empty(2 * self._chunk_bytes, np.uint8), 0
+            self._staging, self._staged = self._memory.staging(2 * self._chunk_bytes), 0
         out = self._staging[self._staged : self._staged + span.length]
         buffer.gather(task.indices, task.first_item, span.offset, out)
         self._staged += span.length

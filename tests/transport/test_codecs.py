@@ -13,9 +13,10 @@ import torch
 
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.codec.session import SessionCodec
+from sglang_prfaas.transport.device_memory import TorchBuffer
 from sglang_prfaas.transport.framing import ChunkHeader, Receipt, pack_chunk
 from sglang_prfaas.transport.layout import Component, Layout
-from sglang_prfaas.transport.memory import RankMemory, TorchBuffer
+from sglang_prfaas.transport.memory import RankMemory
 from sglang_prfaas.transport.messages import PROTOCOL_VERSION, Hello, Welcome
 from sglang_prfaas.transport.transfer import State
 from tests.transport.fakes import INSTANCE, TOKEN, FakeDecode, FakePrefill, read_exactly

@@ -14,9 +14,10 @@ import pytest
 
 from sglang_prfaas.clock import MonotonicClock
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.transport.device_memory import TorchBuffer
 from sglang_prfaas.transport.fan_out import FanOut, joint_reason, joint_state
 from sglang_prfaas.transport.layout import Component, Layout, Sharding
-from sglang_prfaas.transport.memory import HostBuffer, RankMemory, TorchBuffer
+from sglang_prfaas.transport.memory import HostBuffer, RankMemory
 from sglang_prfaas.transport.part_memory import PrefillRank
 from sglang_prfaas.transport.receive_mover import Incoming, PeerSession, ReceiveMover
 from sglang_prfaas.transport.reshape import held, peers

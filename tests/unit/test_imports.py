@@ -101,6 +101,23 @@ def test_the_lower_half_is_pure(path: Path) -> None:
     assert not found, f"imports {sorted(found)}"
 
 
+PROTOCOL_CORE = {
+    *("admission", "framing", "health", "incoming_transfer", "layout", "link_estimator", "mailbox", "messages"),
+    *("outbox", "outgoing_transfer", "pacing", "paging", "receive_lane", "reshape", "rooms", "send_lane", "sharing"),
+    *("streams", "transfer", "views"),
+}
+"""Of `transport`: bytes and events in, bytes and actions out. They are given a clock, and have locks."""
+
+
+@pytest.mark.parametrize("name", sorted(PROTOCOL_CORE))
+def test_the_protocol_core_has_no_sockets(name: str) -> None:
+    path = PACKAGE / "transport" / f"{name}.py"
+    found = {module.split(".")[0] for module in imported_modules(path)} & {*NOT_PURE, "time", "ssl", "select"}
+    assert found <= {"torch", "numpy", "threading"}, f"imports {sorted(found)}"
+    ours = {module.split(".")[-1] for module in imported_modules(path) if ".transport." in module}
+    assert not ours & {"data_tcp", "loop", "acceptor", "send_data", "receive_data"}
+
+
 RUNS_WHAT_IT_READS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "jsonpickle"}
 """Reading the bytes of a peer with one of these is running its code (sglang#21435)."""
 READERS_THAT_PICKLE = {"recv_pyobj", "send_pyobj"}

@@ -1,4 +1,5 @@
-"""Starts the cases of ``triton_cases``: Triton reads TRITON_INTERPRET when it is imported, so in other processes."""
+"""Starts the cases of ``triton_cases``, and the mover's that use a kernel, in processes of their own: Triton reads
+TRITON_INTERPRET when it is imported."""
 
 import os
 import subprocess
@@ -7,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).parent / "triton_cases"
+HERE = Path(__file__).parent
+CASES = [*sorted((HERE / "triton_cases").glob("[!_c]*.py")), HERE.parent / "transport" / "test_device_memory.py"]
 TIMEOUT_S = 900
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CASES.glob("[!_c]*.py")))
-def test_cases(name):
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_cases(path):
     # The interpreter multiplies products that are masked afterwards; they may overflow.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     done = subprocess.run(
-        [*command, str(CASES / f"{name}.py")],
+        [*command, str(path)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -53,14 +53,15 @@ def test_a_peer_that_ends_before_it_has_a_data_connection() -> None:
 
 def test_a_silent_peer() -> None:
     health = up()
-    assert not health.silent(5.0)
-    assert health.silent(5.5)
+    assert not health.silent(4.5)
+    assert health.silent(4.6), "somebody who looks four times a second sees it within the 5 s"
     assert not health.silent(5.6), "once for each silence"
     assert health.verdict(15.0) == ""
     assert health.verdict(15.5) == "silent for 15.5 s"
     health.heard(5.0)
     assert health.verdict(15.5) == ""
-    assert health.silent(10.5)
+    assert not health.silent(9.5)
+    assert health.silent(9.6)
 
 
 def test_a_system_that_accepts_is_no_sign_of_life() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_prfaas.errors import LocalError
-from sglang_prfaas.transport.memory import Buffer, HostBuffer, RankMemory, TorchBuffer
+from sglang_prfaas.transport.device_memory import TorchBuffer
+from sglang_prfaas.transport.memory import Buffer, HostBuffer, RankMemory
 from sglang_prfaas.transport.streams import cut
 
 Array = npt.NDArray[np.uint8]

@@ -28,8 +28,8 @@ PATIENCE_S = 0.002
 """So long who waits for a receipt reads by itself; then it leaves that to the acceptor's thread."""
 SPIN_S = 50e-6
 """So long it looks again and again before it sleeps: to be woken takes about half of that."""
-SHARE_S = 0.005
-"""A connection that has waited so long for its socket lets another go on as well."""
+LONG_S = 0.002
+"""On one host, a connection that has waited so long for its socket lets another go on as well; else it does at once."""
 SMALL_BYTES = 64 << 10
 """Up to so many are sent from the thread that hands them over: waking another takes longer than sending them."""
 
@@ -214,14 +214,16 @@ class DataSender:
         connection = link.connection
         try:
             data_tcp.tune(connection.sock, session.config)
-            if self._config.zero_copy and not connection.same_host:
+            same_host = connection.same_host
+            if self._config.zero_copy and not same_host:
                 connection.may_lend()
+            session.dispatch.sparing = same_host
             while tasks := self._batch(session, link):
                 delay_s = self._pacer.reserve(link.sending.batch_bytes)
                 if delay_s:
                     time.sleep(delay_s)
                 while not _push(connection, link.sending):
-                    if not connection.wait(write=True, timeout_s=SHARE_S):
+                    if not (same_host and connection.wait(write=True, timeout_s=LONG_S)):
                         session.dispatch.share(link)
                         connection.wait(write=True)
                 _note_sent(tasks)

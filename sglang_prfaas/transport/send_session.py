@@ -66,8 +66,7 @@ class DataLink:
 
 class Dispatch:
     """Hands the chunks of a session to those of its connections that can send: the ones that were busy last first,
-    `AT_ONCE` of them, and one more whenever one has to wait long for its socket. Where they never wait long, as on one
-    host, more would only take turns with Python's lock and the processor's cache."""
+    `AT_ONCE` of them, and one more whenever one has to wait for its socket."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -75,6 +74,9 @@ class Dispatch:
         self._idle: list[DataLink] = []
         self._working: set[DataLink] = set()
         """Those that are neither idle nor waiting long."""
+        self.sparing = False
+        """Whether no more than `AT_ONCE` work at a time, unless one waits long. On one host more of them only take
+        turns with Python's lock and the processor's cache; on a link each may be as fast as it can."""
         self._closed = False
 
     def put(self, transfer: OutgoingTransfer, tasks: list[Task], remaining_bytes: int, now_s: float) -> None:
@@ -82,7 +84,7 @@ class Dispatch:
         with self.lock:
             if not self._closed:
                 self.outbox.put(transfer, tasks, remaining_bytes, now_s)
-                self._wake(AT_ONCE - len(self._working))
+                self._wake(AT_ONCE - len(self._working) if self.sparing else AT_ONCE)
 
     def take(self, link: DataLink, *, wait: bool) -> Task | None:
         """The next chunk for a connection; None once it is lost, or where none is there and `wait` is false."""
@@ -124,7 +126,7 @@ class Dispatch:
                 self.outbox.untake(link.lane, count)
 
     def share(self, link: DataLink) -> None:
-        """A connection has waited long for its socket, or may wait for a device: let another go on."""
+        """A connection waits for its socket, or may wait for a device: let another go on."""
         with self.lock:
             self._working.discard(link)
             self._wake(1)
@@ -132,7 +134,10 @@ class Dispatch:
     def acknowledged(self, link: DataLink, number: int) -> list[Task]:
         """As `Outbox.acknowledged`."""
         with self.lock:
-            return self.outbox.acknowledged(link.lane, number)
+            found = self.outbox.acknowledged(link.lane, number)
+            if not self.sparing:
+                self._wake(1)
+            return found
 
     def again(self, link: DataLink, number: int) -> Task | None:
         """As `Outbox.again`."""

@@ -112,8 +112,25 @@ def test_chunks_that_are_not_sent_after_all_are_not_counted() -> None:
         dispatch.give_back(of, [])
 
 
-def test_two_connections_begin_and_more_join_where_one_waits_long() -> None:
+def test_every_put_lets_two_go_on() -> None:
     dispatch, links = Dispatch(), [link() for _ in range(5)]
+    owns = [Own(dispatch, of) for of in links]
+    try:
+        while len(dispatch._idle) < len(links):
+            threading.Event().wait(0.001)
+        tasks = [task(at) for at in range(9)]
+        dispatch.put(tasks[0].transfer, tasks, 9, 0.0)
+        assert len(dispatch._idle) == 3
+        dispatch.put(tasks[0].transfer, [task(9)], 10, 0.0)
+        assert len(dispatch._idle) == 1
+    finally:
+        dispatch.close()
+        assert all(own.ended() for own in owns)
+
+
+def test_a_sparing_one_lets_two_go_on_and_more_where_one_waits_long() -> None:
+    dispatch, links = Dispatch(), [link() for _ in range(5)]
+    dispatch.sparing = True
     owns = [Own(dispatch, of) for of in links]
     try:
         while len(dispatch._idle) < len(links):
@@ -138,6 +155,7 @@ def test_two_connections_begin_and_more_join_where_one_waits_long() -> None:
 
 def test_a_lost_connection_does_not_count_as_one_that_works() -> None:
     dispatch, links = Dispatch(), [link() for _ in range(3)]
+    dispatch.sparing = True
     owns = [Own(dispatch, of) for of in links]
     try:
         while len(dispatch._idle) < len(links):

@@ -5,9 +5,9 @@
 First each codec by itself, on one thread: bytes, relative L2 and largest error, GB/s and CPU seconds per GB of both
 directions. Then whole transfers between two movers in this process, over 4 connections that the kernel paces to the
 rate of a link (SO_MAX_PACING_RATE), arms interleaved: seconds per request, tokens whose KVCache passes in a second, and
-how many times as fast as without a codec. bfloat16, 16 layers of MLA latents (pages of 64 tokens of 512 + 64 elements): normal values, whose channels have
-magnitudes of their own (log-normal, sigma 0.5). GB are 1e9 bytes of memory, not of the wire. Every arm's pages are
-compared; exits 1 where an error is above its codec's limit.
+how many times as fast as without a codec. bfloat16, 16 layers of MLA latents (pages of 64 tokens of 512 + 64 elements):
+normal values, whose channels have magnitudes of their own (log-normal, sigma 0.5). GB are 1e9 bytes of memory, not of
+the wire. Every arm's pages are compared; exits 1 where an error is above its codec's limit.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def main() -> int:
     for row in links:
         print(
             f"{row['link_gbps']:>5g} Gbit/s {row['codec']:>8}: {row['request_mb']:.0f} MB in {row['wall_s']:.3f} s "
-            f"({row['wall_s_min']:.3f} to {row['wall_s_max']:.3f}), {row['tokens_per_s']:.0f} tokens/s, {row['times_as_fast']:.2f} times as fast, "
-            f"{row['cpu_s_per_gb']:.2f} CPU s/GB"
+            f"({row['wall_s_min']:.3f} to {row['wall_s_max']:.3f}), {row['tokens_per_s']:.0f} tokens/s, "
+            f"{row['times_as_fast']:.2f} times as fast, {row['cpu_s_per_gb']:.2f} CPU s/GB"
         )
     print(f"load {result['load_average']:.1f} on {result['cpus']} cores, {len(wrong)} wrong")
     return int(bool(wrong))

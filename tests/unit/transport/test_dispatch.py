@@ -112,59 +112,50 @@ def test_chunks_that_are_not_sent_after_all_are_not_counted() -> None:
         dispatch.give_back(of, [])
 
 
-def test_every_put_lets_two_go_on() -> None:
-    dispatch, links = Dispatch(), [link() for _ in range(5)]
-    owns = [Own(dispatch, of) for of in links]
+@contextmanager
+def all_idle(count: int, *, sparing: bool) -> Iterator[tuple[Dispatch, dict[DataLink, Own]]]:
+    """A session with so many connections, all idle, and their threads."""
+    dispatch = Dispatch()
+    dispatch.sparing = sparing
+    owns = {of: Own(dispatch, of) for of in (link() for _ in range(count))}
     try:
-        while len(dispatch._idle) < len(links):
+        while len(dispatch._idle) < count:
             threading.Event().wait(0.001)
-        tasks = [task(at) for at in range(9)]
-        dispatch.put(tasks[0].transfer, tasks, 9, 0.0)
-        assert len(dispatch._idle) == 3
-        dispatch.put(tasks[0].transfer, [task(9)], 10, 0.0)
-        assert len(dispatch._idle) == 1
+        yield dispatch, owns
     finally:
         dispatch.close()
-        assert all(own.ended() for own in owns)
+        assert all(own.ended() for own in owns.values())
+
+
+def put(dispatch: Dispatch, count: int) -> int:
+    """Add so many chunks of a transfer; returns how many connections are idle then."""
+    tasks = [task(at) for at in range(count)]
+    dispatch.put(tasks[0].transfer, tasks, count, 0.0)
+    return len(dispatch._idle)
+
+
+def test_every_put_lets_two_go_on() -> None:
+    with all_idle(5, sparing=False) as (dispatch, _):
+        assert put(dispatch, 9) == 3
+        assert put(dispatch, 1) == 1
 
 
 def test_a_sparing_one_lets_two_go_on_and_more_where_one_waits_long() -> None:
-    dispatch, links = Dispatch(), [link() for _ in range(5)]
-    dispatch.sparing = True
-    owns = [Own(dispatch, of) for of in links]
-    try:
-        while len(dispatch._idle) < len(links):
-            threading.Event().wait(0.001)
-        tasks = [task(at) for at in range(9)]
-        dispatch.put(tasks[0].transfer, tasks, 9, 0.0)
-        assert len(dispatch._idle) == 3
-        dispatch.put(tasks[0].transfer, [task(9)], 10, 0.0)
-        assert len(dispatch._idle) == 3, "two are at it"
-        ended = [own for own, of in zip(owns, links, strict=True) if of not in dispatch._idle]
-        assert all(own.ended() for own in ended)
-        slow = next(of for of in links if of not in dispatch._idle)
-        dispatch.share(slow)
+    with all_idle(5, sparing=True) as (dispatch, owns):
+        assert put(dispatch, 9) == 3
+        assert put(dispatch, 1) == 3, "two are at it"
+        busy = [of for of in owns if of not in dispatch._idle]
+        assert all(owns[of].ended() for of in busy)
+        dispatch.share(busy[0])
         assert len(dispatch._idle) == 2, "one waits, another takes its place"
-        dispatch.share(slow)
-        dispatch.put(tasks[0].transfer, [task(10)], 11, 0.0)
-        assert len(dispatch._idle) == 1, "of the others two are at it"
-    finally:
-        dispatch.close()
-        assert all(own.ended() for own in owns)
+        dispatch.share(busy[0])
+        assert len(dispatch._idle) == 1, "each time that it waits"
+        assert put(dispatch, 1) == 1, "of the others two are at it"
 
 
 def test_a_lost_connection_does_not_count_as_one_that_works() -> None:
-    dispatch, links = Dispatch(), [link() for _ in range(3)]
-    dispatch.sparing = True
-    owns = [Own(dispatch, of) for of in links]
-    try:
-        while len(dispatch._idle) < len(links):
-            threading.Event().wait(0.001)
-        tasks = [task(at) for at in range(2)]
-        dispatch.put(tasks[0].transfer, tasks, 2, 0.0)
-        for of in [of for of in links if of not in dispatch._idle]:
+    with all_idle(3, sparing=True) as (dispatch, owns):
+        assert put(dispatch, 2) == 1
+        for of in [of for of in owns if of not in dispatch._idle]:
             dispatch.lose(of)
         assert len(dispatch._idle) == 0, "what they had begun waits again"
-    finally:
-        dispatch.close()
-        assert all(own.ended() for own in owns)

@@ -17,7 +17,7 @@ die() { say "$@"; exit 1; }
 
 # --- nothing to do? -------------------------------------------------------------------------------------------------
 
-key=$(cat constraints.txt pyproject.toml scripts/install.sh | sha256sum | cut -c1-32)
+key=$(cat constraints.txt pyproject.toml scripts/install.sh sglang_prfaas/transport/_vectored.c | sha256sum | cut -c1-32)
 stamp=$VENV/.prfaas-installed      # "<key> <root>" of the last complete install
 begun=$VENV/.prfaas-begun          # exists from the start of an install until its end
 made=$VENV/.prfaas-made            # exists in environments that this script made, and may make again

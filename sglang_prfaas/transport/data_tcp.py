@@ -145,6 +145,16 @@ class Connection:
         self.sent_bytes += sent
         return sent
 
+    def send_with(self, act: Callable[[int], int]) -> int:
+        """Have `act` send through the descriptor, and return as `send` does; not with TLS, nor where anything is lent.
+        Raises PeerGoneError."""
+        try:
+            sent = act(self.sock.fileno())
+        except OSError as error:
+            raise _gone("sending", error) from None
+        self.sent_bytes += sent
+        return sent
+
     def flush(self) -> bool:
         """Whether all that was taken has left. Raises PeerGoneError."""
         try:
@@ -172,6 +182,13 @@ class Connection:
             return self._receive_records(views)
         except (BlockingIOError, InterruptedError):
             return None
+        except OSError as error:
+            raise _gone("receiving", error) from None
+
+    def receive_with(self, act: Callable[[int], int | None]) -> int | None:
+        """Have `act` receive from the descriptor, and return as `receive` does; not with TLS. Raises PeerGoneError."""
+        try:
+            return act(self.sock.fileno())
         except OSError as error:
             raise _gone("receiving", error) from None
 

@@ -17,7 +17,6 @@ check is the low 32 bits of xxh3-64 of magic and number.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 import xxhash
 from msgspec import Struct
@@ -82,7 +81,7 @@ def pack_header(header: ChunkHeader) -> bytes:
     if header.items:
         magic, offset = ENCODED_MAGIC, offset << 32 | header.items
     head = CHUNK_HEAD.pack(magic, header.component, header.buffer, header.transfer_id, offset, header.length)
-    return head + HEAD_CHECK.pack(_seed(head) & 0xFFFFFFFF)
+    return head + HEAD_CHECK.pack(_hash(head) & 0xFFFFFFFF)
 
 
 def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> ChunkHeader:
@@ -92,7 +91,7 @@ def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYT
     if magic not in (CHUNK_MAGIC, ENCODED_MAGIC):
         raise ChecksumError(f"chunk begins with {bytes(magic)!r}, expected {CHUNK_MAGIC!r} or {ENCODED_MAGIC!r}")
     (head_check,) = HEAD_CHECK.unpack_from(data, CHUNK_HEAD.size)
-    actual = _seed(data[: CHUNK_HEAD.size]) & 0xFFFFFFFF
+    actual = _hash(data[: CHUNK_HEAD.size]) & 0xFFFFFFFF
     if actual != head_check:
         raise ChecksumError(f"chunk header is corrupt: checksum {actual:08x}, expected {head_check:08x}")
     if not 0 < length <= max_chunk_bytes:
@@ -105,37 +104,27 @@ def unpack_header(data: bytes | memoryview, max_chunk_bytes: int = MAX_CHUNK_BYT
     return ChunkHeader(transfer_id, component, buffer, first_item, length, items)
 
 
-class PayloadCheck:
-    """The checksum of a chunk's payload, taken piece by piece: while that lies in the processor's cache."""
+def payload_seed(head: bytes | memoryview) -> int:
+    """The seed of a payload's checksum: H. head: `HEADER_BYTES` bytes."""
+    return _hash(head[: CHUNK_HEAD.size])
 
-    __slots__ = ("_state",)
 
-    def __init__(self, header: bytes | memoryview) -> None:
-        """header: its `HEADER_BYTES` bytes."""
-        self._state = xxhash.xxh3_64(seed=_seed(header[: CHUNK_HEAD.size]))
+def pack_trailer(digest: int, *, spoilt: bool = False) -> bytes:
+    """The `TRAILER_BYTES` bytes after a payload with this checksum; `spoilt`: such that the peer asks for it again."""
+    return TRAILER.pack(digest ^ 1 if spoilt else digest)
 
-    def update(self, parts: Sequence[Payload]) -> None:
-        """Take the next bytes, end to end."""
-        take = self._state.update
-        for part in parts:
-            take(part)
 
-    def trailer(self, *, spoilt: bool = False) -> bytes:
-        """The `TRAILER_BYTES` bytes after the payload; `spoilt`: such that the peer asks for the chunk again."""
-        digest: int = self._state.intdigest()
-        return TRAILER.pack(digest ^ 1 if spoilt else digest)
-
-    def holds(self, trailer: bytes | memoryview) -> bool:
-        """Whether all of them were right."""
-        expected: int = TRAILER.unpack(trailer)[0]
-        return expected == self._state.intdigest()
+def holds(trailer: bytes | memoryview, digest: int) -> bool:
+    """Whether a payload with this checksum is right."""
+    expected: int = TRAILER.unpack(trailer)[0]
+    return expected == digest
 
 
 def pack_chunk(header: ChunkHeader, *payload: Payload) -> bytes:
     """A whole chunk."""
     head = pack_header(header)
     whole = payload[0] if len(payload) == 1 else b"".join(payload)
-    digest: int = xxhash.xxh3_64_intdigest(whole, seed=_seed(head[: CHUNK_HEAD.size]))
+    digest: int = xxhash.xxh3_64_intdigest(whole, seed=payload_seed(head))
     return b"".join((head, whole, TRAILER.pack(digest)))
 
 
@@ -177,6 +166,6 @@ def _receipt_check(magic: bytes, number: int) -> int:
     return result
 
 
-def _seed(head: bytes | memoryview) -> int:
+def _hash(head: bytes | memoryview) -> int:
     result: int = xxhash.xxh3_64_intdigest(head)
     return result

@@ -59,7 +59,8 @@ class HostBuffer:
         self._address = address
         raw = (ctypes.c_uint8 * (self.slots * item_bytes)).from_address(address)
         self._items: Bytes = np.ctypeslib.as_array(raw).reshape(self.slots, item_bytes)
-        self._bytes = memoryview(raw).cast("B")
+        self.bytes = memoryview(raw).cast("B")
+        """The memory itself, end to end."""
 
     def views(self, indices: Indices, first_item: int, offset: int, length: int) -> list[memoryview]:
         size = self.item_bytes
@@ -69,7 +70,7 @@ class HostBuffer:
         if count > MAX_VIEWS or length < MIN_VIEW_BYTES * count:
             return []
         rows = indices[item - first_item : last - first_item + 1].tolist()
-        memory = self._bytes
+        memory = self.bytes
         if count == 1:
             low = rows[0] * size + start
             return [memory[low : low + length]]
@@ -84,7 +85,7 @@ class HostBuffer:
 
     def _joined(self, rows: list[int], views: list[memoryview]) -> list[memoryview]:
         """The same with one view for items that lie next to each other."""
-        size, memory = self.item_bytes, self._bytes
+        size, memory = self.item_bytes, self.bytes
         found: list[memoryview] = []
         high = -1
         for row, view in zip(rows, views, strict=True):

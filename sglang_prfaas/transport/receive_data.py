@@ -145,20 +145,20 @@ class DataReceiver:
             session.incoming.get,
             lambda transfer: self._complete(session, transfer),
             session.codec,
+            native=not connection.tls,
         )
         ahead = memoryview(bytearray(AHEAD_BYTES))
-        receive = connection.receive
         unsent = b""
         may_wait = False
         try:
             while True:
                 if may_wait:
-                    count = receive([ahead], wait=True)
+                    count = connection.receive([ahead], wait=True)
                     short = count is None or count < len(ahead)
                     if count:
                         lane.take(ahead[:count])
                 else:
-                    count, short = lane.fill(receive), lane.short
+                    count, short = lane.fill(connection), lane.short
                 if count == 0:
                     end = "closed" if lane.between_chunks else "closed in the middle of a chunk"
                     raise PeerGoneError(f"data connection {end}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sglang_prfaas.transport import vector
 from sglang_prfaas.transport.codec.base import Codec
 from sglang_prfaas.transport.codec.session import Place, SessionCodec
 from sglang_prfaas.transport.framing import (
@@ -13,24 +14,17 @@ from sglang_prfaas.transport.framing import (
     RENEWAL,
     TRAILER_BYTES,
     ChunkHeader,
-    PayloadCheck,
     Receipt,
+    holds,
+    payload_seed,
     unpack_header,
 )
 from sglang_prfaas.transport.incoming_transfer import Claim, IncomingTransfer
 from sglang_prfaas.transport.memory import Bytes, Indices, RankMemory
-from sglang_prfaas.transport.views import cut, split
+from sglang_prfaas.transport.vector import Source, Vector
 
 ACK_BYTES = 8 << 20
 """An acknowledgement goes out after so many bytes, or as soon as nothing more has come."""
-
-
-MAX_PIECE_BYTES = 512 << 10
-"""Received in one call, and checked before the next: so much stays in a core's cache."""
-
-
-Receive = Callable[[list[memoryview]], int | None]
-"""Fills views from the front, and waits for nothing. Returns how many bytes came, 0 at the end, None for none yet."""
 
 
 class Placement:
@@ -54,11 +48,14 @@ class ReceiveLane:
         find: Callable[[int], Placement | None],
         complete: Callable[[IncomingTransfer], None],
         codec: SessionCodec | None = None,
+        *,
+        native: bool = False,
     ) -> None:
         self._memory = memory
         self._chunk_bytes = chunk_bytes
         self._find = find
         self._complete = complete
+        self._native = native
         self._codec = codec or SessionCodec()
         self._frame = memoryview(bytearray(TRAILER_BYTES + HEADER_BYTES))
         """The trailer of a chunk, and the header of the next."""
@@ -70,11 +67,10 @@ class ReceiveLane:
         self._item: Placement | None = None
         self._claim: Claim | None = None
         self._revoked = False
-        self._check: PayloadCheck | None = None
-        """None where the chunk is drained."""
-        self._pieces: list[tuple[list[memoryview], int]] = []
-        """Where the rest of the payload goes, and how many bytes, in reverse: each is received in one call."""
-        self._missing_bytes = 0
+        self._payload: Vector | None = None
+        """Where the rest of a chunk's payload goes; None between chunks."""
+        self._drained = False
+        """Whether the chunk is not wanted."""
         self._staged = False
         self._scratch: Bytes | None = None
         self._decoded: Bytes | None = None
@@ -89,90 +85,54 @@ class ReceiveLane:
 
     # --- input ----------------------------------------------------------------------------------------------------
 
-    def fill(self, receive: Receive) -> int | None:
-        """Receive until less comes than there is room for, or a chunk has ended or begun. Returns how many bytes came;
-        else what `receive` returned. Raises as it does; ChecksumError where the connection cannot be made sense of any
-        more, ProtocolError for a chunk that must not be."""
+    def fill(self, source: Source) -> int | None:
+        """Receive until less comes than there is room for, or a chunk has ended or begun. Returns how many bytes came,
+        0 at the end, None for none yet. Raises as the source does; ChecksumError where the connection cannot be made
+        sense of any more, ProtocolError for a chunk that must not be."""
+        return self._fill(
+            lambda payload, frame: payload.pull(source, frame) if payload is not None else source.receive([frame])
+        )
+
+    def take(self, data: memoryview) -> None:
+        """Bytes that came already. Raises as `fill`."""
+
+        def put(payload: Vector | None, frame: memoryview) -> int:
+            count = payload.put(data) if payload is not None else 0
+            rest = data[count : count + len(frame)]
+            frame[: len(rest)] = rest
+            return count + len(rest)
+
+        while data:
+            data = data[self._fill(put) or 0 :]
+
+    def _fill(self, move: Callable[[Vector | None, memoryview], int | None]) -> int | None:
+        """move: fills what is left of a payload, and then the frame after it."""
         claim = self._claim
         if claim is not None and not claim.pin():
             self._revoked = claim.revoked
             claim = self._claim = None
             self._drain()
+        payload, frame = self._payload, self._frame[self._framed :]
+        missing_bytes = payload.nbytes if payload is not None else 0
         try:
-            count = self._fill(receive)
+            count = move(payload, frame)
         finally:
             if claim is not None:
                 claim.unpin()
+        self.short = count is None or count < missing_bytes + len(frame)
+        if count is not None and count > missing_bytes:
+            self._framed += count - missing_bytes
         if self._header is not None and self._framed >= TRAILER_BYTES:
             self._finish()
         if self._framed == len(self._frame):
             self._begin_chunk()
         return count
 
-    def _fill(self, receive: Receive) -> int | None:
-        pieces, check, total = self._pieces, self._check, 0
-        self.short = False
-        while len(pieces) > 1:
-            views, nbytes = pieces[-1]
-            count = receive(views)
-            if count != nbytes:
-                return self._came_short(views, nbytes, count, total)
-            pieces.pop()
-            self._missing_bytes -= nbytes
-            total += nbytes
-            if check is not None:
-                check.update(views)
-        views, nbytes = pieces[0] if pieces else ([], 0)
-        count = receive([*views, self._frame[self._framed :]])
-        if count is None or count < nbytes or not count:
-            return self._came_short(views, nbytes, count, total)
-        if pieces:
-            pieces.clear()
-            self._missing_bytes = 0
-            if check is not None:
-                check.update(views)
-        self._framed += count - nbytes
-        self.short = self._framed < len(self._frame)
-        return total + count
-
-    def _came_short(self, views: list[memoryview], nbytes: int, count: int | None, before: int) -> int | None:
-        """Of a piece less came than it has."""
-        self.short = True
-        if not count:
-            return before or count
-        came, rest = split(views, count)
-        self._pieces[-1] = rest, nbytes - count
-        self._missing_bytes -= count
-        if self._check is not None:
-            self._check.update(came)
-        return before + count
-
-    def take(self, data: memoryview) -> None:
-        """Bytes that came already. Raises as `fill`."""
-
-        def receive(views: list[memoryview]) -> int:
-            nonlocal data
-            count = 0
-            for view in views:
-                part = data[: len(view)]
-                view[: len(part)] = part
-                data = data[len(part) :]
-                count += len(part)
-                if not data:
-                    break
-            return count
-
-        while data:
-            if self.between_chunks and len(data) >= HEADER_BYTES:
-                self._frame[TRAILER_BYTES:], data = data[:HEADER_BYTES], data[HEADER_BYTES:]
-                self._begin_chunk()
-            else:
-                self.fill(receive)
-
     @property
     def wanted_bytes(self) -> int:
         """So many bytes at least are still to come before anything can be done with them."""
-        return self._missing_bytes + TRAILER_BYTES - self._framed if self._header is not None else 1
+        missing_bytes = self._payload.nbytes if self._payload is not None else 0
+        return missing_bytes + TRAILER_BYTES - self._framed if self._header is not None else 1
 
     @property
     def between_chunks(self) -> bool:
@@ -187,7 +147,6 @@ class ReceiveLane:
             return
         self._framed = 0
         header = self._header = unpack_header(self._raw, self._chunk_bytes)
-        self._missing_bytes = header.length
         self._revoked = False
         place = self._place_of = self._codec.place(header, self._chunk_bytes)
         item = self._item = self._find(header.transfer_id)
@@ -200,23 +159,24 @@ class ReceiveLane:
         if item is None or self._claim is None:
             self._drain()
             return
-        views: list[memoryview] = []
+        self._drained = False
+        payload, seed = None, payload_seed(self._raw)
         if place.codec is None:
             buffer = self._memory.components[header.component][header.buffer]
-            views = buffer.views(item.indices[header.component], 0, header.offset, header.length)
-        self._staged = not views
-        self._expect(views or [self._scratch_memory()[: header.length].data])
-        self._check = PayloadCheck(self._raw)
+            indices = item.indices[header.component]
+            payload = vector.of_items(buffer, indices, 0, header.offset, header.length, seed, native=self._native)
+        self._staged = payload is None
+        self._payload = payload or self._scratch_vector(header.length, seed)
 
     def _drain(self) -> None:
         """The rest of the chunk is not wanted."""
-        self._check = None
-        self._expect([self._scratch_memory()[: self._missing_bytes].data])
+        assert self._header is not None
+        self._drained = True
+        missing_bytes = self._payload.nbytes if self._payload is not None else self._header.length
+        self._payload = self._scratch_vector(missing_bytes, None) if missing_bytes else None
 
-    def _expect(self, views: list[memoryview]) -> None:
-        """The rest of the chunk goes there."""
-        self._pieces = cut(views, MAX_PIECE_BYTES)
-        self._pieces.reverse()
+    def _scratch_vector(self, nbytes: int, seed: int | None) -> Vector:
+        return vector.of_bytes(self._scratch_memory()[:nbytes].data, seed, native=self._native)
 
     def _scratch_memory(self) -> Bytes:
         if self._scratch is None:
@@ -227,10 +187,10 @@ class ReceiveLane:
         """All of a chunk is there."""
         header, claim, item = self._header, self._claim, self._item
         assert header is not None
-        check, self._check = self._check, None
+        payload, self._payload = self._payload, None
         self._header = self._claim = self._item = None
         good = not self._revoked
-        right = check is not None and check.holds(self._frame[:TRAILER_BYTES])
+        right = not self._drained and payload is not None and holds(self._frame[:TRAILER_BYTES], payload.digest())
         if claim is not None and item is not None:
             transfer = claim.transfer
             good = right and (not self._staged or self._place(claim, item, header))

@@ -5,49 +5,35 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 import numpy as np
 
+from sglang_prfaas.transport import vector
 from sglang_prfaas.transport.codec.session import SessionCodec
 from sglang_prfaas.transport.device_memory import TorchBuffer
 from sglang_prfaas.transport.framing import (
-    HEADER_BYTES,
-    TRAILER_BYTES,
     ChunkHeader,
-    PayloadCheck,
     pack_chunk,
     pack_header,
+    pack_trailer,
+    payload_seed,
 )
 from sglang_prfaas.transport.memory import Bytes, RankMemory
 from sglang_prfaas.transport.outbox import Task
 from sglang_prfaas.transport.outgoing_transfer import OutgoingTransfer
-from sglang_prfaas.transport.views import cut, split
+from sglang_prfaas.transport.vector import Sink, Vector
 
 logger = logging.getLogger(__name__)
 
 MAX_PARTS = 512
 """Separate pieces of memory in one call; the kernel takes 1024."""
-PIECE_BYTES = 1 << 20
-"""Summed up and handed over at a time: so much stays in a core's cache in between."""
-SLACK_BYTES = 4 << 10
-"""Headers and trailers that may go with a piece."""
+JOINED_BYTES = 1 << 20
+"""Of small chunks, handed over at a time."""
+BEFORE_BYTES = 4 << 10
+"""Headers and trailers that may go with a payload."""
 MIN_LENT_BYTES = 64 << 10
 """Chunks below this are copied: that costs less than the calls for handing their pages over."""
-
-
-class Sink(Protocol):
-    """Takes bytes and never waits: a connection."""
-
-    lends: bool
-    """Whether it has `lend`."""
-
-    def send(self, views: list[memoryview], *, more: bool = False) -> int:
-        """Take bytes; returns how many, 0 where it would have to wait."""
-
-    def lend(self, views: list[memoryview]) -> int:
-        """As `send`, without a copy: they are read until the peer has them."""
 
 
 class SendLane:
@@ -75,10 +61,12 @@ class SendLane:
         self._runs: deque[_Run] = deque()
         """What has yet to leave."""
         self._parts = 0
-        """Pieces of memory that the batch was made of."""
+        """Of those that the batch was made of."""
         self._pinned: list[OutgoingTransfer] = []
         self.batch_bytes = 0
         """Payload of the batch."""
+        self.native = False
+        """Whether the sink has `send_with`."""
 
     def reset(self) -> None:
         """Begin a new batch."""
@@ -106,8 +94,7 @@ class SendLane:
                 moves = -1
                 while moves != transfer.moves:  # what a move left may be written over while it is read
                     moves = transfer.moves
-                    header, views, owner = self._encoded(task, plain) or (plain, *self._payload(task))
-                    runs = _runs(header, views, owner, moves, copy=copy)
+                    header, runs = self._runs_of(task, plain, moves, copy=copy)
             finally:
                 transfer.unpin()
         except Exception as error:
@@ -115,14 +102,39 @@ class SendLane:
             self._failed(transfer, f"prefill could not read a chunk: {error}")
             return False
         self._runs.extend(runs)
-        self._parts += len(runs) + len(views)
+        self._parts += len(runs)
         self.batch_bytes += header.length
         task.wire_bytes = header.length
         return True
 
-    def _encoded(self, task: Task, header: ChunkHeader) -> tuple[ChunkHeader, list[memoryview], None] | None:
-        """A chunk's items encoded, with the header that says so, as `_payload`; None where its bytes are sent as they
-        are."""
+    def _runs_of(self, task: Task, header: ChunkHeader, moves: int, *, copy: bool) -> tuple[ChunkHeader, list[_Run]]:
+        """A chunk, and its header as it is sent. moves: how often its items have moved when this is called."""
+        encoded = self._encoded(task, header)
+        if encoded is not None:
+            header, data = encoded
+            return header, self._copied(header, data)
+        span = task.span
+        buffer = self._memory.components[span.component][span.buffer]
+        place = task.indices, task.first_item, span.offset, span.length
+        if copy:
+            return header, [_Bytes(pack_chunk(header, *(buffer.views(*place) or [self._gathered(task)])))]
+        head = pack_header(header)
+        lying = vector.of_items(buffer, *place, payload_seed(head), native=self.native)
+        if lying is None:
+            return header, self._copied(header, self._gathered(task))
+        payload = _Payload(lying, task.transfer, moves, lendable=header.length >= MIN_LENT_BYTES)
+        return header, [_Bytes(head), payload, _Trailer(payload)]
+
+    def _copied(self, header: ChunkHeader, data: memoryview) -> list[_Run]:
+        """A chunk of bytes that nobody else writes to."""
+        if header.length < MIN_LENT_BYTES:
+            return [_Bytes(pack_chunk(header, data))]
+        head = pack_header(header)
+        payload = _Payload(vector.of_bytes(data, payload_seed(head), native=self.native))
+        return [_Bytes(head), payload, _Trailer(payload)]
+
+    def _encoded(self, task: Task, header: ChunkHeader) -> tuple[ChunkHeader, memoryview] | None:
+        """A chunk's items encoded, with the header that says so; None where its bytes are sent as they are."""
         span = task.span
         codec = self._codec.of(span.component, span.buffer)
         if codec is None or span.offset % codec.item_bytes or span.length % codec.item_bytes:
@@ -140,22 +152,18 @@ class SendLane:
         if payload is None:
             return None
         first_item, items = span.offset // codec.item_bytes, span.length // codec.item_bytes
-        encoded = msgspec.structs.replace(header, offset=first_item, items=items, length=len(payload))
-        return encoded, [payload.data], None
+        return msgspec.structs.replace(header, offset=first_item, items=items, length=len(payload)), payload.data
 
-    def _payload(self, task: Task) -> tuple[list[memoryview], OutgoingTransfer | None]:
-        """A chunk's bytes, and the transfer whose pages they lie in: None for a copy."""
+    def _gathered(self, task: Task) -> memoryview:
+        """A copy of a chunk's bytes."""
         span = task.span
         buffer = self._memory.components[span.component][span.buffer]
-        views = buffer.views(task.indices, task.first_item, span.offset, span.length)
-        if views:
-            return views, task.transfer
         if self._staging is None or self._staged + span.length > len(self._staging):
             self._staging, self._staged = self._memory.staging(2 * self._chunk_bytes), 0
         out = self._staging[self._staged : self._staged + span.length]
         buffer.gather(task.indices, task.first_item, span.offset, out)
         self._staged += span.length
-        return [out.data], None
+        return out.data
 
     @property
     def empty(self) -> bool:
@@ -166,8 +174,11 @@ class SendLane:
         """Hand over what the sink takes now. Returns whether all of the batch has left. Raises as the sink does."""
         try:
             while self._runs:
-                views, lendable, more = self._next(lend=sink.lends)
-                sent = sink.lend(views) if lendable else sink.send(views, more=more)
+                views, payload, more = self._next()
+                if payload is None:
+                    sent = sink.send(views, more=more)
+                else:
+                    sent = payload.vector.push(sink, views, lend=sink.lends and payload.lendable)
                 if not sent:
                     return False
                 self._advance(sent)
@@ -177,109 +188,100 @@ class SendLane:
                 owner.unpin()
             self._pinned.clear()
 
-    def _next(self, *, lend: bool) -> tuple[list[memoryview], bool, bool]:
-        """What is to leave next, whether it may be lent, and whether there is more after it."""
+    def _next(self) -> tuple[list[memoryview], _Payload | None, bool]:
+        """What is to leave next: bytes, the payload after them, and whether there is more after that."""
         found: list[memoryview] = []
-        room_bytes = PIECE_BYTES + SLACK_BYTES
-        lent = lend and self._runs[0].lendable
-        for run in self._runs:
-            if found:
-                full = run.nbytes > room_bytes or len(found) + len(run.views) > MAX_PARTS
-                if full or (lend and run.lendable is not lent):
-                    return found, lent, True
-            if run.total is not None and not self._ready(run, run.total):
-                if found and lent:
-                    return found, True, True
-                lent = False
-            found += run.views
-            room_bytes -= run.nbytes
-        return found, lent, False
+        nbytes = 0
+        for at, run in enumerate(self._runs):
+            if isinstance(run, _Payload):
+                if nbytes > BEFORE_BYTES:
+                    return found, None, True
+                if self._readable(run):
+                    return found, run, True
+                run = self._runs[at] = _Bytes(bytes(run.vector.nbytes))
+            view = run.data
+            if found and (nbytes + len(view) > JOINED_BYTES or len(found) == MAX_PARTS):
+                return found, None, True
+            found.append(view)
+            nbytes += len(view)
+        return found, None, False
 
-    def _ready(self, run: _Run, total: _Sum) -> bool:
-        """Make sure that a run's bytes can be read until `push` returns, and are part of the checksum. Returns False
-        where they cannot: its transfer has ended, and zeros take their place."""
-        owner = total.owner
-        if owner is not None and run.views and owner not in self._pinned:
+    def _readable(self, payload: _Payload) -> bool:
+        """Make sure that a payload can be read until `push` returns. Returns False where it cannot: its transfer has
+        ended, and zeros take its place."""
+        owner = payload.owner
+        if owner is not None and owner not in self._pinned:
             if not owner.pin():
-                total.spoilt = True
-                run.blank()
+                payload.spoilt = True
                 return False
             self._pinned.append(owner)
-        if not run.summed:
-            run.summed = True
-            if run.views:
-                total.check.update(run.views)
-            else:
-                run.views = [memoryview(total.trailer())]
         return True
 
     def _advance(self, sent: int) -> None:
-        """So many bytes have left."""
+        """So many bytes have left, of those before a payload and of that."""
         runs = self._runs
-        while runs and sent >= runs[0].nbytes:
-            sent -= runs.popleft().nbytes
-        if sent:
-            runs[0].drop(sent)
+        while runs:
+            run = runs[0]
+            if isinstance(run, _Payload):
+                if not run.vector.nbytes:
+                    runs.popleft()
+                return
+            if sent < len(run.data):
+                run.data = run.data[sent:]
+                return
+            sent -= len(run.data)
+            runs.popleft()
 
 
-class _Sum:
-    """The checksum of a chunk that is being sent."""
+class _Bytes:
+    """Bytes that are ready to leave."""
 
-    __slots__ = ("check", "moves", "owner", "spoilt")
+    __slots__ = ("data",)
 
-    def __init__(self, check: PayloadCheck, owner: OutgoingTransfer | None, moves: int) -> None:
-        """owner: the transfer whose pages the chunk lies in, None for a copy; moves: how often its items had moved when
-        the chunk was looked up."""
-        self.check = check
-        self.owner = owner
-        self.moves = moves
-        self.spoilt = False
-
-    def trailer(self) -> bytes:
-        """What comes after the payload, all of which has been taken."""
-        moved = self.owner is not None and self.owner.moves != self.moves
-        return self.check.trailer(spoilt=self.spoilt or moved)
+    def __init__(self, data: bytes) -> None:
+        self.data = memoryview(data)
 
 
-class _Run:
-    """Bytes of a batch that belong together: at most a piece of a chunk."""
+class _Payload:
+    """A chunk's payload.
 
-    __slots__ = ("lendable", "nbytes", "summed", "total", "views")
+    owner: the transfer whose pages it lies in, None for a copy; moves: how often its items had moved when it was looked
+    up; lendable: whether it stays as it is until the peer has it, unless the transfer ends."""
+
+    __slots__ = ("lendable", "moves", "owner", "spoilt", "vector")
 
     def __init__(
-        self, views: list[memoryview], nbytes: int, total: _Sum | None = None, *, lendable: bool = False
+        self, lying: Vector, owner: OutgoingTransfer | None = None, moves: int = 0, *, lendable: bool = False
     ) -> None:
-        """views: none for the trailer of the chunk with the checksum `total`; total: None where these bytes are not
-        part of one. lendable: whether they stay as they are until the peer has them, unless the transfer ends."""
-        self.views = views
-        self.nbytes = nbytes
-        self.total = total
+        self.vector = lying
+        self.owner = owner
+        self.moves = moves
         self.lendable = lendable
-        self.summed = False
-
-    def drop(self, sent: int) -> None:
-        """Fewer than all of its bytes have left."""
-        self.nbytes -= sent
-        self.views = split(self.views, sent)[1]
-
-    def blank(self) -> None:
-        """Zeros from here on."""
-        self.views = [memoryview(bytes(self.nbytes))]
-        self.total, self.lendable = None, False
+        self.spoilt = False
+        """Whether other bytes have left in its place."""
 
 
-def _runs(
-    header: ChunkHeader, views: list[memoryview], owner: OutgoingTransfer | None, moves: int, *, copy: bool
-) -> list[_Run]:
-    """A chunk, as pieces; see `_Sum`. copy: in one, with a copy of its bytes."""
-    small = header.length < MIN_LENT_BYTES
-    if copy or (small and owner is None):
-        chunk = pack_chunk(header, *views)
-        return [_Run([memoryview(chunk)], len(chunk))]
-    head = pack_header(header)
-    total, lendable = _Sum(PayloadCheck(head), owner, moves), not small and owner is not None
-    return [
-        _Run([memoryview(head)], HEADER_BYTES),
-        *(_Run(piece, nbytes, total, lendable=lendable) for piece, nbytes in cut(views, PIECE_BYTES)),
-        _Run([], TRAILER_BYTES, total),
-    ]
+class _Trailer:
+    """What comes after a payload, made when all of that has left."""
+
+    __slots__ = ("_data", "_payload")
+
+    def __init__(self, payload: _Payload) -> None:
+        self._payload = payload
+        self._data: memoryview | None = None
+
+    @property
+    def data(self) -> memoryview:
+        if self._data is None:
+            payload = self._payload
+            moved = payload.owner is not None and payload.owner.moves != payload.moves
+            self._data = memoryview(pack_trailer(payload.vector.digest(), spoilt=payload.spoilt or moved))
+        return self._data
+
+    @data.setter
+    def data(self, data: memoryview) -> None:
+        self._data = data
+
+
+_Run = _Bytes | _Payload | _Trailer
+"""Part of a batch; a payload's trailer follows it."""

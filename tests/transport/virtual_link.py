@@ -63,6 +63,9 @@ class Segment:
     def lend(self, views: list[memoryview]) -> int:
         raise AssertionError("not offered")
 
+    def send_with(self, act: Callable[[int], int]) -> int:
+        raise AssertionError("there is no descriptor")
+
 
 class Wire:
     """One data connection, from one dial to the next."""

@@ -131,25 +131,34 @@ def some_encoded_chunk(rng: random.Random, of: IncomingTransfer, codec: Codec) -
     return pack_chunk(ChunkHeader(transfer_id, PAGES, buffer, first, len(data), items), data)
 
 
-def feed(lane: ReceiveLane, data: bytes, rng: random.Random) -> None:
-    """As a connection does: any number of bytes at a time. Raises PeerError."""
-    rest = memoryview(data)
+class Coming:
+    """Gives any number of bytes at a time."""
 
-    def receive(views: list[memoryview]) -> int | None:
-        nonlocal rest
+    def __init__(self, data: bytes, rng: random.Random) -> None:
+        self.rest = memoryview(data)
+        self._rng = rng
+
+    def receive(self, views: list[memoryview]) -> int | None:
         assert sum(map(len, views)) > 0, "nothing to receive into: a connection would spin"
-        count = left = min(sum(map(len, views)), len(rest), rng.choice((0, 1, 39, 40, 1 << 20)))
+        count = left = min(sum(map(len, views)), len(self.rest), self._rng.choice((0, 1, 39, 40, 1 << 20)))
         for view in views:
             part = min(left, len(view))
-            view[:part] = rest[:part]
-            rest, left = rest[part:], left - part
+            view[:part] = self.rest[:part]
+            self.rest, left = self.rest[part:], left - part
             if not left:
                 break
         return count or None
 
-    while rest and not lane.renewed:
-        before, count = len(rest), lane.fill(receive)
-        assert (count or 0) == before - len(rest)
+    def receive_with(self, act: Callable[[int], int | None]) -> int | None:
+        raise AssertionError("there is no descriptor")
+
+
+def feed(lane: ReceiveLane, data: bytes, rng: random.Random) -> None:
+    """As a connection does. Raises PeerError."""
+    coming = Coming(data, rng)
+    while coming.rest and not lane.renewed:
+        before, count = len(coming.rest), lane.fill(coming)
+        assert (count or 0) == before - len(coming.rest)
         lane.answers(idle=rng.random() < 0.5)
 
 

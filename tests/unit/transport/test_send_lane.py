@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 import pytest
 
 from sglang_prfaas.clock import MonotonicClock
-from sglang_prfaas.transport import memory, receive_lane, send_lane
+from sglang_prfaas.transport import memory, send_lane, vector
 from sglang_prfaas.transport.framing import HEADER_BYTES, Receipt, ReceiptReader
 from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.messages import Expect
@@ -51,15 +53,61 @@ class Sink:
         self.lent_bytes += sent
         return sent
 
+    def send_with(self, act: Callable[[int], int]) -> int:
+        raise AssertionError("there is no descriptor")
+
+
+class SocketSink(Sink):
+    """The same with a descriptor, which takes a few pieces at a time. The last may be more than there was room for."""
+
+    def __init__(self, nbytes: int = 1 << 30, *, rng: random.Random | None = None) -> None:
+        super().__init__(nbytes, rng=rng)
+        self.ends = socket.socketpair()
+        for end in self.ends:
+            end.setblocking(False)
+        self.ends[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+    def send_with(self, act: Callable[[int], int]) -> int:
+        if self._room_bytes <= 0 or (self._rng is not None and self._rng.random() < 0.3):
+            return 0
+        sent = act(self.ends[0].fileno())
+        for _ in range(sent):
+            self.data += self.ends[1].recv(1)
+        self._room_bytes -= sent
+        return sent
+
+
+MakeSink = Callable[..., Sink]
+
+
+@pytest.fixture(params=["copied", "lent", "native"])
+def make_sink(request: pytest.FixtureRequest) -> Iterator[MakeSink]:
+    made: list[SocketSink] = []
+
+    def make(nbytes: int = 1 << 30, *, rng: random.Random | None = None) -> Sink:
+        if request.param != "native":
+            return Sink(nbytes, rng=rng, lends=request.param == "lent")
+        made.append(SocketSink(nbytes, rng=rng))
+        return made[-1]
+
+    if request.param == "native" and vector.why_not_native:
+        pytest.skip(vector.why_not_native)
+    yield make
+    for sink in made:
+        for end in sink.ends:
+            end.close()
+
 
 class Case:
     """One transfer at both ends, and what was asked for again."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 5, transfer_id: int = 1) -> None:
-        monkeypatch.setattr(send_lane, "PIECE_BYTES", PIECE_BYTES)
-        monkeypatch.setattr(send_lane, "SLACK_BYTES", 100)
+        monkeypatch.setattr(vector, "SEND_BYTES", PIECE_BYTES)
+        monkeypatch.setattr(vector, "RECEIVE_BYTES", 1900)
+        monkeypatch.setattr(vector, "NATIVE_BYTES", 700)
+        monkeypatch.setattr(vector, "MIN_NATIVE_BYTES", 100)
+        monkeypatch.setattr(send_lane, "BEFORE_BYTES", 100)
         monkeypatch.setattr(send_lane, "MIN_LENT_BYTES", 1024)
-        monkeypatch.setattr(receive_lane, "MAX_PIECE_BYTES", 1900)
         monkeypatch.setattr(memory, "MIN_VIEW_BYTES", 100)
         self.layout, clock = layout(), MonotonicClock()
         self.source, self.target = Memory(self.layout, seed), Memory(self.layout, None)
@@ -79,8 +127,9 @@ class Case:
             for span in cut(component, self.layout.components[component].item_bytes, 0, len(slots), CHUNK_BYTES)
         ]
 
-    def batch(self, tasks: list[Task], *, copy: bool = False) -> None:
+    def batch(self, tasks: list[Task], sink: Sink, *, copy: bool = False) -> None:
         self.sending.reset()
+        self.sending.native = isinstance(sink, SocketSink)
         for task in tasks:
             assert self.sending.add(task, copy=copy)
 
@@ -101,24 +150,23 @@ class Case:
         )
 
 
-@pytest.mark.parametrize("lends", [False, True], ids=["copied", "lent"])
 @pytest.mark.parametrize("seed", range(8))
 def test_every_byte_arrives_however_little_the_sink_takes(
-    monkeypatch: pytest.MonkeyPatch, seed: int, lends: bool
+    monkeypatch: pytest.MonkeyPatch, seed: int, make_sink: MakeSink
 ) -> None:
     case, rng = Case(monkeypatch, seed), random.Random(seed)
-    sink = Sink(rng=rng, lends=lends)
+    sink = make_sink(rng=rng)
     left = case.tasks
     while left:
         count = rng.randrange(1, 5)
-        case.batch(left[:count], copy=rng.random() < 0.2)
+        case.batch(left[:count], sink, copy=rng.random() < 0.2)
         left = left[count:]
         while not case.sending.push(sink):
             assert case.outgoing._pins == 0, "pages are held while nothing is sent"
     assert case.again(bytes(sink.data)) == []
     assert case.incoming.state is State.DONE
     assert case.equal()
-    assert (sink.lent_bytes > 0) is lends
+    assert (sink.lent_bytes > 0) is sink.lends
     assert not case.failures
 
 
@@ -134,50 +182,51 @@ def _moved(case: Case) -> None:
 
 
 @pytest.mark.parametrize("sent", [0, 1, HEADER_BYTES, 1000, HEADER_BYTES + 2000, 5000])
-@pytest.mark.parametrize("lends", [False, True], ids=["copied", "lent"])
-def test_what_moved_before_it_left_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, sent: int, lends: bool) -> None:
+def test_what_moved_before_it_left_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, sent: int, make_sink: MakeSink
+) -> None:
     """Nothing that was written to the old slots passes for the request's bytes."""
     case = Case(monkeypatch)
     task = next(task for task in case.tasks if task.span.length > 6000)
-    sink = Sink(sent, lends=lends)
-    case.batch([task])
+    sink = make_sink(sent)
+    case.batch([task], sink)
     case.sending.push(sink)
-    assert len(sink.data) == sent
+    assert sent <= len(sink.data) < HEADER_BYTES + task.span.length
     _moved(case)
-    rest = Sink(lends=lends)
+    rest = make_sink()
     assert case.sending.push(rest)
     assert case.again(bytes(sink.data + rest.data)) == [0]
     assert case.incoming.bytes == 0
-    case.batch(case.tasks)
-    whole = Sink()
+    whole = make_sink()
+    case.batch(case.tasks, whole)
     assert case.sending.push(whole)
     assert case.again(bytes(whole.data)) == []
     assert case.equal()
 
 
 @pytest.mark.parametrize("sent", [0, 20, 1000, 4000])
-@pytest.mark.parametrize("lends", [False, True], ids=["copied", "lent"])
 def test_a_transfer_that_ends_leaves_zeros_and_the_next_one_whole(
-    monkeypatch: pytest.MonkeyPatch, sent: int, lends: bool
+    monkeypatch: pytest.MonkeyPatch, sent: int, make_sink: MakeSink
 ) -> None:
     case, other = Case(monkeypatch), Case(monkeypatch, 6, transfer_id=2)
     task = next(task for task in case.tasks if task.span.length > 6000)
     follows = next(task for task in other.tasks if task.span.length > 6000)
-    case.batch([task])
+    sink = make_sink(sent)
+    case.batch([task], sink)
     case.sending._memory = other.source.rank
     assert case.sending.add(follows)
-    sink = Sink(sent, lends=lends)
     case.sending.push(sink)
     with case.outgoing.lock:
         case.outgoing.fail("the client has gone")  # hangs where a pin was forgotten
     for arrays in case.source.arrays:
         for array in arrays:
             array[:] = 0x5A
-    rest = Sink(lends=lends)
+    left = len(sink.data)
+    rest = make_sink()
     assert case.sending.push(rest)
     data = bytes(sink.data + rest.data)
     size = HEADER_BYTES + task.span.length
-    assert set(data[max(sent, HEADER_BYTES) : size]) == {0}
+    assert set(data[max(left, HEADER_BYTES) : size]) == {0}
     case.found.update(other.found)
     assert case.again(data) == [0]
     assert (case.incoming.bytes, other.incoming.bytes) == (0, follows.span.length)
@@ -199,7 +248,7 @@ def test_memory_that_cannot_be_read_ends_its_transfer(monkeypatch: pytest.Monkey
 def test_a_request_does_not_end_while_its_pages_are_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(monkeypatch)
     task = next(task for task in case.tasks if task.span.length > 6000)
-    case.batch([task])
+    case.batch([task], Sink())
 
     def end() -> None:
         with case.outgoing.lock:

@@ -4,7 +4,7 @@
                                    [--congestion cubic] [--links loopback,veth-1gbit,rtt-50ms]
                                    [--workloads block,dense,hybrid,small,small-serial]
                                    [--movers prfaas,mooncake,nixl,plain,iperf3,prfaas+tls,prfaas+256,
-                                             mooncake+1mib,prfaas+2]
+                                             mooncake+1mib,nixl+polled,prfaas+2]
 
 Prints a line for each arm and, at the end, which bars are reached. What cannot run here (a mover that is not installed,
 a link without the rights for it) is named with its reason and left out. docs/benchmarks/transport.md says what is
@@ -37,6 +37,7 @@ from benchmarks.transport.shared_memory import SharedMemory
 from benchmarks.transport.workload import SEND_SEED, WORKLOADS, fill
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.security import make
+from sglang_prfaas.transport.vector import why_not_native
 
 ALL_WORKLOADS = ("block", "dense", "hybrid", "small", "small-serial")
 
@@ -83,6 +84,7 @@ def measure(args: argparse.Namespace, studies: Sequence[plan.Study], directory: 
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "absent": absent,
+        "not_native": why_not_native,
         "rows": [],
         "failed": [],
     }

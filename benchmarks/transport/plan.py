@@ -11,6 +11,7 @@ from benchmarks.transport.movers.mooncake import LARGE_SLICES
 
 PEERS = ("mooncake", "nixl")
 TUNED = "mooncake+1mib"
+POLLED = "nixl+polled"
 FEWER = "prfaas+2"
 MANY_CONNECTIONS = 256
 
@@ -27,17 +28,17 @@ class Study(Struct, frozen=True):
 
 MOVERS = ("prfaas", *PEERS, "plain")
 WITH_IPERF3 = (*MOVERS, "iperf3")
-WITH_TLS = (*MOVERS, TUNED, "prfaas+tls")
+WITH_TLS = (*MOVERS, TUNED, POLLED, "prfaas+tls")
 LARGE = (*WITH_TLS, FEWER)
 
 FULL = (
-    Study("loopback", "block", 9, 1, (*WITH_IPERF3, TUNED, "prfaas+tls", FEWER)),
+    Study("loopback", "block", 9, 1, (*WITH_IPERF3, TUNED, POLLED, "prfaas+tls", FEWER)),
     Study("loopback", "dense", 5, 1, LARGE),
     Study("loopback", "hybrid", 7, 1, (*LARGE, "prfaas+256")),
     Study("loopback", "small", 15, 3, WITH_TLS),
     Study("loopback", "small-serial", 7, 1, WITH_TLS),
     Study("veth-1gbit", "block", 3, 0, WITH_IPERF3),
-    Study("veth-1gbit", "hybrid", 3, 0, MOVERS),
+    Study("veth-1gbit", "hybrid", 3, 0, (*MOVERS, POLLED)),
     Study("rtt-50ms", "block", 2, 0, WITH_IPERF3),
     Study("rtt-50ms", "hybrid", 3, 0, ("prfaas", "plain")),
     Study("rtt-50ms", "dense", 2, 0, ("prfaas", "plain")),
@@ -51,7 +52,7 @@ QUICK = (
     Study("veth-1gbit", "block", 1, 0, WITH_IPERF3),
     Study("rtt-50ms", "hybrid", 1, 0, ("prfaas", "plain")),
 )
-ARMS = (*WITH_IPERF3, TUNED, "prfaas+tls", "prfaas+256", FEWER)
+ARMS = (*WITH_IPERF3, TUNED, POLLED, "prfaas+tls", "prfaas+256", FEWER)
 
 
 def arm_of(name: str, connections: int, keys: str) -> Arm:
@@ -63,6 +64,8 @@ def arm_of(name: str, connections: int, keys: str) -> Arm:
         return Arm(name, mover, 2)
     if name == "prfaas+256":
         return Arm(name, mover, connections, idle=MANY_CONNECTIONS)
+    if name == POLLED:
+        return Arm(name, mover, connections, polled=True)
     return Arm(name, mover, connections, environment=LARGE_SLICES if name == TUNED else {})
 
 

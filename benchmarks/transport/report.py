@@ -35,10 +35,11 @@ movers.
   while 256 more connections are open. `prfaas+2`: with two connections instead of four. `plain`: Python sockets,
   `sendall` and `recv_into`, 4 streams. `iperf3`: 4 streams, no page lists, no comparison.
 - `mooncake`: Transfer Engine over TCP, defaults but for the length of its queues, which refuse these page lists
-  otherwise. `mooncake+1mib`: also with slices of 1 MiB instead of 64 KiB. `nixl`: UCX over TCP; the sender polls,
-  without NIXL's progress thread, which is faster here; while it is not its turn it is stopped, because its receiver
-  spins.
-- `fraction`: of the link with all headers; on loopback of `plain`, the median of each round's ratio.
+  otherwise. `mooncake+1mib`: also with slices of 1 MiB instead of 64 KiB. `nixl`: UCX over TCP, its agents as
+  SGLang's NIXL backend makes them: eight threads at the sender. `nixl+polled`: without them and without the progress
+  thread, the sender polls, which is faster where there are few cores, and not to be had in SGLang. While it is not
+  its turn it is stopped, because its receiver spins.
+{native}- `fraction`: of the link with all headers; on loopback of `plain`, the median of each round's ratio.
 
 How much of a long prefill's transfer is exposed after its last layer: [architecture.md](../architecture.md).
 """
@@ -70,6 +71,7 @@ def markdown(result: dict[str, Any]) -> str:
             command=result["command"],
             about=f"{result['date']}, {result['cpus']} cores, load average {result['load_average']:.1f} at the start",
             versions=versions,
+            native=f"- `prfaas` without native code: {why}.\n" if (why := result["not_native"]) else "",
         )
     ]
     for link, workload in dict.fromkeys((row["link"], row["workload"]) for row in result["rows"]):

@@ -27,6 +27,7 @@ from sglang_prfaas.transport.receive_mover import ReceiveMover
 from sglang_prfaas.transport.registration import Registration
 from sglang_prfaas.transport.send_mover import SendMover
 from sglang_prfaas.transport.transfer_log import TransferRecord
+from sglang_prfaas.transport.vector import why_not_native
 
 if TYPE_CHECKING:
     from sglang_prfaas.sglang_plugin.inner_rail.rail import Rail
@@ -100,6 +101,8 @@ class PrfaasKVManager(BaseKVManager):
         self._registration: Registration | None = None
         self._link_reports: LinkReports | None = None
         self.prefill_info_table = _AnyPrefillTable()
+        if why_not_native:
+            logger.info("prfaas: KVCache is sent and received without native code: %s", why_not_native)
         if disaggregation_mode == DisaggregationMode.PREFILL:
             self._start_prefill()
         else:

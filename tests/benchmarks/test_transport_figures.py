@@ -94,6 +94,7 @@ def test_the_page_has_a_line_for_every_row_and_names_what_is_absent() -> None:
             "load_average": 0.5,
             "versions": {"nixl": "1.5.1"},
             "rows": rows,
+            "not_native": "no compiler",
             "absent": [{"what": "iperf3", "reason": "no iperf3 on PATH", "install": "apt install iperf3"}],
             "bars": figures.judged(rows),
         }
@@ -102,6 +103,7 @@ def test_the_page_has_a_line_for_every_row_and_names_what_is_absent() -> None:
     assert "- `iperf3`: no iperf3 on PATH. To have it: apt install iperf3." in page
     assert "| prfaas, small, loopback: gb_per_s >= 2 | 4.000 | yes |" in page
     assert "nixl 1.5.1" in page
+    assert "- `prfaas` without native code: no compiler.\n" in page
 
 
 def packet(length: int, *, kind: int = 0, header_bytes: int = 0, segment_bytes: int = 0) -> bytes:

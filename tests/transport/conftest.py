@@ -6,13 +6,15 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from sglang_prfaas.transport import page_pipe, send_lane
+from sglang_prfaas.transport import page_pipe, send_lane, vector
 from sglang_prfaas.transport.data_tcp import Connection
 from sglang_prfaas.transport.page_pipe import PagePipe
 from sglang_prfaas.transport.send_data import DataSender
+from sglang_prfaas.transport.vector import Vector
 from tests.transport.keyring import Keyring
 from tests.transport.rig import Pair, wait_until
 
@@ -21,10 +23,25 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.fixture(params=["copied", "lent"])
+@pytest.fixture(params=["native", "python", "lent"])
 def sending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """How pages get to the socket: as on one host, or as between two, and then every chunk, however short."""
-    lent = 0
+    """How pages get to the socket: as on one host, natively or in Python, or as between two hosts, and then every
+    chunk, however short."""
+    lent = native = 0
+    make = vector._native_vector
+
+    def counted_native(*args: Any) -> Vector:
+        nonlocal native
+        assert make is not None
+        native += 1
+        return make(*args)
+
+    if request.param == "native":
+        if make is None:
+            pytest.skip(vector.why_not_native)
+        monkeypatch.setattr(vector, "_native_vector", counted_native)
+    if request.param == "python":
+        monkeypatch.setattr(vector, "_native_vector", None)
     if request.param == "lent":
         monkeypatch.setattr(Connection, "same_host", False)
         monkeypatch.setattr(send_lane, "MIN_LENT_BYTES", 1)
@@ -39,6 +56,7 @@ def sending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(PagePipe, "put", counted)
     yield str(request.param)
+    assert (native > 0) is (request.param == "native")
     assert lent or request.param != "lent" or not page_pipe.available()
 
 

@@ -19,7 +19,7 @@ class Arm(Struct, frozen=True):
     """A mover with its settings, under the name that its rows have.
 
     idle: connections that are open beside those used. keys: a directory with keys of the site `bench`, or empty.
-    environment: beside the mover's own."""
+    environment: beside the mover's own. polled: nixl: without threads of its own at the sender."""
 
     name: str
     mover: str
@@ -27,6 +27,7 @@ class Arm(Struct, frozen=True):
     idle: int = 0
     keys: str = ""
     environment: dict[str, str] = {}
+    polled: bool = False
 
 
 class Place(Struct, frozen=True):

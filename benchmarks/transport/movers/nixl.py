@@ -1,4 +1,7 @@
-"""NIXL with UCX over TCP: one WRITE for a request; the descriptors are made beforehand."""
+"""NIXL with UCX over TCP: one WRITE for a request; the descriptors are made beforehand.
+
+Agents are made as SGLang's NIXL backend makes them (disaggregation/nixl/conn.py, 0.5.23), or `polled`: as is fastest
+here, with nothing but the calling thread at the sender."""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import numpy as np
 from benchmarks.transport.movers.base import DEADLINE_S, Job, Mover, Offer
 from benchmarks.transport.workload import RECEIVE_SEED, SEND_SEED, Memory, extents
 
+PREFILL_THREADS = 8
+"""Of a prefill server's agent in SGLang; a decode server's has none."""
 ENVIRONMENT = {"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "ERROR"}
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x00020000, 1 << 14, 1 << 18
 """include/uapi/linux/sched.h, mount.h"""
@@ -28,23 +33,29 @@ def _list_own_devices() -> None:
         raise OSError(code, f"a /sys of its own for NIXL: {os.strerror(code)}")
 
 
-def _agent(name: str, job: Job, memory: Memory, *, progress_thread: bool):  # type: ignore[no-untyped-def]
+def _agent(name: str, job: Job, memory: Memory, *, sends: bool):  # type: ignore[no-untyped-def]
     if not job.place.loopback:
         _list_own_devices()
     os.environ["UCX_NET_DEVICES"] = job.place.device
-    from nixl._api import nixl_agent, nixl_agent_config
+    from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 
-    agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=progress_thread, backends=["UCX"]))
+    if job.arm.polled:
+        config = nixl_agent_config(enable_prog_thread=not sends, backends=["UCX"])
+    else:
+        config = nixl_agent_config(
+            num_threads=PREFILL_THREADS if sends else 0,
+            sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+            backends=["UCX"],
+        )
+    agent = nixl_agent(name, config)
     place = (memory.flat.ctypes.data, memory.flat.nbytes, 0, "")
     return agent, agent.register_memory(agent.get_reg_descs([place], "DRAM"))
 
 
 class Sender:
-    """Drives the transfer itself while it waits: faster than with NIXL's thread, which is off here."""
-
     def __init__(self, job: Job, memory: Memory) -> None:
         self._job = job
-        self._agent, self._registered = _agent("send", job, memory, progress_thread=False)
+        self._agent, self._registered = _agent("send", job, memory, sends=True)
         addresses, lengths = memory.places(SEND_SEED)
         self._from = self._lists(np.array(addresses, np.int64), np.array(lengths, np.int64))
         self.offer: Offer = {}
@@ -68,6 +79,8 @@ class Sender:
             handle = self._agent.initialize_xfer("WRITE", source, target, self._peer)
             state = self._agent.transfer(handle)
             while state == "PROC":
+                if not self._job.arm.polled:
+                    time.sleep(0)  # as SGLang: NIXL's threads want the processor
                 state = self._agent.check_xfer_state(handle)
                 if time.monotonic() - began_s > DEADLINE_S:
                     raise RuntimeError(f"NIXL: not done after {DEADLINE_S:g} s")
@@ -82,7 +95,7 @@ class Sender:
 
 class Receiver:
     def __init__(self, job: Job, memory: Memory, offer: Offer) -> None:
-        self._agent, self._registered = _agent("receive", job, memory, progress_thread=True)
+        self._agent, self._registered = _agent("receive", job, memory, sends=False)
         self.offer: Offer = {"metadata": self._agent.get_agent_metadata(), "address": memory.flat.ctypes.data}
 
     def receive(self, round_: int) -> float:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.transport --json OUT [--quick] [--markdown OUT] [--rounds N] [--connections N]
                                    [--congestion cubic] [--links loopback,veth-1gbit,rtt-50ms]
-                                   [--workloads block,dense,hybrid,small,small-serial]
+                                   [--workloads block,dense,hybrid,hybrid-layers,small,small-serial]
                                    [--movers prfaas,mooncake,nixl,plain,iperf3,prfaas+tls,prfaas+256,
                                              mooncake+1mib,nixl+polled,prfaas+2]
 
@@ -39,7 +39,9 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.vector import why_not_native
 
-ALL_WORKLOADS = ("block", "dense", "hybrid", "small", "small-serial")
+ALL_WORKLOADS = ("block", "dense", "hybrid", "hybrid-layers", "small", "small-serial")
+SMALL_WORKLOADS = ("quick", "quick-layers")
+"""Only where they are asked for."""
 
 
 def main() -> int:
@@ -50,8 +52,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="rounds of every study (default: as planned)")
     parser.add_argument("--connections", type=int, default=TransportConfig().connections, help="default %(default)s")
     parser.add_argument("--congestion", default="cubic", help="TCP congestion control (default %(default)s)")
-    for name, choices in (("links", LINKS), ("workloads", (*ALL_WORKLOADS, "quick")), ("movers", plan.ARMS)):
-        everything = [choice for choice in choices if choice != "quick"]
+    for name, choices in (("links", LINKS), ("workloads", (*ALL_WORKLOADS, *SMALL_WORKLOADS)), ("movers", plan.ARMS)):
+        everything = [choice for choice in choices if choice not in SMALL_WORKLOADS]
         parser.add_argument(
             f"--{name}",
             default=everything,
@@ -60,8 +62,7 @@ def main() -> int:
         )
     args = parser.parse_args()
     studies = list(plan.QUICK if args.quick else plan.FULL)
-    if "quick" in args.workloads:
-        studies.append(plan.Study("loopback", "quick", 3, 1, plan.ARMS))
+    studies += [plan.Study("loopback", name, 3, 1, plan.ARMS) for name in SMALL_WORKLOADS if name in args.workloads]
     studies = plan.chosen(studies, args.links, args.workloads, args.movers, args.rounds)
     if not studies:
         parser.error("nothing is left to measure; name more links, workloads or movers")

@@ -30,11 +30,13 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Sample(Struct, frozen=True):
-    """One request of one arm. machine_cpu_s: of everything on the machine meanwhile, interrupts too."""
+    """One request of one arm. wall_s: with its prefill. exposed_s: after its last layer was computed. machine_cpu_s: of
+    everything on the machine meanwhile, interrupts too."""
 
     round_: int
     nbytes: int
     wall_s: float
+    exposed_s: float
     send_cpu_s: float
     receive_cpu_s: float
     machine_cpu_s: float
@@ -104,7 +106,14 @@ def _iperf3(link: Link, workload: Workload, outcome: Outcome) -> Callable[[int],
         found = iperf3.measure(link, workload.total_bytes)
         outcome.about = {"congestion": found["congestion"]}
         return Sample(
-            round_, found["bytes"], found["wall_s"], found["cpu_s"], 0.0, _machine_cpu_s() - before, correct=True
+            round_,
+            found["bytes"],
+            found["wall_s"],
+            found["wall_s"],
+            found["cpu_s"],
+            0.0,
+            _machine_cpu_s() - before,
+            correct=True,
         )
 
     return once
@@ -150,10 +159,12 @@ class _Pair:
         machine_cpu_s = _machine_cpu_s() - before
         self._receive_pipe.send("sent")
         received = answer(self._receive_pipe, self._receiver, ROUND_TIMEOUT_S)
+        wall_s = (received["ended_s"] or sent["ended_s"]) - sent["began_s"]
         return Sample(
             round_,
             self._job.workload.total_bytes,
-            (received["ended_s"] or sent["ended_s"]) - sent["began_s"],
+            wall_s,
+            wall_s - self._job.workload.prefill_s,
             sent["cpu_s"],
             received["cpu_s"],
             machine_cpu_s,

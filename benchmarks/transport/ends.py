@@ -33,8 +33,11 @@ def sending_end(job: Job, path: str, pipe: Connection, log: str) -> None:
         pipe.send(end.offer)
         pipe.send(end.connect(pipe.recv()))
         while (round_ := pipe.recv()) is not None:
+            prefill_s = 0.0 if end.layerwise else job.workload.prefill_s
+            time.sleep(prefill_s)
             cpu_s = time.process_time()
             began_s, ended_s = end.send(round_)
+            began_s -= prefill_s
             pipe.send({"began_s": began_s, "ended_s": ended_s, "cpu_s": time.process_time() - cpu_s})
         end.close()
 

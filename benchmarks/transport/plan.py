@@ -39,6 +39,7 @@ FULL = (
     Study("loopback", "small-serial", 7, 1, WITH_TLS),
     Study("veth-1gbit", "block", 3, 0, WITH_IPERF3),
     Study("veth-1gbit", "hybrid", 3, 0, (*MOVERS, POLLED)),
+    Study("veth-1gbit", "hybrid-layers", 2, 0, MOVERS),
     Study("rtt-50ms", "block", 2, 0, WITH_IPERF3),
     Study("rtt-50ms", "hybrid", 3, 0, ("prfaas", "plain")),
     Study("rtt-50ms", "dense", 2, 0, ("prfaas", "plain")),
@@ -50,6 +51,7 @@ QUICK = (
     Study("loopback", "small", 5, 1, MOVERS),
     Study("loopback", "small-serial", 1, 1, MOVERS),
     Study("veth-1gbit", "block", 1, 0, WITH_IPERF3),
+    Study("veth-1gbit", "hybrid-layers", 1, 0, ("prfaas", "plain")),
     Study("rtt-50ms", "hybrid", 1, 0, ("prfaas", "plain")),
 )
 ARMS = (*WITH_IPERF3, TUNED, POLLED, "prfaas+tls", "prfaas+256", FEWER)

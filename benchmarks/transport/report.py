@@ -27,7 +27,9 @@ movers.
 
 - `block`: one buffer of 256 MiB. `dense`: 48 layers of 512 pages of 64 KiB, in random order. `hybrid`: 16 MLA
   layers of 512 pages of 73,728 bytes, scattered, and 48 states of 2 MiB. `small`: 1,000 requests of 16 KiB in one
-  batch; `small-serial`: each after the one before is acknowledged.
+  batch; `small-serial`: each after the one before is acknowledged. `hybrid-layers`: `hybrid` while a prefill of 5.9 s
+  computes its layers, one after another, in the time that the link needs for them: `prfaas` sends each at once, as it
+  does in SGLang, the others when all are there, as SGLang's other backends do.
 - `loopback`. `veth-1gbit`: two network namespaces, `tbf` at 1 Gbit/s; headers leave 0.956. `rtt-50ms`: a delay line
   of 1 Gbit/s, 25 ms each way, between two TUN devices; connections were idle before, so each request grows its
   window anew.
@@ -40,6 +42,7 @@ movers.
   thread, the sender polls, which is faster where there are few cores, and not to be had in SGLang. While it is not
   its turn it is stopped, because its receiver spins.
 {native}- `fraction`: of the link with all headers; on loopback of `plain`, the median of each round's ratio.
+  `exposed s`: seconds from the last layer's end until the last byte is in place.
 
 How much of a long prefill's transfer is exposed after its last layer: [architecture.md](../architecture.md).
 """
@@ -81,8 +84,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"{rows[0]['congestion_control']}, {rows[0]['rounds']} rounds.",
             "",
-            "| mover | GB/s | CPU s/GB | send + receive | fraction | requests/s |",
-            "|---|---|---|---|---|---|",
+            "| mover | GB/s | CPU s/GB | send + receive | fraction | exposed s | requests/s |",
+            "|---|---|---|---|---|---|---|",
         ]
         parts += [_table_row(row) for row in rows]
         parts.append("")
@@ -99,7 +102,7 @@ def _table_row(row: Row) -> str:
     return (
         f"| `{row['mover']}` | {row['gb_per_s']:.3f} ({row['gb_per_s_min']:.3f} to {row['gb_per_s_max']:.3f}) "
         f"| {row['cpu_s_per_gb']:.3f} | {row['send_cpu_s_per_gb']:.3f} + {row['receive_cpu_s_per_gb']:.3f} "
-        f"| {_figure(row.get('fraction'))} | {_requests(row)} |"
+        f"| {_figure(row.get('fraction'))} | {row['exposed_s']:.3f} | {_requests(row)} |"
     )
 
 

@@ -21,7 +21,8 @@ SEND_SEED, RECEIVE_SEED = 1, 2
 class Workload(Struct, frozen=True):
     """`pages` scattered pages of `page_bytes` in each of `layers` buffers, and `states` items of `state_bytes`.
 
-    one_by_one: each page is handed over when the one before is acknowledged."""
+    one_by_one: each page is handed over when the one before is acknowledged. prefill_s: so long a prefill takes that
+    computes layer after layer, see `order`; 0: all is there at the beginning."""
 
     name: str
     layers: int
@@ -30,6 +31,7 @@ class Workload(Struct, frozen=True):
     states: int
     state_bytes: int
     one_by_one: bool = False
+    prefill_s: float = 0.0
 
     @property
     def layout(self) -> Layout:
@@ -51,20 +53,33 @@ class Workload(Struct, frozen=True):
         return self.layout.request_bytes((self.pages, 1))
 
     @property
+    def order(self) -> list[tuple[int, int]]:
+        """Component and buffer of each layer, as a model computes them: a few with a state, then one with pages."""
+        each = self.states // self.layers
+        return [
+            place
+            for layer in range(self.layers)
+            for place in (*((1, layer * each + index) for index in range(each)), (0, layer))
+        ]
+
+    @property
     def items(self) -> int:
         return self.layers * self.pages + self.states
 
 
 WORKLOADS = {
     "hybrid": Workload("hybrid", 16, 512, 73_728, 48, 2 << 20),
+    "hybrid-layers": Workload("hybrid-layers", 16, 512, 73_728, 48, 2 << 20, prefill_s=5.9),
     "dense": Workload("dense", 48, 512, 64 << 10, 1, 64),
     "block": Workload("block", 1, 1, 256 << 20, 1, 64),
     "small": Workload("small", 1, 1000, 16 << 10, 1, 64),
     "small-serial": Workload("small-serial", 1, 1000, 16 << 10, 1, 64, one_by_one=True),
+    "quick-layers": Workload("quick-layers", 2, 64, 4096, 4, 64 << 10, prefill_s=0.3),
     "quick": Workload("quick", 4, 128, 73_728, 8, 2 << 20),
 }
-"""hybrid: a 32K-token request of a model with 16 MLA layers and 48 linear-attention states, 705 MB. dense: 1.6 GB.
-small: 1,000 pages of 16 KiB, all handed over at once; small-serial: one after another. quick: a hybrid of 55 MB."""
+"""hybrid: a 32K-token request of a model with 16 MLA layers and 48 linear-attention states, 705 MB. hybrid-layers: the
+same while it is computed, in the time that a link of 1 Gbit/s needs for it. dense: 1.6 GB.
+small: 1,000 pages of 16 KiB, all handed over at once; small-serial: one after another. quick: a hybrid of 55 MB. quick-layers: a small one, while it is computed."""
 
 
 def fill(flat: Bytes, seed: int) -> None:

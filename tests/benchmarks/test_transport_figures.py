@@ -16,10 +16,13 @@ from benchmarks.transport.workload import RECEIVE_SEED, SEND_SEED, WORKLOADS, Me
 LOOPBACK = Link("loopback", 0.0, "127.0.0.1", "127.0.0.1", "lo", "cubic", here, here)
 VETH = Link("veth-1gbit", 1000.0, "10.0.0.1", "10.0.0.2", "wire", "cubic", here, here)
 GB = 10**9
+PREFILL_S = 0.125
 
 
 def outcome(name: str, *wall_s: float, correct: bool = True) -> Outcome:
-    samples = [Sample(1 + round_, GB, wall, 0.1, 0.2, 0.5, correct) for round_, wall in enumerate(wall_s)]
+    samples = [
+        Sample(1 + round_, GB, wall, wall - PREFILL_S, 0.1, 0.2, 0.5, correct) for round_, wall in enumerate(wall_s)
+    ]
     return Outcome(Arm(name, name.partition("+")[0]), samples, {})
 
 
@@ -34,11 +37,21 @@ def test_a_row_has_medians_their_spread_and_its_share_of_the_baseline() -> None:
     assert (row["fraction"], row["fraction_of"]) == (1.0, "plain")  # of 0.8, 1 and 1.25
     assert row["times"] == {"plain": 1.0}
     assert row["verified"] is True
+    assert row["exposed_s"] == 0.125
+    assert "exposed" not in row, "without a link's limit there is nothing to compare it with"
 
 
 def test_on_a_limited_link_the_share_is_of_the_link() -> None:
     row = figures.rows_of(VETH, WORKLOADS["hybrid"], [outcome("prfaas", 10.0)])[0]
     assert (row["gb_per_s"], row["fraction"], row["fraction_of"]) == (0.1, 0.8, "link")
+    assert (row["exposed_s"], row["exposed"]) == (9.875, round(9.875 / 8, 4))
+
+
+def test_layers_are_computed_in_the_order_of_a_hybrid_model() -> None:
+    workload = WORKLOADS["hybrid-layers"]
+    order = workload.order
+    assert order[:5] == [(1, 0), (1, 1), (1, 2), (0, 0), (1, 3)]
+    assert sorted(order) == [(0, n) for n in range(workload.layers)] + [(1, n) for n in range(workload.states)]
 
 
 def test_rounds_that_only_one_arm_has_do_not_count() -> None:

@@ -18,10 +18,22 @@ from benchmarks.transport import iperf3, plan
 from benchmarks.transport.links import ROUND_TRIP_S, opened, why_not
 from benchmarks.transport.movers import MOVERS, why_absent
 from benchmarks.transport.movers.base import Mover
+from benchmarks.transport.workload import WORKLOADS
 
 TIMEOUT_S = 240
 REPOSITORY = Path(__file__).parents[2]
-KEYS = {"mover", "workload", "link", "gb_per_s", "cpu_s_per_gb", "gb_per_s_min", "gb_per_s_max", "rounds", "verified"}
+KEYS = {
+    "mover",
+    "workload",
+    "link",
+    "gb_per_s",
+    "cpu_s_per_gb",
+    "gb_per_s_min",
+    "gb_per_s_max",
+    "exposed_s",
+    "rounds",
+    "verified",
+}
 
 
 def test_every_installed_mover_has_a_verified_row(tmp_path: Path) -> None:
@@ -62,6 +74,21 @@ def test_a_run_of_one_mover_asks_for_no_other(tmp_path: Path) -> None:
     result = msgspec.json.decode(json.read_bytes())
     assert [row["mover"] for row in result["rows"]] == ["plain"]
     assert result["absent"] == []
+
+
+def test_only_who_sends_layer_by_layer_begins_before_the_last(tmp_path: Path) -> None:
+    json = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.transport", "--quick", "--links", "loopback", "--rounds", "3"]
+    command += ["--workloads", "quick-layers", "--movers", "prfaas,plain", "--json", str(json)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["mover"]: row for row in msgspec.json.decode(json.read_bytes())["rows"]}
+    workload = WORKLOADS["quick-layers"]
+    for row in rows.values():
+        assert row["verified"]
+        assert 0 < row["exposed_s"] < 0.2
+        wall_s = workload.total_bytes / 1e9 / row["gb_per_s"]
+        assert wall_s == pytest.approx(workload.prefill_s + row["exposed_s"], rel=0.1)
 
 
 CLONE_NEWUSER = 0x10000000

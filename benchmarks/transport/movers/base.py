@@ -55,6 +55,8 @@ class SendingEnd(Protocol):
     """Made first, in the sender's process."""
 
     offer: Offer
+    layerwise: bool
+    """Whether it begins before the last layer is computed; `send` computes them then, see `Workload.prefill_s`."""
 
     def connect(self, offer: Offer) -> Offer:
         """Take what the receiver offers. Returns what is worth reporting of the connections."""

@@ -33,6 +33,8 @@ def _engine(host: str, memory: Memory):  # type: ignore[no-untyped-def]
 
 
 class Sender:
+    layerwise = False
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self._job = job
         self._memory = memory

@@ -53,6 +53,8 @@ def _agent(name: str, job: Job, memory: Memory, *, sends: bool):  # type: ignore
 
 
 class Sender:
+    layerwise = False
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self._job = job
         self._agent, self._registered = _agent("send", job, memory, sends=True)

@@ -15,6 +15,8 @@ CONNECT_TIMEOUT_S = 30.0
 
 
 class Sender:
+    layerwise = False
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self._job = job
         self._listener = socket.create_server((job.place.send_host, 0))

@@ -32,6 +32,8 @@ def config_of(job: Job) -> TransportConfig:
 
 
 class Sender:
+    layerwise = True
+
     def __init__(self, job: Job, memory: Memory) -> None:
         self._memory = memory
         self._slots = memory.slots(SEND_SEED)
@@ -55,13 +57,19 @@ class Sender:
         began_s = time.monotonic()
         with transfer.lock:
             transfer.start(len(slots[0]))
-        if workload.one_by_one:
+        if workload.prefill_s:
+            order = workload.order
+            for computed, (component, buffer) in enumerate(order, 1):
+                time.sleep(max(0.0, began_s + workload.prefill_s * computed / len(order) - time.monotonic()))
+                mover.send(transfer, component, 0, slots[component], buffers=[buffer])
+        elif workload.one_by_one:
             for page in range(len(slots[0])):
                 mover.send(transfer, 0, page, slots[0][page : page + 1], awaited=True)
                 transfer.wait_acknowledged((page + 1) * workload.page_bytes, DEADLINE_S)
         else:
             mover.send(transfer, 0, 0, slots[0])
-        mover.send(transfer, 1, 0, slots[1])
+        if not workload.prefill_s:
+            mover.send(transfer, 1, 0, slots[1])
         mover.finish(transfer)
         transfer.wait(DEADLINE_S)
         ended_s = time.monotonic()

@@ -78,8 +78,9 @@ WORKLOADS = {
     "quick": Workload("quick", 4, 128, 73_728, 8, 2 << 20),
 }
 """hybrid: a 32K-token request of a model with 16 MLA layers and 48 linear-attention states, 705 MB. hybrid-layers: the
-same while it is computed, in the time that a link of 1 Gbit/s needs for it. dense: 1.6 GB.
-small: 1,000 pages of 16 KiB, all handed over at once; small-serial: one after another. quick: a hybrid of 55 MB. quick-layers: a small one, while it is computed."""
+same while it is computed, in the time that a link of 1 Gbit/s needs for it. dense: 1.6 GB. small: 1,000 pages of
+16 KiB, all handed over at once; small-serial: one after another. quick: a hybrid of 55 MB. quick-layers: a small one,
+while it is computed."""
 
 
 def fill(flat: Bytes, seed: int) -> None:

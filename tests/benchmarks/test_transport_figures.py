@@ -112,7 +112,7 @@ def test_the_page_has_a_line_for_every_row_and_names_what_is_absent() -> None:
             "bars": figures.judged(rows),
         }
     )
-    assert "| `prfaas` | 4.000 (4.000 to 4.000) | 0.300 | 0.100 + 0.200 | 0.960 | 4,004 |" in page
+    assert "| `prfaas` | 4.000 (4.000 to 4.000) | 0.300 | 0.100 + 0.200 | 0.960 | 0.125 | 4,004 |" in page
     assert "- `iperf3`: no iperf3 on PATH. To have it: apt install iperf3." in page
     assert "| prfaas, small, loopback: gb_per_s >= 2 | 4.000 | yes |" in page
     assert "nixl 1.5.1" in page

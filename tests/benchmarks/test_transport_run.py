@@ -76,7 +76,7 @@ def test_a_run_of_one_mover_asks_for_no_other(tmp_path: Path) -> None:
     assert result["absent"] == []
 
 
-def test_only_who_sends_layer_by_layer_begins_before_the_last(tmp_path: Path) -> None:
+def test_what_a_prefill_takes_is_not_exposed(tmp_path: Path) -> None:
     json = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.transport", "--quick", "--links", "loopback", "--rounds", "3"]
     command += ["--workloads", "quick-layers", "--movers", "prfaas,plain", "--json", str(json)]

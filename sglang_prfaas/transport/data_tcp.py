@@ -16,9 +16,8 @@ from collections.abc import Callable
 from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.core.addresses import authority
 from sglang_prfaas.errors import ConfigError, LocalError, PeerClosedError, PeerError, PeerGoneError, PortRefusedError
-from sglang_prfaas.transport import page_pipe, tcp_info
+from sglang_prfaas.transport import tcp_info
 from sglang_prfaas.transport.link_tuning import set_congestion_control
-from sglang_prfaas.transport.page_pipe import PagePipe
 from sglang_prfaas.transport.security import PLAIN, Security
 from sglang_prfaas.transport.security.tls import certificate_refused, explain
 from sglang_prfaas.transport.tcp_info import TcpInfo
@@ -64,9 +63,6 @@ class Connection:
         self._closed = False
         self.was_cut = False
         self.sent_bytes = 0
-        self.lends = False
-        """Whether `lend` may be called; see `may_lend`."""
-        self._pipe: PagePipe | None = None
         self._records = 0
         self._pollers: dict[bool, select.poll] = {}
 
@@ -76,8 +72,7 @@ class Connection:
         return self.tls and self._records >= MAX_TLS_RECORDS
 
     def unblock(self, *, receiving: bool = False) -> None:
-        """From here on nothing waits, but where it is asked to. `receiving`: `receive` may be, and nothing is lent. By
-        the owner."""
+        """From here on nothing waits, but where it is asked to. `receiving`: `receive` may be. By the owner."""
         self.sock.setblocking(receiving and not self.tls)
 
     @property
@@ -88,48 +83,11 @@ class Connection:
         except OSError:
             return True
 
-    def may_lend(self) -> None:
-        """From here on memory may be lent, where this system can. By the owner, once TLS is on or is not to be."""
-        self.lends = not self.tls and page_pipe.available()
-
-    def lend(self, views: list[memoryview]) -> int:
-        """As `send`, without a copy: the kernel reads the memory until the peer's has acknowledged it. Where it cannot,
-        it is copied."""
-        try:
-            if self._pipe is None:
-                self._pipe = PagePipe()
-            if not self._pipe.pour(self.sock):
-                return 0
-        except OSError as error:
-            return self._no_more_lending(views, error)
-        try:
-            taken = self._pipe.put(views)
-        except (OSError, TypeError) as error:
-            return self._no_more_lending(views, error)
-        self._pour()
-        self.sent_bytes += taken
-        return taken
-
-    def _no_more_lending(self, views: list[memoryview], error: Exception) -> int:
-        self.lends = False
-        if self._pipe is not None and self._pipe.held and isinstance(error, OSError):
-            raise _gone("sending", error)
-        return self.send(views)
-
-    def _pour(self) -> bool:
-        """Whether all that was lent is with the socket. Raises PeerGoneError."""
-        try:
-            return self._pipe is None or self._pipe.pour(self.sock)
-        except OSError as error:
-            raise _gone("sending", error) from None
-
     def send(self, views: list[memoryview], *, more: bool = False) -> int:
         """Take bytes to be sent; returns how many, 0 where it would have to wait. more: there is more to come at once.
         Raises PeerGoneError."""
         try:
             if not self.tls:
-                if self._pipe is not None and not self._pour():
-                    return 0
                 sent = self.sock.sendmsg(views, (), _NOW_AND_MORE if more else _NOW)
             elif self._flush():
                 # A copy: OpenSSL wants the same bytes again where it could not send them, and pages may end before.
@@ -146,8 +104,7 @@ class Connection:
         return sent
 
     def send_with(self, act: Callable[[int], int]) -> int:
-        """Have `act` send through the descriptor, and return as `send` does; not with TLS, nor where anything is lent.
-        Raises PeerGoneError."""
+        """Have `act` send through the descriptor, and return as `send` does; not with TLS. Raises PeerGoneError."""
         try:
             sent = act(self.sock.fileno())
         except OSError as error:
@@ -158,7 +115,7 @@ class Connection:
     def flush(self) -> bool:
         """Whether all that was taken has left. Raises PeerGoneError."""
         try:
-            return self._flush() if self.tls else self._pour()
+            return self._flush()
         except OSError as error:
             raise _gone("sending", error) from None
 
@@ -274,8 +231,6 @@ class Connection:
             if not self._closed:
                 self._closed = True
                 self.sock.close()
-                if self._pipe is not None:
-                    self._pipe.close()
 
 
 def _gone(doing: str, error: OSError) -> PeerError:

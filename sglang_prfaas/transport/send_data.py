@@ -215,9 +215,7 @@ class DataSender:
         try:
             data_tcp.tune(connection.sock, session.config)
             same_host = connection.same_host
-            if self._config.zero_copy and not same_host:
-                connection.may_lend()
-            link.sending.native = not connection.tls and not connection.lends
+            link.sending.native = not connection.tls
             session.dispatch.sparing = same_host
             while tasks := self._batch(session, link):
                 delay_s = self._pacer.reserve(link.sending.batch_bytes)

@@ -32,8 +32,8 @@ JOINED_BYTES = 1 << 20
 """Of small chunks, handed over at a time."""
 BEFORE_BYTES = 4 << 10
 """Headers and trailers that may go with a payload."""
-MIN_LENT_BYTES = 64 << 10
-"""Chunks below this are copied: that costs less than the calls for handing their pages over."""
+SMALL_BYTES = 64 << 10
+"""Copies below this leave in one piece, header and trailer included."""
 
 
 class SendLane:
@@ -122,12 +122,12 @@ class SendLane:
         lying = vector.of_items(buffer, *place, payload_seed(head), native=self.native)
         if lying is None:
             return header, self._copied(header, self._gathered(task))
-        payload = _Payload(lying, task.transfer, moves, lendable=header.length >= MIN_LENT_BYTES)
+        payload = _Payload(lying, task.transfer, moves)
         return header, [_Bytes(head), payload, _Trailer(payload)]
 
     def _copied(self, header: ChunkHeader, data: memoryview) -> list[_Run]:
         """A chunk of bytes that nobody else writes to."""
-        if header.length < MIN_LENT_BYTES:
+        if header.length < SMALL_BYTES:
             return [_Bytes(pack_chunk(header, data))]
         head = pack_header(header)
         payload = _Payload(vector.of_bytes(data, payload_seed(head), native=self.native))
@@ -175,10 +175,7 @@ class SendLane:
         try:
             while self._runs:
                 views, payload, more = self._next()
-                if payload is None:
-                    sent = sink.send(views, more=more)
-                else:
-                    sent = payload.vector.push(sink, views, lend=sink.lends and payload.lendable)
+                sent = sink.send(views, more=more) if payload is None else payload.vector.push(sink, views)
                 if not sent:
                     return False
                 self._advance(sent)
@@ -246,17 +243,14 @@ class _Payload:
     """A chunk's payload.
 
     owner: the transfer whose pages it lies in, None for a copy; moves: how often its items had moved when it was looked
-    up; lendable: whether it stays as it is until the peer has it, unless the transfer ends."""
+    up."""
 
-    __slots__ = ("lendable", "moves", "owner", "spoilt", "vector")
+    __slots__ = ("moves", "owner", "spoilt", "vector")
 
-    def __init__(
-        self, lying: Vector, owner: OutgoingTransfer | None = None, moves: int = 0, *, lendable: bool = False
-    ) -> None:
+    def __init__(self, lying: Vector, owner: OutgoingTransfer | None = None, moves: int = 0) -> None:
         self.vector = lying
         self.owner = owner
         self.moves = moves
-        self.lendable = lendable
         self.spoilt = False
         """Whether other bytes have left in its place."""
 

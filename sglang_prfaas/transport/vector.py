@@ -1,7 +1,7 @@
 """A chunk's payload where it lies in memory, sent or received piece by piece and summed up on its way.
 
 There are two kinds. `ViewVector` is Python, and works with everything that takes or gives bytes. `NativeVector` needs a
-descriptor that the kernel can write to and read from (TCP without TLS, and nothing lent): one call moves as much as
+descriptor that the kernel can write to and read from (TCP without TLS): one call moves as much as
 the socket takes or has, without an object for each page, and other threads run meanwhile. It needs the module
 `_vectored`, which pip builds from C where there is a compiler, and xxhash's own functions; `why_not_native` says what
 is missing."""
@@ -44,14 +44,8 @@ _ALL = np.zeros(1, np.int64)
 class Sink(Protocol):
     """Takes bytes and never waits: a connection."""
 
-    lends: bool
-    """Whether it has `lend`."""
-
     def send(self, views: list[memoryview], *, more: bool = False) -> int:
         """Take bytes; returns how many, 0 where it would have to wait."""
-
-    def lend(self, views: list[memoryview]) -> int:
-        """As `send`, without a copy: they are read until the peer has them."""
 
     def send_with(self, act: Callable[[int], int]) -> int:
         """Have `act` send through the descriptor it is given; returns what it returns, as `send`. Only for native
@@ -76,9 +70,9 @@ class Vector(Protocol):
     def nbytes(self) -> int:
         """Yet to move."""
 
-    def push(self, sink: Sink, before: list[memoryview], *, lend: bool = False) -> int:
+    def push(self, sink: Sink, before: list[memoryview]) -> int:
         """Send `before`, a few bytes, and what follows; returns how many bytes of all those were taken. More is to come
-        after them. lend: without a copy."""
+        after them."""
 
     def pull(self, source: Source, after: memoryview) -> int | None:
         """Receive what is missing, and then `after`, until less comes than there is room for; returns as
@@ -105,19 +99,14 @@ class ViewVector:
         self._summed = False
         """Whether the next piece is in the sum already: it did not leave whole."""
 
-    def push(self, sink: Sink, before: list[memoryview], *, lend: bool = False) -> int:
+    def push(self, sink: Sink, before: list[memoryview]) -> int:
         total, prefix = 0, sum(map(len, before))
-        if lend and prefix:
-            total = sink.send(before, more=True)
-            if total < prefix:
-                return total
-            before, prefix = [], 0
         while self.nbytes:
             views, nbytes = self._next(SEND_BYTES)
             if not self._summed:
                 self._summed = True
                 self._sum_up(views)
-            sent = sink.lend(views) if lend else sink.send([*before, *views], more=True)
+            sent = sink.send([*before, *views], more=True)
             total += sent
             if sent < prefix:
                 break
@@ -204,7 +193,7 @@ def _native() -> tuple[NativeVector | None, str]:
     class Native(_vectored.Vector):
         __slots__ = ()
 
-        def push(self, sink: Sink, before: list[memoryview], *, lend: bool = False) -> int:
+        def push(self, sink: Sink, before: list[memoryview]) -> int:
             prefix = before[0] if len(before) == 1 else b"".join(before)
             return sink.send_with(lambda descriptor: self.send(descriptor, prefix, NATIVE_SEND_BYTES))
 

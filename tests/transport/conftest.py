@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_prfaas.transport import page_pipe, send_lane, vector
-from sglang_prfaas.transport.data_tcp import Connection
-from sglang_prfaas.transport.page_pipe import PagePipe
-from sglang_prfaas.transport.send_data import DataSender
+from sglang_prfaas.transport import vector
 from sglang_prfaas.transport.vector import Vector
 from tests.transport.keyring import Keyring
 from tests.transport.rig import Pair, wait_until
@@ -23,41 +20,23 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.fixture(params=["native", "python", "lent"])
+@pytest.fixture(params=["native", "python"])
 def sending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """How pages get to the socket: as on one host, natively or in Python, or as between two hosts, and then every
-    chunk, however short."""
-    lent = native = 0
+    """How pages get to the socket, and from there."""
+    made = 0
     make = vector._native_vector
 
-    def counted_native(*args: Any) -> Vector:
-        nonlocal native
+    def counted(*args: Any) -> Vector:
+        nonlocal made
         assert make is not None
-        native += 1
+        made += 1
         return make(*args)
 
-    if request.param == "native":
-        if make is None:
-            pytest.skip(vector.why_not_native)
-        monkeypatch.setattr(vector, "_native_vector", counted_native)
-    if request.param == "python":
-        monkeypatch.setattr(vector, "_native_vector", None)
-    if request.param == "lent":
-        monkeypatch.setattr(Connection, "same_host", False)
-        monkeypatch.setattr(send_lane, "MIN_LENT_BYTES", 1)
-        monkeypatch.setattr(DataSender, "send_at_once", lambda *_, **__: False)  # what is short is copied there
-        put = PagePipe.put
-
-        def counted(pipe: PagePipe, views: list[memoryview]) -> int:
-            nonlocal lent
-            count = put(pipe, views)
-            lent += count
-            return count
-
-        monkeypatch.setattr(PagePipe, "put", counted)
+    if request.param == "native" and make is None:
+        pytest.skip(vector.why_not_native)
+    monkeypatch.setattr(vector, "_native_vector", counted if request.param == "native" else None)
     yield str(request.param)
-    assert (native > 0) is (request.param == "native")
-    assert lent or request.param != "lent" or not page_pipe.available()
+    assert (made > 0) is (request.param == "native")
 
 
 @pytest.fixture(autouse=True)

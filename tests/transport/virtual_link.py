@@ -50,8 +50,6 @@ class Link(Struct, frozen=True):
 class Segment:
     """Takes the next bytes of a lane, so many at most."""
 
-    lends = False
-
     def __init__(self) -> None:
         self.data = bytearray()
 
@@ -59,9 +57,6 @@ class Segment:
         taken = b"".join(views)[: SEGMENT_BYTES - len(self.data)]
         self.data += taken
         return len(taken)
-
-    def lend(self, views: list[memoryview]) -> int:
-        raise AssertionError("not offered")
 
     def send_with(self, act: Callable[[int], int]) -> int:
         raise AssertionError("there is no descriptor")

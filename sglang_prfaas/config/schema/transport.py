@@ -103,14 +103,6 @@ class TransportConfig(Config, frozen=True):
     socket_buffer_bytes: Annotated[
         int, Meta(ge=0, description="Socket send and receive buffer in bytes. 0: the kernel's autotuning.")
     ] = 0
-    zero_copy: Annotated[
-        bool,
-        Meta(
-            description="Send host memory without a copy, without TLS and to other hosts (on one host a copy is "
-            "cheaper): the kernel reads a page until the peer has acknowledged it, even where its request was aborted "
-            "meanwhile; the checksum then tells."
-        ),
-    ] = True
     rate_limit_mbps: Annotated[
         float,
         Meta(

@@ -30,12 +30,10 @@ PIECE_BYTES = 2100
 
 
 class Sink:
-    """Takes so many bytes in all; with `rng`, not as many at a time as it is given. Notes what was lent."""
+    """Takes so many bytes in all; with `rng`, not as many at a time as it is given."""
 
-    def __init__(self, nbytes: int = 1 << 30, *, rng: random.Random | None = None, lends: bool = False) -> None:
+    def __init__(self, nbytes: int = 1 << 30, *, rng: random.Random | None = None) -> None:
         self.data = bytearray()
-        self.lent_bytes = 0
-        self.lends = lends
         self._room_bytes = nbytes
         self._rng = rng
 
@@ -47,11 +45,6 @@ class Sink:
         self.data += data
         self._room_bytes -= len(data)
         return len(data)
-
-    def lend(self, views: list[memoryview]) -> int:
-        sent = self.send(views)
-        self.lent_bytes += sent
-        return sent
 
     def send_with(self, act: Callable[[int], int]) -> int:
         raise AssertionError("there is no descriptor")
@@ -80,13 +73,13 @@ class SocketSink(Sink):
 MakeSink = Callable[..., Sink]
 
 
-@pytest.fixture(params=["copied", "lent", "native"])
+@pytest.fixture(params=["python", "native"])
 def make_sink(request: pytest.FixtureRequest) -> Iterator[MakeSink]:
     made: list[SocketSink] = []
 
     def make(nbytes: int = 1 << 30, *, rng: random.Random | None = None) -> Sink:
         if request.param != "native":
-            return Sink(nbytes, rng=rng, lends=request.param == "lent")
+            return Sink(nbytes, rng=rng)
         made.append(SocketSink(nbytes, rng=rng))
         return made[-1]
 
@@ -104,10 +97,10 @@ class Case:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 5, transfer_id: int = 1) -> None:
         monkeypatch.setattr(vector, "SEND_BYTES", PIECE_BYTES)
         monkeypatch.setattr(vector, "RECEIVE_BYTES", 1900)
-        monkeypatch.setattr(vector, "NATIVE_BYTES", 700)
+        monkeypatch.setattr(vector, "NATIVE_SEND_BYTES", 700)
         monkeypatch.setattr(vector, "MIN_NATIVE_BYTES", 100)
         monkeypatch.setattr(send_lane, "BEFORE_BYTES", 100)
-        monkeypatch.setattr(send_lane, "MIN_LENT_BYTES", 1024)
+        monkeypatch.setattr(send_lane, "SMALL_BYTES", 1024)
         monkeypatch.setattr(memory, "MIN_VIEW_BYTES", 100)
         self.layout, clock = layout(), MonotonicClock()
         self.source, self.target = Memory(self.layout, seed), Memory(self.layout, None)
@@ -166,7 +159,6 @@ def test_every_byte_arrives_however_little_the_sink_takes(
     assert case.again(bytes(sink.data)) == []
     assert case.incoming.state is State.DONE
     assert case.equal()
-    assert (sink.lent_bytes > 0) is sink.lends
     assert not case.failures
 
 

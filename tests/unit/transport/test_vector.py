@@ -29,8 +29,6 @@ kinds = pytest.mark.parametrize(
 class End:
     """One end of a pair of sockets that take and give a few bytes at a time."""
 
-    lends = False
-
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         sock.setblocking(False)
@@ -41,9 +39,6 @@ class End:
             return self.sock.sendmsg(views)
         except BlockingIOError:
             return 0
-
-    def lend(self, views: list[memoryview]) -> int:
-        raise AssertionError("not offered")
 
     def send_with(self, act: Callable[[int], int]) -> int:
         return act(self.sock.fileno())
@@ -69,8 +64,10 @@ def ends() -> Iterator[tuple[End, End]]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that end within items."""
-    for name, nbytes in (("SEND_BYTES", 1100), ("RECEIVE_BYTES", 700), ("NATIVE_BYTES", 900), ("MIN_NATIVE_BYTES", 1)):
+    sizes = {"SEND_BYTES": 1100, "RECEIVE_BYTES": 700, "NATIVE_SEND_BYTES": 900, "NATIVE_RECEIVE_BYTES": 800}
+    for name, nbytes in sizes.items():
         monkeypatch.setattr(vector, name, nbytes)
+    monkeypatch.setattr(vector, "MIN_NATIVE_BYTES", 1)
     monkeypatch.setattr("sglang_prfaas.transport.memory.MIN_VIEW_BYTES", 1)
 
 

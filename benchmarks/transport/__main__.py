@@ -4,7 +4,7 @@
                                    [--congestion cubic] [--links loopback,veth-1gbit,rtt-50ms]
                                    [--workloads block,dense,hybrid,hybrid-layers,small,small-serial]
                                    [--movers prfaas,mooncake,nixl,plain,iperf3,prfaas+tls,prfaas+256,
-                                             mooncake+1mib,nixl+polled,prfaas+2]
+                                             mooncake+1mib,nixl+polled,prfaas+2,prfaas+bbr]
 
 Prints a line for each arm and, at the end, which bars are reached. What cannot run here (a mover that is not installed,
 a link without the rights for it) is named with its reason and left out. docs/benchmarks/transport.md says what is
@@ -19,6 +19,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import socket
 import ssl
 import sys
 import tempfile
@@ -36,6 +37,8 @@ from benchmarks.transport.movers import MOVERS, why_absent
 from benchmarks.transport.shared_memory import SharedMemory
 from benchmarks.transport.workload import SEND_SEED, WORKLOADS, fill
 from sglang_prfaas.config.schema import TransportConfig
+from sglang_prfaas.errors import ConfigError
+from sglang_prfaas.transport.link_tuning import set_congestion_control
 from sglang_prfaas.transport.security import make
 from sglang_prfaas.transport.vector import why_not_native
 
@@ -74,7 +77,7 @@ def measure(args: argparse.Namespace, studies: Sequence[plan.Study], directory: 
     """Run the studies, write and print the result. directory: an empty one, for keys and logs."""
     make.make_keys(directory / "keys", {"bench": ()}, now=datetime.datetime.now(datetime.UTC))
     movers = {name.partition("+")[0] for study in studies for name in study.movers}
-    absent = _absent(movers, {study.link for study in studies})
+    absent = _absent(movers, {study.link for study in studies}) + _without_bbr(studies)
     for item in absent:
         print(f"{item['what']} is not measured: {item['reason']} {item['install']}", flush=True)
     missing = {item["what"] for item in absent}
@@ -95,7 +98,7 @@ def measure(args: argparse.Namespace, studies: Sequence[plan.Study], directory: 
     for name in dict.fromkeys(study.link for study in studies if study.link not in missing):
         with opened(name, args.congestion) as link:
             for study in (study for study in studies if study.link == name):
-                names = [name for name in study.movers if name.partition("+")[0] not in missing]
+                names = [name for name in study.movers if not {name, name.partition("+")[0]} & missing]
                 arms = [plan.arm_of(name, args.connections, str(directory / "keys" / "bench")) for name in names]
                 workload = WORKLOADS[study.workload]
                 outcomes = run_study(link, workload, arms, study.rounds, study.warmups, memory, directory)
@@ -126,6 +129,17 @@ def _absent(movers: set[str], links: set[str]) -> list[dict[str, str]]:
         if reason := why_not(name):
             found.append({"what": name, "reason": reason, "install": ""})
     return found
+
+
+def _without_bbr(studies: Sequence[plan.Study]) -> list[dict[str, str]]:
+    if not any(plan.BBR in study.movers for study in studies):
+        return []
+    with socket.socket() as sock:
+        try:
+            set_congestion_control(sock, "bbr")
+        except ConfigError as error:
+            return [{"what": plan.BBR, "reason": str(error), "install": "modprobe tcp_bbr"}]
+    return []
 
 
 def _versions(movers: set[str]) -> dict[str, str]:

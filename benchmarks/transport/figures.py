@@ -118,6 +118,7 @@ BARS = (
     Bar("prfaas", "block", "veth-1gbit", "cpu_s_per_gb", 0.8, at_most=True),
     Bar("prfaas", "hybrid", "rtt-50ms", "fraction", 0.9),
     Bar("prfaas", "dense", "rtt-50ms", "fraction", 0.9),
+    Bar("prfaas+bbr", "block", "rtt-50ms", "fraction", 0.9),
     Bar("prfaas+256", "hybrid", "loopback", "times prfaas", 0.95),
     Bar("prfaas+tls", "hybrid", "loopback", "gb_per_s", 1.0),
 )

@@ -12,6 +12,7 @@ from benchmarks.transport.movers.mooncake import LARGE_SLICES
 PEERS = ("mooncake", "nixl")
 TUNED = "mooncake+1mib"
 POLLED = "nixl+polled"
+BBR = "prfaas+bbr"
 FEWER = "prfaas+2"
 MANY_CONNECTIONS = 256
 
@@ -40,9 +41,9 @@ FULL = (
     Study("veth-1gbit", "block", 3, 0, WITH_IPERF3),
     Study("veth-1gbit", "hybrid", 3, 0, (*MOVERS, POLLED)),
     Study("veth-1gbit", "hybrid-layers", 2, 0, MOVERS),
-    Study("rtt-50ms", "block", 2, 0, WITH_IPERF3),
-    Study("rtt-50ms", "hybrid", 3, 0, ("prfaas", "plain")),
-    Study("rtt-50ms", "dense", 2, 0, ("prfaas", "plain")),
+    Study("rtt-50ms", "block", 3, 0, (*WITH_IPERF3, BBR)),
+    Study("rtt-50ms", "hybrid", 3, 0, ("prfaas", BBR, "plain")),
+    Study("rtt-50ms", "dense", 2, 0, ("prfaas", BBR, "plain")),
 )
 QUICK = (
     Study("loopback", "block", 2, 1, WITH_IPERF3),
@@ -54,7 +55,7 @@ QUICK = (
     Study("veth-1gbit", "hybrid-layers", 1, 0, ("prfaas", "plain")),
     Study("rtt-50ms", "hybrid", 1, 0, ("prfaas", "plain")),
 )
-ARMS = (*WITH_IPERF3, TUNED, POLLED, "prfaas+tls", "prfaas+256", FEWER)
+ARMS = (*WITH_IPERF3, TUNED, POLLED, "prfaas+tls", "prfaas+256", FEWER, BBR)
 
 
 def arm_of(name: str, connections: int, keys: str) -> Arm:
@@ -62,6 +63,8 @@ def arm_of(name: str, connections: int, keys: str) -> Arm:
     mover = name.partition("+")[0]
     if name == "prfaas+tls":
         return Arm(name, mover, connections, keys=keys)
+    if name == BBR:
+        return Arm(name, mover, connections, congestion="bbr")
     if name == FEWER:
         return Arm(name, mover, 2)
     if name == "prfaas+256":

@@ -34,7 +34,8 @@ movers.
   of 1 Gbit/s, 25 ms each way, between two TUN devices; connections were idle before, so each request grows its
   window anew.
 - `prfaas`: this project with its defaults, checksums on. `prfaas+tls`: with CURVE and mutual TLS. `prfaas+256`:
-  while 256 more connections are open. `prfaas+2`: with two connections instead of four. `plain`: Python sockets,
+  while 256 more connections are open. `prfaas+2`: with two connections instead of four. `prfaas+bbr`: with
+  `congestion_control = "bbr"`, which no other mover here lets be set for a link. `plain`: Python sockets,
   `sendall` and `recv_into`, 4 streams. `iperf3`: 4 streams, no page lists, no comparison.
 - `mooncake`: Transfer Engine over TCP, defaults but for the length of its queues, which refuse these page lists
   otherwise. `mooncake+1mib`: also with slices of 1 MiB instead of 64 KiB. `nixl`: UCX over TCP, its agents as

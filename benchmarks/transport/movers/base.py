@@ -19,7 +19,8 @@ class Arm(Struct, frozen=True):
     """A mover with its settings, under the name that its rows have.
 
     idle: connections that are open beside those used. keys: a directory with keys of the site `bench`, or empty.
-    environment: beside the mover's own. polled: nixl: without threads of its own at the sender."""
+    environment: beside the mover's own. polled: nixl: without threads of its own at the sender. congestion:
+    prfaas: instead of the route's congestion control."""
 
     name: str
     mover: str
@@ -28,6 +29,7 @@ class Arm(Struct, frozen=True):
     keys: str = ""
     environment: dict[str, str] = {}
     polled: bool = False
+    congestion: str = ""
 
 
 class Place(Struct, frozen=True):

@@ -27,6 +27,7 @@ def config_of(job: Job) -> TransportConfig:
     return TransportConfig(
         connections=job.arm.connections,
         keys_dir=job.arm.keys,
+        congestion_control=job.arm.congestion,
         security="auto" if secure or job.place.loopback else "off",
     )
 

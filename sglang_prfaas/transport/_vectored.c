@@ -202,7 +202,7 @@ static int begin(Vector *self, int writes)
 
 /* --- sending -------------------------------------------------------------------------------------------------------- */
 
-/* Returns bytes sent, those of `before` included; 0 with errno set where nothing was. */
+/* Returns bytes sent, those of `before` included; 0 with errno set where nothing could be. */
 static size_t send_all(Vector *self, int fd, const Py_buffer *before, size_t piece_bytes)
 {
     struct iovec parts[MAX_PARTS];
@@ -253,7 +253,7 @@ static PyObject *vector_send(Vector *self, PyObject *args)
         error = errno;
         Py_END_ALLOW_THREADS
         self->busy = 0;
-        if (sent || error == EAGAIN || error == EWOULDBLOCK)
+        if (sent || !error || error == EAGAIN || error == EWOULDBLOCK)
             result = PyLong_FromSize_t(sent);
         else {
             errno = error;

@@ -1,10 +1,9 @@
 """A chunk's payload where it lies in memory, sent or received piece by piece and summed up on its way.
 
-There are two kinds. `ViewVector` is Python, and works with everything that takes or gives bytes. `NativeVector` needs a
-descriptor that the kernel can write to and read from (TCP without TLS): one call moves as much as
-the socket takes or has, without an object for each page, and other threads run meanwhile. It needs the module
-`_vectored`, which pip builds from C where there is a compiler, and xxhash's own functions; `why_not_native` says what
-is missing."""
+There are two kinds. `ViewVector` is Python, and works with everything that takes or gives bytes. A `NativeVector` needs
+a descriptor that the kernel can write to and read from (TCP without TLS): one call moves as much as the socket takes or
+has, without an object for each page, and other threads run meanwhile. It needs the module `_vectored`, which pip builds
+from C where there is a compiler, and xxhash's own functions; `why_not_native` says what is missing."""
 
 from __future__ import annotations
 
@@ -38,7 +37,9 @@ _FUNCTIONS = (
     _UPDATE,
     "XXH3_64bits_digest",
 )
+"""Of xxhash.h, in the order in which `_vectored.use` takes them."""
 _ALL = np.zeros(1, np.int64)
+"""Slots of memory that is one item."""
 
 
 class Sink(Protocol):

@@ -115,7 +115,7 @@ class Connection:
     def flush(self) -> bool:
         """Whether all that was taken has left. Raises PeerGoneError."""
         try:
-            return self._flush()
+            return not self.tls or self._flush()
         except OSError as error:
             raise _gone("sending", error) from None
 

@@ -26,6 +26,11 @@ AHEAD_BYTES = 32 << 10
 """Of what comes first after a pause: received at one go, header and all, and copied."""
 REDIAL_TIMEOUT_S = 3.0
 """For one attempt to dial a lost connection again."""
+SPIN_S = 50e-6
+"""So long a thread looks again and again before it sleeps, where little came the last time, and soon: to be woken takes
+about as long as a small chunk."""
+SOON_S = 100e-6
+"""Soon."""
 LOW_WATER_BYTES = 256 << 10
 """A thread sleeps until so many bytes have come, or all that its chunk lacks."""
 
@@ -149,12 +154,14 @@ class DataReceiver:
         )
         ahead = memoryview(bytearray(AHEAD_BYTES))
         unsent = b""
-        may_wait = False
+        may_wait = soon = False
         try:
             while True:
                 if may_wait:
-                    count = connection.receive([ahead], wait=True)
+                    began_s = self._clock.now_s()
+                    count = self._awaited(connection, ahead, began_s + (SPIN_S if soon else 0.0))
                     short = count is None or count < len(ahead)
+                    soon = short and self._clock.now_s() < began_s + SOON_S
                     if count:
                         lane.take(ahead[:count])
                 else:
@@ -178,3 +185,10 @@ class DataReceiver:
                         connection.wait(write=False)
         finally:
             lane.lost()
+
+    def _awaited(self, connection: Connection, ahead: memoryview, spin_until_s: float) -> int | None:
+        """What comes next, and may take any time."""
+        while self._clock.now_s() < spin_until_s:
+            if connection.wait(write=False, timeout_s=0.0):
+                return connection.receive([ahead])
+        return connection.receive([ahead], wait=True)

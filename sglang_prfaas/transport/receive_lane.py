@@ -103,7 +103,11 @@ class ReceiveLane:
             return count + len(rest)
 
         while data:
-            data = data[self._fill(put) or 0 :]
+            if self.between_chunks and len(data) >= HEADER_BYTES:
+                self._frame[TRAILER_BYTES:], data = data[:HEADER_BYTES], data[HEADER_BYTES:]
+                self._begin_chunk()
+            else:
+                data = data[self._fill(put) or 0 :]
 
     def _fill(self, move: Callable[[Vector | None, memoryview], int | None]) -> int | None:
         """move: fills what is left of a payload, and then the frame after it."""

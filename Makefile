@@ -41,4 +41,5 @@ lock: install ## Write constraints.txt from the virtual environment.
 
 clean: ## Remove caches, logs, the demo's files and .venv; an environment elsewhere is left.
 	rm -rf .venv .demo .prfaas .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -f sglang_prfaas/transport/_vectored*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,11 +18,20 @@ die() { say "$@"; exit 1; }
 # --- nothing to do? -------------------------------------------------------------------------------------------------
 
 key=$(cat constraints.txt pyproject.toml scripts/install.sh sglang_prfaas/transport/_vectored.c | sha256sum | cut -c1-32)
-stamp=$VENV/.prfaas-installed      # "<key> <root>" of the last complete install
+stamp=$VENV/.prfaas-installed      # "<key> <native or python> <root>" of the last complete install
 begun=$VENV/.prfaas-begun          # exists from the start of an install until its end
 made=$VENV/.prfaas-made            # exists in environments that this script made, and may make again
 
-up_to_date() { [ -x "$VENV/bin/python" ] && [ ! -e "$begun" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key $root" ]; }
+native=sglang_prfaas/transport/_vectored     # built from C into the checkout, where there is a compiler
+built() { [ -n "$(find "${native%/*}" -name "${native##*/}.*.so" -newer $native.c)" ]; }
+up_to_date() {
+    [ -x "$VENV/bin/python" ] && [ ! -e "$begun" ] || return 1
+    case $(cat "$stamp" 2>/dev/null) in
+        "$key native $root") built ;;
+        "$key python $root") true ;;
+        *) false ;;
+    esac
+}
 if up_to_date; then exit 0; fi
 
 # --- one at a time --------------------------------------------------------------------------------------------------
@@ -162,6 +171,7 @@ progress() {
 
 : >"$begun"
 : >"$log"
+rm -f $native"$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
 installed=$(cut -d ' ' -f 1 "$stamp" 2>/dev/null || true)
 if [ "$installed" = "$key" ]; then
     say "pointing $VENV at this checkout"
@@ -176,9 +186,13 @@ else
 fi
 rm -rf "$VENV/tmp"
 "$python" -c 'import msgspec, zmq, torch, sglang_prfaas; from importlib.metadata import version; version("sglang")' >>"$log" 2>&1 || explain
-echo "$key $root" >"$stamp"
+why_not_native=$("$python" -c 'from sglang_prfaas.transport.vector import why_not_native as why; print(why)' 2>>"$log") || explain
+echo "$key $([ -n "$why_not_native" ] && echo python || echo native) $root" >"$stamp"
 rm -f "$begun"
 say "done: $VENV"
+if [ -n "$why_not_native" ]; then
+    say "the mover moves KVCache in Python, which takes more CPU time: $why_not_native; afterwards: rm $stamp, make install"
+fi
 if command -v ldconfig >/dev/null && [[ $(ldconfig -p) != *libibverbs.so.1* ]]; then
     say "libibverbs.so.1 is missing, so tests with Mooncake are skipped; Debian and Ubuntu: apt install libibverbs1"
 fi

@@ -17,6 +17,7 @@
 #include <sys/uio.h>
 
 #define MAX_PARTS 1024 /* of one call: the kernel's UIO_MAXIOV */
+#define INTERFACE 1    /* to be raised with every change that vector.py has to know of, there too */
 
 typedef void *(*create_function)(void);
 typedef int (*free_function)(void *);
@@ -41,6 +42,7 @@ typedef struct {
     Py_ssize_t nbytes;   /* yet to move */
     Py_ssize_t ahead;    /* bytes of those that are in the sum already: of a piece that did not leave whole */
     void *sum;           /* NULL: none is made */
+    int error;           /* of a call that had moved something before: the kernel tells it once */
     char busy;           /* a call is under way, perhaps without the interpreter's lock */
 } Vector;
 
@@ -51,7 +53,7 @@ static int lay_out(Vector *self, const int64_t *rows, Py_ssize_t count, Py_ssize
 {
     char *base = self->memory.buf;
     Py_ssize_t left = self->nbytes, slots = self->memory.len / size;
-    struct iovec *part = self->parts - 1;
+    Py_ssize_t last = -1;
 
     for (Py_ssize_t i = 0; i < count; i++) {
         if (rows[i] < 0 || rows[i] >= slots)
@@ -60,14 +62,14 @@ static int lay_out(Vector *self, const int64_t *rows, Py_ssize_t count, Py_ssize
         if (length > left)
             length = left;
         char *place = base + rows[i] * size + start;
-        if (i && (char *)part->iov_base + part->iov_len == place)
-            part->iov_len += length;
+        if (i && (char *)self->parts[last].iov_base + self->parts[last].iov_len == place)
+            self->parts[last].iov_len += length;
         else
-            *++part = (struct iovec){place, length};
+            self->parts[++last] = (struct iovec){place, length};
         left -= length;
         start = 0;
     }
-    self->count = part - self->parts + 1;
+    self->count = last + 1;
     return 0;
 }
 
@@ -84,7 +86,8 @@ static PyObject *vector_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         PyErr_SetString(PyExc_RuntimeError, "use() has not been called");
         return NULL;
     }
-    if (item_bytes <= 0 || start < 0 || start >= item_bytes || nbytes <= 0 || nbytes > PY_SSIZE_T_MAX / 2) {
+    if (item_bytes <= 0 || start < 0 || start >= item_bytes || nbytes <= 0 || item_bytes > PY_SSIZE_T_MAX / 4 ||
+        nbytes > PY_SSIZE_T_MAX / 4) {
         PyErr_Format(PyExc_ValueError, "%zd bytes from byte %zd of items of %zd bytes", nbytes, start, item_bytes);
         return NULL;
     }
@@ -186,8 +189,12 @@ static void sum_up(Vector *self, size_t from, size_t to)
     }
 }
 
-static int begin(Vector *self, int writes)
+static int begin(Vector *self, int writes, Py_ssize_t piece_bytes)
 {
+    if (piece_bytes <= 0) {
+        PyErr_Format(PyExc_ValueError, "pieces of %zd bytes", piece_bytes);
+        return -1;
+    }
     if (writes && self->memory.readonly) {
         PyErr_SetString(PyExc_TypeError, "this vector's memory is only to be read");
         return -1;
@@ -208,6 +215,10 @@ static size_t send_all(Vector *self, int fd, const Py_buffer *before, size_t pie
     struct iovec parts[MAX_PARTS];
     size_t total = 0, prefix = before->len;
 
+    if (self->error) {
+        errno = self->error;
+        return 0;
+    }
     parts[0] = (struct iovec){before->buf, prefix};
     while (self->nbytes) {
         int own = prefix != 0, count;
@@ -220,8 +231,11 @@ static size_t send_all(Vector *self, int fd, const Py_buffer *before, size_t pie
         ssize_t sent = sendmsg(fd, &message, MSG_DONTWAIT | MSG_MORE | MSG_NOSIGNAL);
         if (sent < 0 && errno == EINTR)
             continue;
-        if (sent < 0)
+        if (sent < 0) {
+            if (total && errno != EAGAIN && errno != EWOULDBLOCK)
+                self->error = errno;
             break;
+        }
         total += sent;
         if ((size_t)sent < prefix)
             break;
@@ -244,7 +258,7 @@ static PyObject *vector_send(Vector *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "iy*n:send", &fd, &before, &piece_bytes))
         return NULL;
     PyObject *result = NULL;
-    if (begin(self, 0) == 0) {
+    if (begin(self, 0, piece_bytes) == 0) {
         size_t sent;
         int error;
         Py_BEGIN_ALLOW_THREADS
@@ -272,6 +286,10 @@ static ssize_t receive_all(Vector *self, int fd, const Py_buffer *after, size_t 
     struct iovec parts[MAX_PARTS];
     size_t total = 0;
 
+    if (self->error) {
+        errno = self->error;
+        return -1;
+    }
     for (;;) {
         int count;
         size_t length = piece(self, parts, MAX_PARTS - 1, piece_bytes, &count);
@@ -284,6 +302,8 @@ static ssize_t receive_all(Vector *self, int fd, const Py_buffer *after, size_t 
         ssize_t came = recvmsg(fd, &message, MSG_DONTWAIT);
         if (came < 0 && errno == EINTR)
             continue;
+        if (came < 0 && total && errno != EAGAIN && errno != EWOULDBLOCK)
+            self->error = errno;
         if (came <= 0)
             return total ? (ssize_t)total : came;
         size_t own = (size_t)came < length ? (size_t)came : length;
@@ -304,7 +324,7 @@ static PyObject *vector_receive(Vector *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "iw*n:receive", &fd, &after, &piece_bytes))
         return NULL;
     PyObject *result = NULL;
-    if (begin(self, 1) == 0) {
+    if (begin(self, 1, piece_bytes) == 0) {
         ssize_t came;
         int error;
         Py_BEGIN_ALLOW_THREADS
@@ -332,7 +352,7 @@ static PyObject *vector_put(Vector *self, PyObject *arg)
     if (PyObject_GetBuffer(arg, &data, PyBUF_SIMPLE) < 0)
         return NULL;
     Py_ssize_t done = 0;
-    if (begin(self, 1) == 0) {
+    if (begin(self, 1, 1) == 0) {
         Py_ssize_t wanted = data.len < self->nbytes ? data.len : self->nbytes;
         while (done < wanted) {
             struct iovec *part = &self->parts[self->at];
@@ -414,7 +434,8 @@ PyMODINIT_FUNC PyInit__vectored(void)
     if (PyType_Ready(&vector_type) < 0)
         return NULL;
     PyObject *found = PyModule_Create(&module);
-    if (found && PyModule_AddObjectRef(found, "Vector", (PyObject *)&vector_type) < 0)
+    if (found && (PyModule_AddObjectRef(found, "Vector", (PyObject *)&vector_type) < 0 ||
+                  PyModule_AddIntConstant(found, "INTERFACE", INTERFACE) < 0))
         Py_CLEAR(found);
     return found;
 }

@@ -21,11 +21,11 @@ Indices = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 MAX_VIEWS = 256
-"""Places that one chunk may lie at to be sent from there; the kernel takes 1024 in one call."""
+"""Items of one chunk that `views` gives; the kernel takes 1024 places in one call."""
 FEW = 16
 """So many slots are looked at sooner in Python than in numpy."""
 MIN_VIEW_BYTES = 2048
-"""Mean bytes of such a place; smaller ones are copied together."""
+"""Mean bytes of an item that is sent and received where it lies; smaller ones are copied together."""
 
 
 class Buffer(Protocol):

@@ -165,7 +165,7 @@ class DataReceiver:
                     if count:
                         lane.take(ahead[:count])
                 else:
-                    count, short = lane.fill(connection), lane.short
+                    count, short, soon = lane.fill(connection), lane.short, False
                 if count == 0:
                     end = "closed" if lane.between_chunks else "closed in the middle of a chunk"
                     raise PeerGoneError(f"data connection {end}")

@@ -72,6 +72,7 @@ class ReceiveLane:
         self._drained = False
         """Whether the chunk is not wanted."""
         self._staged = False
+        """Whether the payload is put together elsewhere first."""
         self._scratch: Bytes | None = None
         self._decoded: Bytes | None = None
         self._handled = 0

@@ -233,6 +233,9 @@ class DataSender:
             self.give_up(session, link, str(error), closed=isinstance(error, PeerClosedError))
         except PrfaasError as error:
             self._lose(session, str(error))
+        except Exception as error:
+            logger.exception("prfaas: sending to %s failed", session)
+            self._lose(session, f"a chunk could not be sent: {error}")
         self._acceptor.discard(connection)
 
     def send_at_once(self, session: SendSession, tasks: list[Task], *, awaited: bool = False) -> bool:

@@ -26,8 +26,8 @@ from sglang_prfaas.transport.vector import Sink, Vector
 
 logger = logging.getLogger(__name__)
 
-MAX_PARTS = 512
-"""Separate pieces of memory in one call; the kernel takes 1024."""
+MAX_RUNS = 512
+"""Of a batch, and in one call; the kernel takes 1024 places."""
 JOINED_BYTES = 1 << 20
 """Of small chunks, handed over at a time."""
 BEFORE_BYTES = 4 << 10
@@ -60,8 +60,8 @@ class SendLane:
         self._raw: Bytes | None = None
         self._runs: deque[_Run] = deque()
         """What has yet to leave."""
-        self._parts = 0
-        """Of those that the batch was made of."""
+        self._count = 0
+        """How many runs the batch was made of."""
         self._pinned: list[OutgoingTransfer] = []
         self.batch_bytes = 0
         """Payload of the batch."""
@@ -71,13 +71,13 @@ class SendLane:
     def reset(self) -> None:
         """Begin a new batch."""
         self._runs.clear()
-        self._parts = 0
+        self._count = 0
         self._staged = self.batch_bytes = 0
 
     @property
     def full(self) -> bool:
         """Whether the batch is large enough."""
-        return self.batch_bytes >= self._chunk_bytes or self._parts >= MAX_PARTS
+        return self.batch_bytes >= self._chunk_bytes or self._count >= MAX_RUNS
 
     def add(self, task: Task, *, copy: bool = False) -> bool:
         """Put a chunk into the batch, where it is small a `copy`: that costs less than looking after its pages. Returns
@@ -102,7 +102,7 @@ class SendLane:
             self._failed(transfer, f"prefill could not read a chunk: {error}")
             return False
         self._runs.extend(runs)
-        self._parts += len(runs)
+        self._count += len(runs)
         self.batch_bytes += header.length
         task.wire_bytes = header.length
         return True
@@ -197,7 +197,7 @@ class SendLane:
                     return found, run, True
                 run = self._runs[at] = _Bytes(bytes(run.vector.nbytes))
             view = run.data
-            if found and (nbytes + len(view) > JOINED_BYTES or len(found) == MAX_PARTS):
+            if found and (nbytes + len(view) > JOINED_BYTES or len(found) == MAX_RUNS):
                 return found, None, True
             found.append(view)
             nbytes += len(view)

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
+from sglang_prfaas.transport import memory
 from sglang_prfaas.transport.memory import Buffer, HostBuffer, Indices
 from sglang_prfaas.transport.views import cut, split
 
@@ -26,9 +27,8 @@ RECEIVE_BYTES = 512 << 10
 NATIVE_SEND_BYTES = 256 << 10
 """As `SEND_BYTES`, of a native vector, whose calls cost less."""
 NATIVE_RECEIVE_BYTES = 384 << 10
-MIN_NATIVE_BYTES = 2048
-"""Mean bytes of a place that `NativeVector` sends from or receives into; smaller ones are copied together."""
-
+INTERFACE = 1
+"""The `_vectored` that this was written for."""
 _UPDATE = "XXH3_64bits_update"
 _FUNCTIONS = (
     "XXH3_createState",
@@ -38,8 +38,8 @@ _FUNCTIONS = (
     "XXH3_64bits_digest",
 )
 """Of xxhash.h, in the order in which `_vectored.use` takes them."""
-_ALL = np.zeros(1, np.int64)
-"""Slots of memory that is one item."""
+_ONE_ITEM = np.zeros(1, np.int64)
+"""Its slot, in memory that is that item."""
 
 
 class Sink(Protocol):
@@ -72,8 +72,8 @@ class Vector(Protocol):
         """Yet to move."""
 
     def push(self, sink: Sink, before: list[memoryview]) -> int:
-        """Send `before`, a few bytes, and what follows; returns how many bytes of all those were taken. More is to come
-        after them."""
+        """Send `before`, a few bytes, and what follows, which is not nothing; returns how many bytes of all those were
+        taken. More is to come after them."""
 
     def pull(self, source: Source, after: memoryview) -> int | None:
         """Receive what is missing, and then `after`, until less comes than there is room for; returns as
@@ -154,10 +154,12 @@ class ViewVector:
         return result
 
     def _next(self, limit: int) -> tuple[list[memoryview], int]:
+        if not self.nbytes:
+            return [], 0
         if not self._pieces:
             self._pieces = cut(self._left, limit)
             self._pieces.reverse()
-        return self._pieces[-1] if self.nbytes else ([], 0)
+        return self._pieces[-1]
 
     def _sum_up(self, views: list[memoryview]) -> None:
         if self._sum is not None:
@@ -187,7 +189,12 @@ def _native() -> tuple[NativeVector | None, str]:
     try:
         from sglang_prfaas.transport import _vectored
     except ImportError as error:
-        return None, f"the module _vectored is not there ({error}); a C compiler and Python's headers make it"
+        return (
+            None,
+            f"the module _vectored is not there ({error}); with a C compiler and Python's headers, pip builds it",
+        )
+    if _vectored.INTERFACE != INTERFACE:
+        return None, "the module _vectored was built from another version of its source; install this one again"
     if why_not := _borrow_xxh3(_vectored):
         return None, why_not
 
@@ -202,7 +209,7 @@ def _native() -> tuple[NativeVector | None, str]:
             return source.receive_with(lambda descriptor: self.receive(descriptor, after, NATIVE_RECEIVE_BYTES))
 
     data = memoryview(bytes(range(256)) * 16)
-    vector = Native(bytearray(len(data)), _ALL, len(data), 0, len(data), 1)
+    vector = Native(bytearray(len(data)), _ONE_ITEM, len(data), 0, len(data), 1)
     vector.put(data)
     if vector.digest() != xxhash.xxh3_64_intdigest(data, seed=1):
         return None, f"xxhash {xxhash.VERSION}: its functions make other checksums than its objects"
@@ -235,7 +242,7 @@ def of_items(
         size = buffer.item_bytes
         item, start = divmod(offset, size)
         last = (offset + nbytes - 1) // size
-        if nbytes < MIN_NATIVE_BYTES * (last - item + 1):
+        if nbytes < memory.MIN_VIEW_BYTES * (last - item + 1):
             return None
         rows = indices[item - first_item : last - first_item + 1]
         return _native_vector(buffer.bytes, rows, size, start, nbytes, seed)
@@ -246,5 +253,5 @@ def of_items(
 def of_bytes(data: memoryview, seed: int | None, *, native: bool) -> Vector:
     """Bytes that lie end to end."""
     if native and _native_vector is not None:
-        return _native_vector(data, _ALL, len(data), 0, len(data), seed)
+        return _native_vector(data, _ONE_ITEM, len(data), 0, len(data), seed)
     return ViewVector([data], seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,7 +68,9 @@ from sglang_prfaas.transport.paging import MAX_PAGE_TOKENS
 from sglang_prfaas.transport.part_memory import PrefillRank, decode_view, prefill_view
 from sglang_prfaas.transport.receive_lane import Placement, ReceiveLane
 from sglang_prfaas.transport.reshape import MAX_WIDTH_RATIO
+from sglang_prfaas.transport.vector import why_not_native
 from tests.transport.rig import PAGES, Memory, flat, layout, some_slots
+from tests.unit.transport.socket_end import SocketEnd
 
 COUNT = int(os.environ.get("PRFAAS_FUZZ", "1000000"))
 CHUNKS, ENCODED_CHUNKS, MESSAGES, RECEIPTS, PREFACES = (COUNT * share // 20 for share in (8, 2, 2, 1, 1))
@@ -83,6 +86,8 @@ RANK = layout(
 )
 """One that works with others of other widths and page sizes."""
 MEMORY = Memory(RANK, None)
+NATIVE_SHARE = 0.2
+"""Of the transfers, whose bytes come through a socket."""
 CHUNKS_OF_A_TRANSFER = 200
 
 
@@ -131,16 +136,24 @@ def some_encoded_chunk(rng: random.Random, of: IncomingTransfer, codec: Codec) -
     return pack_chunk(ChunkHeader(transfer_id, PAGES, buffer, first, len(data), items), data)
 
 
-class Coming:
-    """Gives any number of bytes at a time."""
+Pair = tuple[socket.socket, socket.socket]
 
-    def __init__(self, data: bytes, rng: random.Random) -> None:
+
+class Coming:
+    """Gives any number of bytes at a time, through a socket where there is one."""
+
+    def __init__(self, data: bytes, rng: random.Random, pair: Pair | None) -> None:
         self.rest = memoryview(data)
         self._rng = rng
+        self._pair = pair
+        self._on_way = 0
+        """Bytes of `rest` that the socket has."""
 
     def receive(self, views: list[memoryview]) -> int | None:
         assert sum(map(len, views)) > 0, "nothing to receive into: a connection would spin"
-        count = left = min(sum(map(len, views)), len(self.rest), self._rng.choice((0, 1, 39, 40, 1 << 20)))
+        if self._pair is not None:
+            return self._through(SocketEnd(self._pair[1]), lambda end: end.receive(views))
+        count = left = min(sum(map(len, views)), len(self.rest), self._some())
         for view in views:
             part = min(left, len(view))
             view[:part] = self.rest[:part]
@@ -150,16 +163,33 @@ class Coming:
         return count or None
 
     def receive_with(self, act: Callable[[int], int | None]) -> int | None:
-        raise AssertionError("there is no descriptor")
+        assert self._pair is not None, "there is no descriptor"
+        return self._through(SocketEnd(self._pair[1]), lambda end: end.receive_with(act))
+
+    def _through(self, end: SocketEnd, receive: Callable[[SocketEnd], int | None]) -> int | None:
+        assert self._pair is not None
+        self._on_way += self._pair[0].send(self.rest[self._on_way :][: self._some()])
+        count = receive(end)
+        assert count != 0
+        self.rest, self._on_way = self.rest[count or 0 :], self._on_way - (count or 0)
+        return count
+
+    def _some(self) -> int:
+        return self._rng.choice((0, 1, 39, 40, 1 << 20))
 
 
-def feed(lane: ReceiveLane, data: bytes, rng: random.Random) -> None:
+def feed(lane: ReceiveLane, data: bytes, rng: random.Random, pair: Pair | None = None) -> None:
     """As a connection does. Raises PeerError."""
-    coming = Coming(data, rng)
+    coming = Coming(data, rng, pair)
     while coming.rest and not lane.renewed:
         before, count = len(coming.rest), lane.fill(coming)
         assert (count or 0) == before - len(coming.rest)
         lane.answers(idle=rng.random() < 0.5)
+
+
+def hang_up(pair: Pair | None) -> None:
+    for sock in pair or ():
+        sock.close()
 
 
 @pytest.mark.parametrize(("codec_name", "count"), [("raw", CHUNKS), ("shuffle", ENCODED_CHUNKS)])
@@ -176,12 +206,15 @@ def test_chunks(codec_name: str, count: int) -> None:
         item = Placement(transfer, tuple(slots))
         found = {transfer.transfer_id: item}
         lane: ReceiveLane | None = None
+        native = not why_not_native and rng.random() < NATIVE_SHARE
+        pair: Pair | None = None
         for _ in range(CHUNKS_OF_A_TRANSFER):
             done += 1
             if lane is None:
-                lane = ReceiveLane(memory.rank, CHUNK_BYTES, found.get, lambda _: None, codec)
+                lane = ReceiveLane(memory.rank, CHUNK_BYTES, found.get, lambda _: None, codec, native=native)
+                pair = socket.socketpair() if native else None
             try:
-                feed(lane, mangled(some_chunk(rng, transfer, codec), rng), rng)
+                feed(lane, mangled(some_chunk(rng, transfer, codec), rng), rng, pair)
                 ended = lane.renewed
             except (ProtocolError, ChecksumError):
                 refused += 1
@@ -189,8 +222,10 @@ def test_chunks(codec_name: str, count: int) -> None:
             if ended:
                 lane.lost()
                 lane = None
+                hang_up(pair)
         if lane is not None:
             lane.lost()
+            hang_up(pair)
         with transfer.lock:
             transfer.fail("enough")  # hangs where a pin was forgotten
         for buffer, taken in zip(

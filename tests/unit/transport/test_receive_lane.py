@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from sglang_prfaas.transport.framing import ChunkHeader, Receipt, pack_chunk
 from sglang_prfaas.transport.incoming_transfer import IncomingTransfer
 from sglang_prfaas.transport.receive_lane import Placement, ReceiveLane
 from sglang_prfaas.transport.transfer import State
+from sglang_prfaas.transport.vector import why_not_native
 from tests.transport.rig import PAGES, Memory, layout
+from tests.unit.transport.socket_end import SocketEnd
 
 CHUNK_BYTES = 8192
 PAGE_BYTES = 5000
@@ -52,7 +55,11 @@ class Rank:
 
     def lane(self) -> ReceiveLane:
         return ReceiveLane(
-            self.memory.rank, CHUNK_BYTES, {1: self.item}.get, lambda transfer: self.completed.append(transfer)
+            self.memory.rank,
+            CHUNK_BYTES,
+            {1: self.item}.get,
+            lambda transfer: self.completed.append(transfer),
+            native=_way == "native",
         )
 
     @property
@@ -64,14 +71,41 @@ class Rank:
             assert self.transfer.fail("the client has gone")
 
 
+_way = ""
+_pair: tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[
+        "taken",
+        "python",
+        pytest.param("native", marks=pytest.mark.skipif(bool(why_not_native), reason=why_not_native)),
+    ],
+)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How bytes come: as some that were received already, or from a socket."""
+    global _way, _pair
+    _way, _pair = request.param, socket.socketpair()
+    yield
+    for sock in _pair:
+        sock.close()
+
+
 def wire(payload: bytes = PAYLOAD) -> bytes:
     return pack_chunk(ChunkHeader(1, PAGES, 1, 0, len(payload)), payload)
 
 
 def put(lane: ReceiveLane, data: bytes, between: Callable[[], None] | None = None) -> None:
     """Some bytes come; `between`: what happens when all of a chunk's are there, before they are looked at."""
-    if between is None:
+    if between is None and _way == "taken":
         lane.take(memoryview(data))
+        return
+    if between is None:
+        _pair[0].sendall(data)
+        end, left = SocketEnd(_pair[1]), len(data)
+        while left:
+            left -= lane.fill(end) or 0
         return
     called, finish = between, lane._finish
 
@@ -81,7 +115,7 @@ def put(lane: ReceiveLane, data: bytes, between: Callable[[], None] | None = Non
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lane, "_finish", late)
-        lane.take(memoryview(data))
+        put(lane, data)
 
 
 staged = pytest.mark.parametrize("staged", [False, True], ids=["in place", "scattered"])

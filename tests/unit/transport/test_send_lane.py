@@ -98,7 +98,6 @@ class Case:
         monkeypatch.setattr(vector, "SEND_BYTES", PIECE_BYTES)
         monkeypatch.setattr(vector, "RECEIVE_BYTES", 1900)
         monkeypatch.setattr(vector, "NATIVE_SEND_BYTES", 700)
-        monkeypatch.setattr(vector, "MIN_NATIVE_BYTES", 100)
         monkeypatch.setattr(send_lane, "BEFORE_BYTES", 100)
         monkeypatch.setattr(send_lane, "SMALL_BYTES", 1024)
         monkeypatch.setattr(memory, "MIN_VIEW_BYTES", 100)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import xxhash
 from sglang_prfaas.transport import vector
 from sglang_prfaas.transport.memory import Bytes, HostBuffer, Indices
 from sglang_prfaas.transport.vector import Vector, of_bytes, of_items
+from tests.unit.transport.socket_end import SocketEnd
 
 SLOTS, ITEM_BYTES, SEED = 64, 300, 77
 FRAME_BYTES = 40
@@ -26,37 +30,10 @@ kinds = pytest.mark.parametrize(
 )
 
 
-class End:
-    """One end of a pair of sockets that take and give a few bytes at a time."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-
-    def send(self, views: list[memoryview], *, more: bool = False) -> int:
-        try:
-            return self.sock.sendmsg(views)
-        except BlockingIOError:
-            return 0
-
-    def send_with(self, act: Callable[[int], int]) -> int:
-        return act(self.sock.fileno())
-
-    def receive(self, views: list[memoryview]) -> int | None:
-        try:
-            return self.sock.recvmsg_into(views)[0]
-        except BlockingIOError:
-            return None
-
-    def receive_with(self, act: Callable[[int], int | None]) -> int | None:
-        return act(self.sock.fileno())
-
-
 @pytest.fixture
-def ends() -> Iterator[tuple[End, End]]:
+def ends() -> Iterator[tuple[SocketEnd, SocketEnd]]:
     pair = socket.socketpair()
-    yield End(pair[0]), End(pair[1])
+    yield SocketEnd(pair[0]), SocketEnd(pair[1])
     for sock in pair:
         sock.close()
 
@@ -67,7 +44,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"SEND_BYTES": 1100, "RECEIVE_BYTES": 700, "NATIVE_SEND_BYTES": 900, "NATIVE_RECEIVE_BYTES": 800}
     for name, nbytes in sizes.items():
         monkeypatch.setattr(vector, name, nbytes)
-    monkeypatch.setattr(vector, "MIN_NATIVE_BYTES", 1)
     monkeypatch.setattr("sglang_prfaas.transport.memory.MIN_VIEW_BYTES", 1)
 
 
@@ -104,7 +80,7 @@ def lying(buffer: HostBuffer, rows: Indices, offset: int, nbytes: int, *, native
 @kinds
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_pushed_is_pulled_however_little_the_socket_takes(
-    ends: tuple[End, End], native: bool, seed: int
+    ends: tuple[SocketEnd, SocketEnd], native: bool, seed: int
 ) -> None:
     rng = random.Random(seed)
     (source, sender), (target, receiver) = memory(seed), memory(None)
@@ -160,7 +136,7 @@ def test_bytes_that_came_already_are_put_in_place(native: bool) -> None:
 
 
 @kinds
-def test_the_end_of_a_connection_and_its_loss(ends: tuple[End, End], native: bool) -> None:
+def test_the_end_of_a_connection_and_its_loss(ends: tuple[SocketEnd, SocketEnd], native: bool) -> None:
     frame = memoryview(bytearray(8))
     got = of_bytes(memoryview(bytearray(5000)), None, native=native)
     assert got.pull(ends[1], frame) is None
@@ -176,15 +152,77 @@ def test_the_end_of_a_connection_and_its_loss(ends: tuple[End, End], native: boo
 
 def test_small_items_are_left_to_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     _, buffer = memory(1)
-    monkeypatch.setattr(vector, "MIN_NATIVE_BYTES", ITEM_BYTES + 1)
     monkeypatch.setattr("sglang_prfaas.transport.memory.MIN_VIEW_BYTES", ITEM_BYTES + 1)
     rows = np.arange(0, SLOTS, 2)
     for native in (False, True):
         assert of_items(buffer, rows, 0, 0, 4 * ITEM_BYTES, SEED, native=native) is None
 
 
+@pytest.mark.skipif(
+    not (shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="no compiler, or no headers of Python",
+)
+def test_vectors_are_native_where_there_is_a_compiler() -> None:
+    assert vector.why_not_native == ""
+
+
 @pytest.mark.skipif(bool(vector.why_not_native), reason=vector.why_not_native)
 class TestNative:
+    def test_more_places_than_one_call_takes(
+        self, ends: tuple[SocketEnd, SocketEnd], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(vector, "NATIVE_SEND_BYTES", 1 << 20)
+        monkeypatch.setattr(vector, "NATIVE_RECEIVE_BYTES", 1 << 20)
+        ends[0].sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        source = np.random.default_rng(1).integers(0, 256, 5000 * 16, np.uint8)
+        target = np.zeros_like(source)
+        orders = [np.random.default_rng(seed).permutation(5000) for seed in (1, 2)]
+        sent, got = (
+            of_items(HostBuffer(a.ctypes.data, a.nbytes, 16), order, 0, 0, a.nbytes, SEED, native=True)
+            for a, order in zip((source, target), orders, strict=True)
+        )
+        assert sent is not None
+        assert got is not None
+        head, frame = memoryview(b"head"), memoryview(bytearray(4))
+        while got.nbytes:
+            if sent.nbytes:
+                count = sent.push(ends[0], [head] if head else [])
+                head = head[count:]
+            if frame:
+                frame = frame[ends[1].receive([frame]) or 0 :]
+            else:
+                got.pull(ends[1], memoryview(bytearray(1)))
+        rows = source.reshape(-1, 16)[orders[0]]
+        assert (target.reshape(-1, 16)[orders[1]] == rows).all()
+        assert sent.digest() == got.digest() == checksum(rows.tobytes())
+
+    def test_a_checksum_of_many_parts(self) -> None:
+        rng = random.Random(4)
+        data = memoryview(rng.randbytes(3000))
+        for length in range(1, len(data), 97):
+            got, at = of_bytes(memoryview(bytearray(length)), SEED, native=True), 0
+            while at < length:
+                at += got.put(data[at : min(length, at + rng.randrange(1, 300))])
+            assert got.digest() == checksum(bytes(data[:length]))
+
+    def test_slots_are_a_vector_of_64_bits(self) -> None:
+        from sglang_prfaas.transport._vectored import Vector
+
+        flat = np.zeros(1000, np.uint8)
+        for rows in (np.zeros(2, np.int32), np.arange(4)[::2]):
+            with pytest.raises(ValueError, match=r"slots|contiguous"):
+                Vector(flat, rows, 100, 0, 200)
+
+    def test_a_piece_has_bytes(self, ends: tuple[SocketEnd, SocketEnd]) -> None:
+        from sglang_prfaas.transport._vectored import Vector
+
+        one = Vector(bytearray(100), np.zeros(1, np.int64), 100, 0, 100)
+        for nbytes in (0, -1):
+            with pytest.raises(ValueError, match="pieces of"):
+                one.send(ends[0].sock.fileno(), b"", nbytes)
+            with pytest.raises(ValueError, match="pieces of"):
+                one.receive(ends[1].sock.fileno(), memoryview(bytearray(1)), nbytes)
+
     def test_nothing_outside_of_the_memory_is_touched(self) -> None:
         from sglang_prfaas.transport._vectored import Vector
 
@@ -200,7 +238,7 @@ class TestNative:
                 Vector(flat, np.zeros(1, np.int64), size, start, nbytes)
         assert Vector(flat, np.array([9], np.int64), 100, 99, 1).nbytes == 1
 
-    def test_memory_that_is_only_to_be_read_is_not_written_to(self, ends: tuple[End, End]) -> None:
+    def test_memory_that_is_only_to_be_read_is_not_written_to(self, ends: tuple[SocketEnd, SocketEnd]) -> None:
         got = of_bytes(memoryview(bytes(100)), None, native=True)
         ends[0].sock.send(b"x" * 100)
         with pytest.raises(TypeError, match="only to be read"):

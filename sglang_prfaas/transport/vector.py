@@ -193,7 +193,7 @@ def _native() -> tuple[NativeVector | None, str]:
             None,
             f"the module _vectored is not there ({error}); with a C compiler and Python's headers, pip builds it",
         )
-    if _vectored.INTERFACE != INTERFACE:
+    if getattr(_vectored, "INTERFACE", 0) != INTERFACE:
         return None, "the module _vectored was built from another version of its source; install this one again"
     if why_not := _borrow_xxh3(_vectored):
         return None, why_not

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -229,3 +230,16 @@ def words(seed: str, count: int) -> str:
     from sglang_prfaas.launch.demo import prompt_text
 
     return prompt_text(seed, count)
+
+
+def prefills_since(sites: Driver, server: str, offset: int) -> tuple[int, int]:
+    """Tokens that a server computed, and took from its caches, since its log was `offset` bytes long; without those of
+    health checks, which are prompts of one token."""
+
+    def batches() -> list[tuple[int, int]]:
+        text = sites.log(server).read_bytes()[offset:].decode(errors="replace")
+        found = re.findall(r"Prefill batch.*?#new-token: (\d+), #cached-token: (\d+)", text)
+        return [(int(new), int(cached)) for new, cached in found if int(new) + int(cached) > 1]
+
+    found = wait_for(f"a prefill in the log of {server}", batches)
+    return sum(new for new, _ in found), sum(cached for _, cached in found)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .driving import LOCAL, PD, REMOTE, Driver, another_router, get, post, wait_for
+from .driving import LOCAL, PD, REMOTE, Driver, another_router, get, post, prefills_since, wait_for
 
 pytestmark = pytest.mark.sglang
 
@@ -30,13 +29,6 @@ def held(cluster: Driver, server: str, router_url: str = "") -> dict[str, int]:
     """What the router's index has of a server."""
     caches = get(f"{router_url or cluster.router_url}/cache")["caches"]
     return next((cache["held"] for cache in caches if cache["server"] == server), {"device": 0, "states": 0})
-
-
-def prefills_since(cluster: Driver, server: str, offset: int) -> tuple[int, int]:
-    """Tokens that a server computed, and took from its cache, since its log was `offset` bytes long."""
-    text = cluster.log(server).read_bytes()[offset:].decode(errors="replace")
-    found = re.findall(r"Prefill batch.*?#new-token: (\d+), #cached-token: (\d+)", text)
-    return sum(int(new) for new, _ in found), sum(int(cached) for _, cached in found)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +56,7 @@ def test_the_second_turn_computes_its_increment_only(
     assert headers["x-prfaas-prefill"].endswith(server)
     promised = int(headers["x-prfaas-cached-tokens"])
     assert first - 64 <= promised <= first
-    computed, cached = wait_for("the prefill in the log", lambda: _some(prefills_since(cluster, server, offset)))
+    computed, cached = prefills_since(cluster, server, offset)
     assert cached == promised
     assert computed == len(second) - promised
     figures = get(f"{cluster.router_url}/cache")["figures"]
@@ -112,7 +104,3 @@ def test_a_restarted_server_and_new_routers_lose_no_token(cluster: Driver, tmp_p
 def _goes_to(cluster: Driver, server: str, prompt: list[int]) -> bool:
     headers, _ = generate(cluster.router_url, prompt)
     return headers["x-prfaas-prefill"].endswith(server)
-
-
-def _some(found: tuple[int, int]) -> tuple[int, int] | None:
-    return found if found[0] else None

@@ -20,7 +20,7 @@ from sglang_prfaas.store.stats import StoreStats, read_stats
 from sglang_prfaas.tiny_models import make_tiny_adapter
 
 from .conftest import RUNNING
-from .driving import DECODE, LOCAL, REMOTE, Driver, get, post, wait_for, words
+from .driving import DECODE, LOCAL, REMOTE, Driver, get, post, prefills_since, wait_for, words
 from .store_server import PAGE_TOKENS, prompt
 
 pytestmark = pytest.mark.sglang
@@ -54,17 +54,6 @@ def generate(url: str, tokens: list[int], adapter: str | None, **headers: str) -
     assert status == 200, answer
     found: list[int] = answer["output_ids"]
     return found, answered
-
-
-def prefills_since(sites: Driver, server: str, offset: int) -> tuple[int, int]:
-    """Tokens that a server computed, and took from its caches, since its log was `offset` bytes long."""
-
-    def counted() -> list[tuple[str, str]]:
-        text = sites.log(server).read_bytes()[offset:].decode(errors="replace")
-        return re.findall(r"Prefill batch.*?#new-token: (\d+), #cached-token: (\d+)", text)
-
-    found = wait_for(f"a prefill in the log of {server}", counted)
-    return sum(int(new) for new, _ in found), sum(int(cached) for _, cached in found)
 
 
 def held(sites: Driver, server: str) -> int:

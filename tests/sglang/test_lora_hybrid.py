@@ -11,9 +11,9 @@ from sglang_prfaas.launch.demo_client import complete
 from sglang_prfaas.launch.local_deployment import MODEL_NAME, Choices, run_deployment, write_deployment
 
 from .conftest import RUNNING
-from .driving import LOCAL, REMOTE, Driver, get, wait_for, words
+from .driving import LOCAL, REMOTE, Driver, get, prefills_since, wait_for, words
 from .store_server import prompt
-from .test_lora import OUTPUT_TOKENS, expected, generate, held, prefills_since
+from .test_lora import OUTPUT_TOKENS, expected, generate, held
 
 pytestmark = pytest.mark.sglang
 

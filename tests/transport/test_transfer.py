@@ -13,6 +13,7 @@ from sglang_prfaas.config.schema import TransportConfig
 from sglang_prfaas.errors import LocalError, PeerGoneError
 from sglang_prfaas.transport.layout import Component
 from sglang_prfaas.transport.receive_mover import ReceiveMover
+from sglang_prfaas.transport.send_lane import SendLane
 from sglang_prfaas.transport.transfer import State
 from tests.transport.rig import (
     CONFIG,
@@ -322,6 +323,21 @@ def test_ready_is_waited_for_and_its_error_ends_the_request() -> None:
         wait_ended(transfer, item.transfer)
         assert transfer.reason == "prefill could not read a chunk: device lost"
         assert item.transfer.reason == f"prefill gave the request up: {transfer.reason}"
+
+
+def test_an_error_that_nobody_expected_ends_the_session_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise RuntimeError("this cannot be")
+
+    with Pair() as pair:
+        slots = some_slots(5)
+        transfer, item = pair.ready(7, slots)
+        monkeypatch.setattr(SendLane, "push", broken)
+        pair.sender.send(transfer, PAGES, 0, slots[PAGES], lambda: None)
+        wait_ended(transfer, item.transfer)
+        assert (transfer.state, item.transfer.state) == (State.FAILED, State.FAILED)
+        assert "a chunk could not be sent: this cannot be" in transfer.reason
+        assert item.transfer.reason
 
 
 def test_wrong_calls() -> None:
